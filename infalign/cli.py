@@ -1,0 +1,208 @@
+"""The command line: parse, call one stage, say what was written.
+
+A user's mistake ends with one clear line on standard error and exit code 2; `--debug` shows the traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from infalign import __version__
+from infalign.types import InputError, RewardError
+
+VERBS = {
+    "run": "the whole experiment: calibrate, train, evaluate, report",
+    "calibrate": "draw and score the base policy's reference samples",
+    "train": "KL-regularised RL on the calibrated, transformed reward",
+    "evaluate": "win rates of policy against base as decoded, KL, the exact limit",
+    "report": "one HTML page and PNGs of what was measured",
+    "generate": "decode prompts with the policy and its procedure, to JSONL",
+    "theory": "every transform against the optimum for a procedure; loads no model",
+    "env": "versions and devices, for a bug report",
+}
+
+_USAGE = """\
+usage: infalign VERB [--config RECIPE.yaml] [--KEY VALUE ...]
+
+Make a language model better as it will be decoded.
+
+verbs:
+{verbs}
+
+`infalign VERB --help` lists a verb's keys. Any key of a recipe can be given as a flag, which wins over the file.
+`--debug` shows the traceback of an error.
+
+example: infalign run --config quickstart --output_dir outputs/quickstart
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit code: 0, 2 for a mistake of the user's, 130 when interrupted."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    try:
+        return _dispatch(words)
+    except (InputError, RewardError) as error:
+        if debug:
+            raise
+        print(f"infalign: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("infalign: interrupted; run the same command again to continue", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 0
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        width = max(map(len, VERBS))
+        print(_USAGE.format(verbs="\n".join(f"  {verb:<{width}}  {text}" for verb, text in VERBS.items())))
+        return 0
+    if words[0] in ("-V", "--version"):
+        print(f"infalign {__version__}")
+        return 0
+    verb, rest = words[0], words[1:]
+    if verb not in VERBS:
+        from infalign.runtime.config import nearest  # noqa: PLC0415 - keeps --help fast
+
+        raise InputError(f"unknown verb {verb!r}{nearest(verb, VERBS)} (one of {', '.join(VERBS)})")
+    if verb == "theory":
+        return _theory(rest)
+    _quiet_libraries()
+    if verb == "env":
+        if rest:
+            raise InputError(f"env takes no arguments, got {' '.join(rest)}")
+        _stage("env", "env")()
+        return 0
+    if any(word in ("-h", "--help") for word in rest):
+        print(_verb_help(verb))
+        return 0
+    return _recipe_verb(verb, rest)
+
+
+def _recipe_verb(verb: str, words: list[str]) -> int:
+    """Every verb that reads a recipe."""
+    from infalign.runtime.config import read_flags  # noqa: PLC0415 - keeps --help fast
+    from infalign.stages.recipe import load_recipe  # noqa: PLC0415
+
+    flags = read_flags(words)
+    config = flags.pop("config", None)
+    if config is None and verb != "report":
+        raise InputError(f"give a recipe: infalign {verb} --config RECIPE.yaml (or --config quickstart)")
+    options = {name: flags.pop(name) for name in _OPTIONS.get(verb, {}) if name in flags}
+    recipe = load_recipe(config, flags)
+    stage = _stage(verb, verb)
+    if verb == "run":
+        stage(recipe, dry=_as_bool("dry_run", options.get("dry_run", False)))
+    elif verb == "generate":
+        stage(recipe, **options)
+    elif verb == "report":
+        print(f"report: {stage(recipe)}")
+    else:
+        result = stage(recipe)
+        if verb == "evaluate":
+            _stage("evaluate", "tell")(result)
+        if verb == "train" and result["trained"]:
+            print(f"policy: {result['folder']} ({result['steps']} steps)")
+    return 0
+
+
+_OPTIONS: dict[str, dict[str, str]] = {
+    "run": {"dry_run": "check everything, estimate tokens, memory and time; write nothing"},
+    "generate": {"prompts": "file of prompts; unset: the test prompts", "output": "JSONL to write"},
+}
+
+
+def _stage(module: str, name: str) -> Callable[..., Any]:
+    return getattr(importlib.import_module(f"infalign.stages.{module}"), name)
+
+
+def _as_bool(name: str, value: Any) -> bool:
+    if isinstance(value, bool) or str(value).lower() in ("true", "false"):
+        return str(value).lower() == "true"
+    raise InputError(f"--{name}: expected true or false, got {value!r}")
+
+
+def _verb_help(verb: str) -> str:
+    """The keys that a recipe may set, by heading, with their defaults."""
+    from infalign.stages.recipe import Recipe, own_keys  # noqa: PLC0415 - keeps --help fast
+
+    defaults = Recipe()
+    lines = [f"usage: infalign {verb} --config RECIPE.yaml [--KEY VALUE ...]", "", VERBS[verb], ""]
+    for option, text in _OPTIONS.get(verb, {}).items():
+        lines.append(f"  --{option:<25} {text}")
+    kind = ""
+    for one in own_keys():
+        if one.metadata["kind"] != kind:
+            kind = one.metadata["kind"]
+            lines += ["", f"{kind}:"]
+        value = getattr(defaults, one.name)
+        shown = "" if value in (None, "", [], {}) else f" [{value}]"
+        lines.append(f"  --{one.name:<25} {one.metadata['help']}{shown}")
+    lines += ["", "training: every field of TRL's RLOOConfig and ModelConfig (learning_rate, max_steps, use_peft, ...)"]
+    return "\n".join(lines)
+
+
+def _theory(words: list[str]) -> int:
+    parser = _Parser(prog="infalign theory", description=VERBS["theory"], allow_abbrev=False)
+    parser.add_argument("--procedure", default="best_of_n", help="best_of_n, worst_of_n, kth_of_n, random_n, soft_best_of_n")
+    parser.add_argument("--n", type=int, default=4, help="candidates drawn")
+    parser.add_argument("--k", type=int, help="for kth_of_n: the k-th best")
+    parser.add_argument("--tilt", type=float, help="for soft_best_of_n")
+    parser.add_argument("--pmf", type=float, nargs="+", help="for random_n: P(N=1) P(N=2) ...")
+    parser.add_argument("--kl", type=float, help="nats; give exactly one of --kl and --beta")
+    parser.add_argument("--beta", type=float)
+    parser.add_argument("--json", action="store_true", help="machine-readable")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw transforms, densities and win rates")
+    given = parser.parse_args(words)
+    from infalign.stages.theory import theory  # noqa: PLC0415 - keeps --help fast
+    from infalign.theory.procedures import BUILT_IN  # noqa: PLC0415
+
+    if given.procedure not in BUILT_IN:
+        from infalign.runtime.config import nearest  # noqa: PLC0415
+
+        raise InputError(
+            f"procedure {given.procedure!r} is unknown{nearest(given.procedure, BUILT_IN)} (one of {', '.join(BUILT_IN)})"
+        )
+    arguments = {name: getattr(given, name) for name in ("k", "tilt", "pmf") if getattr(given, name) is not None}
+    if given.procedure != "random_n":
+        arguments["n"] = given.n
+    try:
+        procedure = BUILT_IN[given.procedure](**arguments)
+    except TypeError as error:
+        raise InputError(f"procedure {given.procedure}: {error}") from error
+    if given.plot and Path(given.plot).suffix.lower() != ".png":
+        raise InputError(f"--plot writes a PNG, got {given.plot!r}: name it FILE.png")
+    theory(procedure, kl=given.kl, beta=given.beta, as_json=given.json, plot=given.plot)
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse that raises its one line instead of printing the usage before it."""
+
+    def error(self, message: str) -> Any:
+        raise InputError(f"{message} (see {self.prog} --help)")
+
+
+def _quiet_libraries() -> None:
+    """Telemetry off, and none of the libraries' start-up chatter; a user's own settings win."""
+    for name, value in {
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TRL_EXPERIMENTAL_SILENCE": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TRACKIO_TELEMETRY": "0",
+    }.items():
+        os.environ.setdefault(name, value)
+    if not Path("/dev/nvidiactl").exists():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")

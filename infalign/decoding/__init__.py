@@ -1,0 +1,1 @@
+"""Decoding: a sampler, a reward and a procedure make one chosen completion a prompt."""

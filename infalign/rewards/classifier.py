@@ -1,0 +1,255 @@
+"""Scores from a sequence-classification model, independent of how the batch is padded.
+
+Deviations from TRL's scoring: chats are rendered and text is tokenized by the reward model's own tokenizer with its
+own special tokens (TRL adds none to text); a decoder's score is read at the last real token by the attention mask
+(transformers looks for the last token that is not the padding token, so with pad = eos it skips a closing eos); the
+head is float32. Logits only, no softmax.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from infalign.rewards.classifier_loading import (
+    choose_label,
+    keep_head_in_float32,
+    load_classifier,
+    model_fingerprint,
+)
+from infalign.rewards.contract import Text
+from infalign.types import InputError, RewardError
+
+TooLong = Literal["error", "truncate", "mask"]
+TOO_LONG = ("error", "truncate", "mask")
+_PROBE = ("Yes.", "The answer to this is a little longer than that, and it ends here.", "No, I do not think so.")
+
+
+class ClassifierReward:
+    """A reward model as a TRL reward function.
+
+    Args:
+        model_or_path: folder, Hub id, or a model (evaluation mode is set, gradients are switched off).
+        tokenizer: the reward model's own; None loads it from the same place.
+        label: index or name of the logit that is the reward; needed unless the model has one label.
+        batch_tokens: padded tokens per forward pass, at least one sequence.
+        max_length: tokens of prompt and completion; None takes the model's context.
+        too_long: a longer sequence is an `error`, loses tokens at the left (`truncate`; a leading special token
+            stays), or gets no score (`mask`). The last two are counted.
+        device: None is this process's GPU or the CPU.
+        dtype: of the backbone, "auto" as stored.
+        chat_template: jinja text to use in place of the tokenizer's.
+        chat_template_kwargs: extra variables of the template.
+        trust_remote_code: run Python code that comes with the model.
+
+    Attributes:
+        counts: `scored`, `truncated`, `masked` (completions).
+        fingerprint: of weights, tokenizer and the options that shape scores.
+
+    Raises:
+        InputError: no trained head, no choice of label, chats without template, or scores that depend on the batch.
+    """
+
+    def __init__(
+        self,
+        model_or_path: Any,
+        *,
+        tokenizer: Any = None,
+        label: int | str | None = None,
+        batch_tokens: int = 16384,
+        max_length: int | None = None,
+        too_long: TooLong = "error",
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype = "auto",
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        _check_options(batch_tokens, max_length, too_long)
+        loaded = load_classifier(
+            model_or_path, tokenizer=tokenizer, device=device, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+        self.model, self.tokenizer, self.name = loaded.model, loaded.tokenizer, loaded.name
+        self.__name__ = self.name.rstrip("/").split("/")[-1]
+        self.label = choose_label(self.model.config, label, self.name)
+        self.batch_tokens, self.too_long = batch_tokens, too_long
+        self.max_length = max_length or _context(self.model, self.tokenizer)
+        self.chat_template = chat_template or getattr(self.tokenizer, "chat_template", None)
+        self.chat_template_kwargs = dict(chat_template_kwargs or {})
+        self.counts = {"scored": 0, "truncated": 0, "masked": 0}
+        weights = model_fingerprint(self.model, self.tokenizer)
+        template = (self.chat_template, sorted(self.chat_template_kwargs.items()))
+        self.fingerprint = f"{weights}:{self.label}:{self.max_length}:{too_long}:{_digest(template)}"
+        self._backbone = keep_head_in_float32(self.model)
+        self._is_decoder = (
+            isinstance(getattr(self.model, "score", None), nn.Module) and self._backbone is not self.model
+        )
+        self._skipped_id = getattr(_text_config(self.model), "pad_token_id", None)
+        self._pad_id = _pad_id(self.model, self.tokenizer, set_in_config=not self._is_decoder)
+        self._check_batching()
+
+    def __call__(
+        self, prompts: Sequence[Text], completions: Sequence[Text], completion_ids: Any = None, **columns: Any
+    ) -> NDArray[np.float64]:
+        """Scores (B,), one logit per completion; NaN where `too_long="mask"` left one out.
+
+        Raises:
+            RewardError: a sequence is too long under `too_long="error"`.
+            InputError: chats for a tokenizer without chat template.
+        """
+        sequences = [self.encode(p, c) for p, c in zip(prompts, completions, strict=True)]
+        kept = [self._fitted(ids, index) for index, ids in enumerate(sequences)]
+        scores = np.full(len(kept), np.nan)
+        chosen = [index for index, ids in enumerate(kept) if ids is not None]
+        scores[chosen] = self.score([ids for ids in kept if ids is not None])
+        self.counts["scored"] += len(chosen)
+        return scores
+
+    def encode(self, prompt: Text, completion: Text) -> list[int]:
+        """Token ids of prompt and completion as this model sees them: one beginning token at most.
+
+        Raises:
+            InputError: a chat and no template, or a template that refuses it.
+        """
+        if isinstance(prompt, str) and isinstance(completion, str):
+            ids = list(self.tokenizer(prompt + completion)["input_ids"])
+        else:
+            ids = self._encode_chat(_as_messages(prompt, "user") + _as_messages(completion, "assistant"))
+        bos = self.tokenizer.bos_token_id
+        while bos is not None and ids[:2] == [bos, bos]:
+            ids = ids[1:]
+        if not ids:
+            raise InputError(f"reward model {self.name!r}: prompt and completion together have no tokens")
+        return ids
+
+    def render(self, prompt: Text, completion: Text) -> str:
+        """The text that `encode` stands for, special tokens shown: to print one example."""
+        return self.tokenizer.decode(self.encode(prompt, completion))
+
+    def score(self, sequences: Sequence[list[int]]) -> NDArray[np.float64]:
+        """Logits (B,) of token sequences, in length-bucketed batches, longest first."""
+        scores = np.empty(len(sequences))
+        for batch in _buckets([len(ids) for ids in sequences], self.batch_tokens):
+            scores[batch] = self._forward([sequences[index] for index in batch])
+        return scores
+
+    @torch.inference_mode()
+    def _forward(self, sequences: Sequence[list[int]]) -> NDArray[np.float64]:
+        lengths = torch.tensor([len(ids) for ids in sequences])
+        width = int(lengths.max())
+        padded = [ids + [self._pad_id] * (width - len(ids)) for ids in sequences]
+        device = next(self.model.parameters()).device
+        inputs = torch.tensor(padded, device=device)
+        mask = (torch.arange(width) < lengths[:, None]).long().to(device)
+        if self._is_decoder:
+            hidden = self._backbone(input_ids=inputs, attention_mask=mask, use_cache=False).last_hidden_state
+            last = torch.tensor([_last_index(ids, self._skipped_id) for ids in sequences], device=device)
+            logits = self.model.score(hidden[torch.arange(len(sequences), device=device), last])
+        else:
+            logits = self.model(input_ids=inputs, attention_mask=mask).logits
+        return logits[:, self.label].double().cpu().numpy()
+
+    def _encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
+        if not self.chat_template:
+            raise InputError(
+                f"the prompts are chats but the tokenizer of the reward model {self.name!r} has no chat template; "
+                f"give chat_template, or use text prompts"
+            )
+        try:
+            ids = self.tokenizer.apply_chat_template(
+                messages,
+                chat_template=self.chat_template,
+                tokenize=True,
+                return_dict=False,
+                **self.chat_template_kwargs,
+            )
+        except Exception as error:  # jinja errors, and whatever a template raises by itself
+            roles = ", ".join(message["role"] for message in messages)
+            raise InputError(
+                f"the chat template of the reward model {self.name!r} refuses a chat with the roles {roles}: {error}"
+            ) from error
+        return list(ids)
+
+    def _fitted(self, ids: list[int], index: int) -> list[int] | None:
+        limit = self.max_length
+        if limit is None or len(ids) <= limit:
+            return ids
+        if self.too_long == "error":
+            raise RewardError(
+                f"completion {index} has {len(ids)} tokens with its prompt, the reward model {self.name!r} takes "
+                f"{limit}; shorten prompts or completions, or set too_long to truncate or mask"
+            )
+        self.counts["truncated" if self.too_long == "truncate" else "masked"] += 1
+        if self.too_long == "mask":
+            return None
+        first = {self.tokenizer.bos_token_id, self.tokenizer.cls_token_id} - {None}
+        keep = ids[:1] if ids[0] in first and limit > 1 else []
+        return keep + ids[len(ids) - limit + len(keep) :]
+
+    def _check_batching(self) -> None:
+        """Scores one by one must be the scores of a padded batch; says both when they are not."""
+        sequences = [list(self.tokenizer(text)["input_ids"])[: self.max_length] or [self._pad_id] for text in _PROBE]
+        alone = np.concatenate([self._forward([ids]) for ids in sequences])
+        together = self._forward(sequences)
+        exact = next(self._backbone.parameters()).dtype == torch.float32
+        tolerance = (1e-3 if exact else 5e-2) * max(1.0, float(np.abs(alone).max()))
+        if not np.abs(alone - together).max() <= tolerance:
+            raise InputError(
+                f"reward model {self.name!r}: the score depends on the batch ({alone.round(4).tolist()} one by one, "
+                f"{together.round(4).tolist()} together); its code ignores the padding, or its weights are not finite"
+            )
+
+
+def _check_options(batch_tokens: int, max_length: int | None, too_long: str) -> None:
+    if batch_tokens < 1 or (max_length is not None and max_length < 1):
+        raise InputError(f"batch_tokens and max_length are at least 1 token, got {batch_tokens} and {max_length}")
+    if too_long not in TOO_LONG:
+        raise InputError(f"too_long is one of {', '.join(TOO_LONG)}, got {too_long!r}")
+
+
+def _buckets(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Indices in batches of similar length, longest first, each of at most `batch_tokens` padded tokens."""
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    start = 0
+    while start < len(order):
+        size = max(1, batch_tokens // lengths[order[start]])
+        yield order[start : start + size]
+        start += size
+
+
+def _as_messages(content: Text, role: str) -> list[dict[str, str]]:
+    return [{"role": role, "content": content}] if isinstance(content, str) else list(content)
+
+
+def _context(model: Any, tokenizer: Any) -> int | None:
+    limits = (getattr(model.config, "max_position_embeddings", None), getattr(tokenizer, "model_max_length", None))
+    return min((limit for limit in limits if limit is not None and 0 < limit < 10**9), default=None)
+
+
+def _last_index(ids: Sequence[int], skipped_id: int | None) -> int:
+    """Index of the last token that is not `skipped_id`, 0 if there is none."""
+    return max((index for index, token_id in enumerate(ids) if token_id != skipped_id), default=0)
+
+
+def _text_config(model: Any) -> Any:
+    return model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+
+
+def _pad_id(model: Any, tokenizer: Any, *, set_in_config: bool) -> int:
+    """Any id will do where the mask is obeyed; a model that pools by itself gets it in its config."""
+    config = _text_config(model)
+    ids = (tokenizer.pad_token_id, getattr(config, "pad_token_id", None), tokenizer.eos_token_id, 0)
+    pad_id = next(token_id for token_id in ids if token_id is not None)
+    if set_in_config and getattr(config, "pad_token_id", None) is None:
+        config.pad_token_id = pad_id
+    return pad_id
+
+
+def _digest(value: Any) -> str:
+    return hashlib.blake2b(repr(value).encode(), digest_size=4).hexdigest()

@@ -1,0 +1,161 @@
+"""A sequence-classification reward model with its tokenizer, loaded and checked; nothing is scored here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from infalign.types import InputError
+
+_SAMPLED = 64
+"""Entries of every weight that go into the fingerprint."""
+
+
+@dataclass(frozen=True)
+class LoadedClassifier:
+    """A model in evaluation mode, its tokenizer, and where it came from."""
+
+    model: Any
+    tokenizer: Any
+    name: str
+
+
+def load_classifier(
+    model_or_path: Any,
+    *,
+    tokenizer: Any = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype = "auto",
+    trust_remote_code: bool = False,
+) -> LoadedClassifier:
+    """The model (from a path, a Hub id, or given) on its device, and its own tokenizer.
+
+    Weights are read from safetensors only. `device=None` is this process's GPU, or the CPU; a given model stays where
+    it is. `dtype` is of the backbone ("auto": as stored).
+
+    Raises:
+        InputError: the model or tokenizer cannot be loaded, or weights (e.g. the head) are missing from the files.
+    """
+    if isinstance(model_or_path, nn.Module):
+        model, name = model_or_path, _model_name(model_or_path)
+    else:
+        name = str(model_or_path)
+        model = _from_files(name, dtype, trust_remote_code).to(device or default_device())
+    model.requires_grad_(False).eval()
+    source = name if tokenizer is None else tokenizer
+    if isinstance(source, (str, Path)):
+        source = _tokenizer(str(source), trust_remote_code)
+    return LoadedClassifier(model, source, name)
+
+
+def default_device() -> torch.device:
+    """This process's current GPU, or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def choose_label(config: Any, label: int | str | None, name: str) -> int:
+    """The column of the logits that is the reward.
+
+    Args:
+        config: the model's, with `num_labels` and `id2label`.
+        label: index or name; may be left out for a model with one label.
+        name: the model's, for messages.
+
+    Raises:
+        InputError: several labels and none chosen, or no such label.
+    """
+    count = config.num_labels
+    names = {int(index): str(text) for index, text in config.id2label.items()}
+    listing = ", ".join(f"{index}: {names.get(index, '?')}" for index in range(count))
+    if label is None:
+        if count == 1:
+            return 0
+        raise InputError(
+            f"reward model {name!r} has {count} labels ({listing}); set label to the one that is the reward"
+        )
+    by_name = {text: index for index, text in names.items()}
+    index = by_name.get(label, -1) if isinstance(label, str) else label
+    if isinstance(label, bool) or not isinstance(index, int) or not 0 <= index < count:
+        raise InputError(f"reward model {name!r} has no label {label!r}; its labels are {listing}")
+    return index
+
+
+def keep_head_in_float32(model: nn.Module) -> nn.Module:
+    """The backbone of `model`, after turning everything above it to float32 (also its inputs).
+
+    In bf16 a head rounds scores to 3 digits, and distinct completions tie.
+    """
+    backbone = getattr(model, getattr(model, "base_model_prefix", ""), None)
+    if not isinstance(backbone, nn.Module):
+        return model
+    for child in model.children():
+        if child is not backbone:
+            child.float()
+            child.register_forward_pre_hook(_to_float32)
+    return backbone
+
+
+def model_fingerprint(model: nn.Module, tokenizer: Any) -> str:
+    """16 hex digits over the class, the shapes and 64 evenly spread entries of every weight, and the tokenizer.
+
+    The same for a path, a copy of it, and the model in memory, on any device.
+    """
+    digest = hashlib.blake2b(type(model).__name__.encode(), digest_size=8)
+    for key, weight in model.state_dict().items():
+        flat = weight.detach().reshape(-1)
+        step = max(1, flat.numel() // _SAMPLED)
+        digest.update(f"{key}{tuple(weight.shape)}{weight.dtype}".encode())
+        digest.update(flat[::step][:_SAMPLED].cpu().double().numpy().tobytes())
+    parts = [tokenizer.get_vocab(), str(getattr(tokenizer, "chat_template", None)), list(tokenizer("a b")["input_ids"])]
+    digest.update(json.dumps(parts, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def _from_files(name: str, dtype: Any, trust_remote_code: bool) -> Any:
+    try:
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            name, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True, output_loading_info=True
+        )
+    except Exception as error:  # OS, network, configuration and shape errors; all are the recipe's to mend
+        raise InputError(
+            f"reward model {name!r} cannot be loaded as a sequence classifier ({_one_line(error)}); give a folder or "
+            f"Hub id with safetensors weights"
+        ) from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        unused = sorted(info["unexpected_keys"])[:3]
+        other = f"; the files have {', '.join(unused)} instead" if unused else ""
+        raise InputError(
+            f"reward model {name!r} has no trained {', '.join(missing[:3])}: it would be freshly initialised and score "
+            f"at random{other}; give a trained reward model"
+        )
+    return model
+
+
+def _tokenizer(name: str, trust_remote_code: bool) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except Exception as error:  # as above
+        raise InputError(
+            f"no tokenizer for the reward model at {name!r} ({_one_line(error)}); save it beside the model or pass one"
+        ) from error
+
+
+def _model_name(model: nn.Module) -> str:
+    return getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
+
+
+def _to_float32(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs)
+
+
+def _one_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return f"{type(error).__name__}: {text.splitlines()[0][:200]}"

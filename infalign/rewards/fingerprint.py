@@ -1,0 +1,82 @@
+"""Short hashes of where a reward comes from, so that a changed reward never passes for the old one.
+
+They cover the source file (or the package version, or the source text of a function), the name, the keyword arguments,
+and the plain values (numbers, text, lists of them) that a function's closure or an object holds; not the files that the
+source imports, nor other objects it holds. An object with a `fingerprint` attribute speaks for itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+
+def digest(*parts: Any) -> str:
+    """16 hex digits over the parts, written as JSON with sorted keys (other objects by their `repr`).
+
+    >>> digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
+    True
+    """
+    text = json.dumps(parts, sort_keys=True, default=repr)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """16 hex digits over the content of a file."""
+    return hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
+
+
+def module_digest(module: Any) -> list[str]:
+    """Name, version of the distribution, and source hash of an imported module, as far as they can be found."""
+    source = getattr(module, "__file__", None)
+    content = file_digest(Path(source)) if source and Path(source).is_file() else ""
+    return [module.__name__, _version(module.__name__.partition(".")[0]), content]
+
+
+def callable_digest(function: Callable[..., Any]) -> list[Any]:
+    """Name, source text and plain state of a callable (or of its class); of a `partial` also what is bound."""
+    if isinstance(function, partial):
+        return [callable_digest(function.func), list(map(repr, function.args)), _plain(function.keywords)]
+    described = function if inspect.isroutine(function) or inspect.isclass(function) else type(function)
+    try:
+        source = inspect.getsource(described)
+    except (OSError, TypeError):  # built in, or typed at a prompt
+        source = ""
+    return [getattr(described, "__qualname__", repr(described)), source, _state(function)]
+
+
+def _state(function: Callable[..., Any]) -> dict[str, Any]:
+    """Plain values in the closure, the defaults or the attributes; of a lambda, which shares its line, the code."""
+    state = {} if inspect.isclass(function) else dict(getattr(function, "__dict__", {}))
+    if inspect.isfunction(function):
+        state |= inspect.getclosurevars(function).nonlocals
+        state |= {"(defaults)": function.__defaults__, "(keyword defaults)": function.__kwdefaults__}
+        if function.__name__ == "<lambda>":
+            code = function.__code__
+            state |= {"(code)": code.co_code.hex(), "(names)": code.co_names, "(constants)": code.co_consts}
+    return _plain({name: value for name, value in state.items() if _is_plain(value)})
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return _is_plain(list(value)) and _is_plain(list(value.values()))
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (str, bytes, int, float, complex))
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, str]:
+    return {name: repr(value) for name, value in sorted(values.items())}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""

@@ -1,0 +1,197 @@
+"""The guard around any reward: time-outs, bounded retries, and what happens to a batch that still fails.
+
+An exception or a time-out may pass, so it is tried again; a wrong count or type will not, so it raises at once. A
+failure is never a number.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import random
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from infalign.rewards.calls import CoroutineRunner, in_thread, is_async
+from infalign.rewards.contract import Text, as_rewards
+from infalign.rewards.reasoning import strip_reasoning as strip
+from infalign.types import InputError, RewardError
+
+logger = logging.getLogger(__name__)
+
+OnError = Literal["error", "mask"]
+ON_ERROR = ("error", "mask")
+LONGEST_WAIT = 60.0
+"""Seconds: no pause between two attempts is longer."""
+
+
+class GuardedReward:
+    """A reward function that times out, retries, checks what comes back, and keeps count.
+
+    Args:
+        function: sync or async, see `infalign.rewards.contract`. A function without `**kwargs` gets only the arguments
+            it names.
+        name: for messages and for TRL's logs.
+        on_error: after the last attempt, `error` raises RewardError and `mask` gives the batch no score. An infinite
+            value is an error, or no score for its completion, likewise.
+        retries: further attempts after the first.
+        timeout: seconds per attempt, or None. A sync function that hangs is left behind in a daemon thread.
+        backoff: seconds before the first retry, doubled each time, times a random factor in [0.5, 1.5].
+        strip_reasoning: (opening tag, closing tag) of reasoning that the function must not see, or None.
+
+    Attributes:
+        counts: `calls` (batches), `scored` and `missing` (completions), `infinite` (completions masked for it),
+            `failures` (batches masked), `timeouts` and `retries` (attempts).
+
+    >>> GuardedReward(lambda completions: [len(c) for c in completions], name="length")(["a"], ["four"])
+    array([4.])
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        *,
+        name: str,
+        on_error: OnError = "error",
+        retries: int = 2,
+        timeout: float | None = None,
+        backoff: float = 1.0,
+        strip_reasoning: tuple[str, str] | None = None,
+    ) -> None:
+        _check_options(name, on_error, retries, timeout, backoff, strip_reasoning)
+        self.function = function
+        self.name = self.__name__ = name
+        self.on_error = on_error
+        self.retries = retries
+        self.timeout = timeout
+        self.backoff = backoff
+        self.strip_reasoning = None if strip_reasoning is None else tuple(strip_reasoning)
+        self.counts: dict[str, int] = dict.fromkeys(
+            ("calls", "scored", "missing", "infinite", "failures", "timeouts", "retries"), 0
+        )
+        self._signature = _signature(function)
+        self._coroutines = CoroutineRunner()
+
+    def __call__(
+        self, prompts: Sequence[Text], completions: Sequence[Text], completion_ids: Any = None, **columns: Any
+    ) -> NDArray[np.float64]:
+        """Scores of B completions, float64 (B,), NaN for no score.
+
+        Raises:
+            RewardError: the function's contract is broken (always), or all attempts failed (`on_error="error"`).
+        """
+        self.counts["calls"] += 1
+        if not len(completions):
+            return np.empty(0)
+        if self.strip_reasoning is not None:
+            completions = [strip(completion, *self.strip_reasoning) for completion in completions]
+        arguments = self._arguments(
+            {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}, columns
+        )
+        try:
+            rewards = self._checked(self._attempts(arguments), len(completions))
+        except _AllFailed as failure:
+            rewards = self._failed(failure, len(completions))
+        missing = int(np.isnan(rewards).sum())
+        self.counts["missing"] += missing
+        self.counts["scored"] += len(rewards) - missing
+        return rewards
+
+    def _arguments(self, lists: dict[str, Any], columns: dict[str, Any]) -> dict[str, Any]:
+        outside_trainer = {"trainer_state": None, "log_extra": _ignore, "log_metric": _ignore}
+        arguments = {**outside_trainer, **columns, **lists}
+        if self._signature is None:
+            return arguments
+        named = self._signature.parameters.values()
+        lacking = [
+            p.name for p in named
+            if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in arguments
+        ]  # fmt: skip
+        if lacking:
+            raise RewardError(
+                f"reward {self.name!r} needs the column {lacking[0]!r}, which the data does not have; "
+                f"its columns are {', '.join(columns) or 'none'}"
+            )
+        if any(p.kind is p.VAR_KEYWORD for p in named):
+            return arguments
+        return {p.name: arguments[p.name] for p in named if p.name in arguments}
+
+    def _attempts(self, arguments: dict[str, Any]) -> Any:
+        cause: Exception | None = None
+        for attempt in range(self.retries + 1):
+            try:
+                return self._call(arguments)
+            except (RewardError, InputError):
+                raise
+            except Exception as error:  # a reward is foreign code: anything it raises may be passing trouble
+                self.counts["timeouts"] += isinstance(error, TimeoutError)
+                cause = error
+            if attempt < self.retries:
+                self.counts["retries"] += 1
+                time.sleep(min(self.backoff * 2**attempt, LONGEST_WAIT) * random.uniform(0.5, 1.5))
+        raise _AllFailed(self.retries + 1) from cause
+
+    def _call(self, arguments: dict[str, Any]) -> Any:
+        if is_async(self.function):
+            return self._coroutines.run(self.function(**arguments), self.timeout)
+        output = in_thread(lambda: self.function(**arguments), self.timeout)
+        return self._coroutines.run(output, self.timeout) if inspect.isawaitable(output) else output
+
+    def _checked(self, output: Any, count: int) -> NDArray[np.float64]:
+        rewards = as_rewards(output, count, self.name, infinite="error" if self.on_error == "error" else "keep")
+        infinite = np.isinf(rewards)
+        self.counts["infinite"] += int(infinite.sum())
+        rewards[infinite] = np.nan
+        return rewards
+
+    def _failed(self, failure: _AllFailed, count: int) -> NDArray[np.float64]:
+        cause = failure.__cause__
+        lines = str(cause).strip().splitlines()
+        what = f"{type(cause).__name__}: {lines[0][:200]}" if lines else type(cause).__name__
+        message = f"reward {self.name!r} failed {failure.attempts} times in a row ({what})"
+        if self.on_error == "error":
+            raise RewardError(f"{message}; mend it, or set on_error to mask") from cause
+        self.counts["failures"] += 1
+        logger.warning("%s; %d completions have no score", message, count)
+        return np.full(count, np.nan)
+
+
+class _AllFailed(Exception):
+    """Every attempt failed; the last cause is chained."""
+
+    def __init__(self, attempts: int) -> None:
+        super().__init__(attempts)
+        self.attempts = attempts
+
+
+def _ignore(*_args: Any, **_kwargs: Any) -> None:
+    """Stands for TRL's `log_extra` and `log_metric` outside a trainer."""
+
+
+def _signature(function: Callable[..., Any]) -> inspect.Signature | None:
+    try:
+        return inspect.signature(function)
+    except (TypeError, ValueError):  # builtins without one
+        return None
+
+
+def _check_options(
+    name: str, on_error: str, retries: int, timeout: float | None, backoff: float, tags: tuple[str, str] | None
+) -> None:
+    problems = []
+    if on_error not in ON_ERROR:
+        problems.append(f"on_error is one of {', '.join(ON_ERROR)}, got {on_error!r}")
+    if not isinstance(retries, int) or retries < 0:
+        problems.append(f"retries is a whole number >= 0, got {retries!r}")
+    if timeout is not None and not timeout > 0:
+        problems.append(f"timeout is seconds > 0 or None, got {timeout!r}")
+    if not backoff >= 0:
+        problems.append(f"backoff is seconds >= 0, got {backoff!r}")
+    if tags is not None and (isinstance(tags, str) or len(tags) != 2 or not all(tags)):
+        problems.append(f"strip_reasoning is a pair of tags, got {tags!r}")
+    if problems:
+        raise InputError(f"reward {name!r}: {'; '.join(problems)}")

@@ -1,0 +1,160 @@
+"""Finding the object that a reward spec names: in a file, or in a module. Each way to miss has its message."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import importlib.util
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from infalign.rewards.fingerprint import file_digest, module_digest
+from infalign.types import InputError
+
+_DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
+
+
+@dataclass(frozen=True)
+class Found:
+    """The object of a spec, a name for logs, and what identifies its source (independent of where the file lies)."""
+
+    value: Any
+    name: str
+    source: list[str]
+
+
+def find_object(spec: str, base_dir: Path, *, what: str = "reward") -> Found | None:
+    """The object named by `path/to/file.py:name`, `package.module:name` or `package.module.name`.
+
+    Args:
+        spec: the name. Files are looked for under `base_dir`, then under the working directory; modules on the
+            import path, then in the same two folders.
+        base_dir: folder of the recipe.
+        what: what is looked for, the first word of every message.
+
+    Returns:
+        None when `spec` has none of these forms (a model's folder or Hub id).
+
+    Raises:
+        InputError: the file, module or name is missing, or importing it fails (the cause in one line).
+    """
+    left, colon, name = spec.rpartition(":")
+    if spec.endswith(".py") or (colon and left.endswith(".py")):
+        shown, name = (spec, "") if spec.endswith(".py") else (left, name)
+        path = find_file(shown, base_dir, what=what)
+        value = _attribute(_load_file(path, base_dir, what), name, shown, what)
+        return Found(value, _telling(name, path.stem), [name, file_digest(path)])
+    if not (colon and _is_module_name(left)):
+        if not _DOTTED.fullmatch(spec):
+            return None
+        left, _, name = spec.rpartition(".")
+    module = _import(left, base_dir, spec, what)
+    value = _attribute(module, name, left, what)
+    defined_in = sys.modules.get(getattr(value, "__module__", None) or "", module)
+    return Found(value, _telling(name, left.rpartition(".")[2]), [name, *module_digest(defined_in)])
+
+
+def _telling(name: str, place: str) -> str:
+    """`name`, or where it lies when the name says nothing."""
+    return place if name in ("build", "reward", "main") else name
+
+
+def find_file(path: str, base_dir: Path, *, what: str = "reward") -> Path:
+    """The file under `base_dir` or the working directory.
+
+    Raises:
+        InputError: there is none; names the Python files in that folder.
+    """
+    wanted = Path(path).expanduser()
+    for candidate in (base_dir / wanted, wanted):
+        if candidate.is_file():
+            return candidate.resolve()
+    folder = (base_dir / wanted).resolve().parent
+    there = sorted(found.name for found in folder.glob("*.py")) if folder.is_dir() else []
+    hint = f"; that folder has {', '.join(there[:8])}" if there else ""
+    raise InputError(
+        f"{what} {path!r}: no such file under {base_dir.resolve()}{hint}; paths are relative to the recipe"
+    )
+
+
+def _load_file(path: Path, base_dir: Path, what: str) -> ModuleType:
+    unique = hashlib.blake2b(str(path).encode(), digest_size=4).hexdigest()
+    module_spec = importlib.util.spec_from_file_location(f"infalign_reward_{path.stem}_{unique}", path)
+    assert module_spec is not None and module_spec.loader is not None  # the suffix is .py
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_spec.name] = module
+    try:
+        with _import_path(path.parent, base_dir):
+            module_spec.loader.exec_module(module)
+    except Exception as error:  # the user's code, at import: anything
+        sys.modules.pop(module_spec.name, None)
+        raise InputError(f"{what} {path}: importing the file failed ({one_line(error)})") from error
+    return module
+
+
+def _import(name: str, base_dir: Path, spec: str, what: str) -> ModuleType:
+    try:
+        with _import_path(base_dir, Path()):
+            return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name and (name == error.name or name.startswith(error.name + ".")):
+            raise InputError(
+                f"{what} {spec!r}: no module named {error.name!r}; give package.module:name, path/to/file.py:name, "
+                f"or a model's folder or Hub id (owner/name)"
+            ) from error
+        raise InputError(f"{what} {spec!r}: importing {name} failed ({one_line(error)})") from error
+    except Exception as error:  # as above
+        raise InputError(f"{what} {spec!r}: importing {name} failed ({one_line(error)})") from error
+
+
+def _attribute(module: ModuleType, name: str, where: str, what: str) -> Any:
+    public = public_names(module)
+    if not name:
+        raise InputError(f"{what} {where!r}: say which name of it, {where}:NAME; it has {', '.join(public) or 'none'}")
+    try:
+        return getattr(module, name)
+    except AttributeError as error:
+        near = get_close_matches(name, public, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise InputError(f"{what} {where!r} has no {name!r}; {hint}it has {', '.join(public) or 'none'}") from error
+    except ImportError as error:  # lazy modules import on access
+        raise InputError(f"{what} {where}:{name}: importing it failed ({one_line(error)})") from error
+
+
+def public_names(module: ModuleType) -> list[str]:
+    """Names of the callables a module offers: `__all__`, else what it defines itself, else what lazy ones list."""
+    if hasattr(module, "__all__"):
+        return sorted(module.__all__)
+    return sorted(
+        name
+        for name, value in vars(module).items()
+        if not name.startswith("_") and callable(value) and getattr(value, "__module__", None) == module.__name__
+    )
+
+
+def one_line(error: BaseException) -> str:
+    """`TypeName: first line of the message`."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+def _is_module_name(text: str) -> bool:
+    return all(part.isidentifier() for part in text.split("."))
+
+
+@contextlib.contextmanager
+def _import_path(*folders: Path) -> Iterator[None]:
+    """Folders at the END of the import path for a moment: they can add modules, not shadow installed ones."""
+    before = list(sys.path)
+    sys.path.extend(str(folder.resolve()) for folder in folders)
+    try:
+        yield
+    finally:
+        sys.path[:] = before

@@ -1,0 +1,1 @@
+"""Runtime: strict recipes, atomic artifacts, random streams, ranks, progress, loading models. No mathematics."""

@@ -1,0 +1,143 @@
+"""Artifacts are written whole or not at all.
+
+A file or folder is written under a temporary name beside its place, flushed, and renamed: at any instant a reader (or a
+rerun after a kill) finds the old one, the new one or nothing. Every artifact folder carries a `manifest.json`, written
+last, with the *parts* its content depends on; two runs share an artifact exactly when their parts have one fingerprint,
+and when they don't, the parts say which setting differs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from infalign.types import InputError
+
+FORMAT = 1
+_PACKAGES = ("infalign", "torch", "transformers", "trl", "accelerate", "deepspeed", "datasets", "numpy")
+
+
+def fingerprint(parts: object) -> str:
+    """16 hex digits that stand for a JSON-like value, independent of the order of its keys.
+
+    >>> fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
+    True
+    """
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Call `write` with a temporary path beside `path`, flush what it wrote, and rename it into place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write `value` as indented JSON, whole or not at all."""
+    text = json.dumps(value, indent=2, default=str) + "\n"
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def read_json(path: Path, what: str) -> Any:
+    """Read a JSON artifact; a file that is not whole is named, with the way out."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{what} {path} is damaged ({error}): delete it and run again to make it anew") from error
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder that takes the place of `path` when the block ends without an exception."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
+    temporary.mkdir()
+    try:
+        yield temporary
+        if path.exists():
+            old = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.old.tmp"
+            os.replace(path, old)
+            os.replace(temporary, path)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sweep_temporaries(folder: Path) -> None:
+    """Remove what killed writers left under their temporary names."""
+    for leftover in folder.glob(".*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python and of the packages that results depend on; absent ones are left out."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def write_manifest(folder: Path, kind: str, parts: Mapping[str, Any], **more: Any) -> None:
+    """Write `folder/manifest.json`: the last file of an artifact, so that its presence means the artifact is whole.
+
+    Args:
+        folder: the artifact.
+        kind: what it is, e.g. "calibration".
+        parts: everything its content depends on, by name.
+        more: anything worth recording that the content does not depend on.
+    """
+    head = {"format": FORMAT, "kind": kind, "fingerprint": fingerprint(parts)}
+    write_json(folder / "manifest.json", {**head, "parts": dict(parts), **more, "versions": versions()})
+
+
+def read_manifest(folder: Path, kind: str) -> dict[str, Any] | None:
+    """The manifest of an artifact folder, or None when the folder holds no whole artifact.
+
+    Raises:
+        InputError: the manifest is of another kind, or of a newer format than this version reads.
+    """
+    path = folder / "manifest.json"
+    if not path.exists():
+        return None
+    manifest = read_json(path, "the manifest")
+    if manifest.get("kind") != kind:
+        raise InputError(f"{folder} holds a {manifest.get('kind')!r}, not a {kind!r}: use another output_dir")
+    if manifest.get("format") != FORMAT:
+        raise InputError(f"{path} has format {manifest.get('format')}; this infalign reads format {FORMAT}: upgrade it")
+    return manifest
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """The names in `new` whose values differ from `old`, each as "name: old -> new", shortened.
+
+    >>> differences({"a": 1, "b": 2}, {"a": 1, "b": 3})
+    ['b: 2 -> 3']
+    """
+    plain_old, plain_new = (json.loads(json.dumps(dict(side), default=str)) for side in (old, new))
+    names = [name for name in {**plain_old, **plain_new} if plain_old.get(name) != plain_new.get(name)]
+    return [f"{name}: {_short(plain_old.get(name))} -> {_short(plain_new.get(name))}" for name in names]
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,41 @@
+"""Ranks: who am I, whose turn is it. Reads the launcher's environment, so it costs no torch import by itself."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import TypeVar
+
+Item = TypeVar("Item")
+
+
+def rank() -> int:
+    """This process' rank under `accelerate launch` or `torchrun`, 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """The number of processes, 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    """True on the one process that prints and writes."""
+    return rank() == 0
+
+
+def my_share(items: Sequence[Item]) -> list[Item]:
+    """This rank's part of a list that every rank knows: every `world_size()`-th item.
+
+    >>> my_share([1, 2, 3])
+    [1, 2, 3]
+    """
+    return list(items[rank() :: world_size()])
+
+
+def barrier() -> None:
+    """Wait for the other ranks. Only meaningful once a trainer or accelerate has set up the process group."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()

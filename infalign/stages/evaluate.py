@@ -1,0 +1,283 @@
+"""`infalign evaluate`: fresh samples of base and policy on held-out prompts; win rates, KL, the limit, attainment."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from infalign.calibration.diagnostics import duplicate_rate, tie_rate
+from infalign.calibration.table import SampleTable, Wanted
+from infalign.evaluation.limits import Estimate, attainment, cluster_mean, regret_ratio, tie_limit
+from infalign.evaluation.winrate import WinRate, judged_win_rate, win_rate
+from infalign.generation.likelihood import sequence_kl
+from infalign.runtime.artifacts import fingerprint, write_json, write_whole
+from infalign.runtime.console import Progress, notice, say
+from infalign.runtime.distributed import barrier, is_main
+from infalign.stages.experiment import Experiment
+from infalign.stages.filling import fill
+from infalign.stages.output import clear_if_stale
+from infalign.stages.recipe import Recipe, require_plain
+from infalign.theory.optimum import win_rate_limit
+from infalign.theory.procedures import BestOfN, Procedure, WorstOfN
+from infalign.types import InputError, Prompt, Sample
+
+EXAMPLES = 8
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Everything that was sampled and scored, by prompt key; (M,) arrays in sample order, NaN for no score."""
+
+    keys: tuple[str, ...]
+    base: Mapping[str, NDArray[np.float64]]
+    policy: Mapping[str, NDArray[np.float64]]
+    base_gold: Mapping[str, NDArray[np.float64]] | None
+    policy_gold: Mapping[str, NDArray[np.float64]] | None
+
+
+def evaluate(recipe: Recipe, experiment: Experiment | None = None) -> dict[str, Any]:
+    """Measure, and write `evaluation.json` beside the sample tables.
+
+    Returns:
+        The content of `evaluation.json`, and `drawn`, how many samples were drawn now.
+
+    Raises:
+        InputError: no policy, too few samples for the procedure, or a folder of another recipe.
+    """
+    require_plain(recipe)
+    experiment = experiment or Experiment(recipe)
+    _check_samples(recipe, experiment.procedure)
+    experiment.claim_output()
+    prompts = list(experiment.splits.test)
+    base, drawn_base = _sample(experiment, experiment.base_path, "base", prompts)
+    policy, drawn_policy = _sample(experiment, experiment.judged_path, "policy", prompts)
+    kl, log_ratio = _measure_kl(experiment, policy, prompts)
+    measured = _scored(experiment, base, policy, prompts)
+    result = summarise(experiment, measured, kl, log_ratio)
+    result |= _sample_facts(experiment, base, policy, prompts, measured)
+    if is_main():
+        write_json(recipe.output / "evaluation.json", result)
+    barrier()
+    return {**result, "drawn": drawn_base + drawn_policy}
+
+
+def _check_samples(recipe: Recipe, procedure: Procedure) -> None:
+    needed = max([procedure.n, *recipe.eval_n])
+    if recipe.eval_samples < needed:
+        raise InputError(
+            f"eval_samples is {recipe.eval_samples}, but {needed} candidates are drawn (n and eval_n): raise "
+            "eval_samples, or lower n or eval_n"
+        )
+
+
+def _sample(experiment: Experiment, path: str, side: str, prompts: list[Prompt]) -> tuple[SampleTable, int]:
+    recipe = experiment.recipe
+    folder = recipe.output / "evaluation" / side
+    purpose = f"evaluation/{side}"
+    parts = experiment.sampling_parts(path, purpose)
+    clear_if_stale(folder, parts, recipe.overwrite)
+    table = SampleTable.open(folder, parts)
+    drawn = fill(
+        table,
+        [Wanted(prompt, experiment.prompt_ids[prompt.key], recipe.eval_samples) for prompt in prompts],
+        [reward for reward in (experiment.reward, experiment.gold) if reward is not None],
+        lambda: experiment.sampler(path, purpose),
+        max_tokens=recipe.max_completion_length,
+        tokens_per_batch=recipe.tokens_per_batch,
+        title=f"evaluate: {side}",
+    )
+    return table, drawn
+
+
+def _measure_kl(experiment: Experiment, policy: SampleTable, prompts: list[Prompt]) -> tuple[Estimate, Estimate]:
+    """Sequence KL of policy against base: (conditional, k1), clustered by prompt; cached beside the samples."""
+    recipe = experiment.recipe
+    count = min(recipe.kl_samples, recipe.eval_samples)
+    names = [(prompt.key, index) for prompt in prompts for index in range(count)]
+    identity = [policy.parts, experiment.sampling_parts(experiment.base_path, "kl"), names]
+    path = recipe.output / "evaluation" / f"kl-{fingerprint(identity)}.parquet"
+    if not path.exists() and is_main():
+        _write_kl(experiment, policy, prompts, count, path)
+    barrier()
+    table = pq.read_table(path)
+    columns = (table[name].to_numpy().reshape(len(prompts), count) for name in ("conditional", "log_ratio"))
+    conditional, log_ratio = (cluster_mean(list(column)) for column in columns)
+    return conditional, log_ratio
+
+
+def _write_kl(experiment: Experiment, policy: SampleTable, prompts: list[Prompt], count: int, path: Path) -> None:
+    samples = policy.samples()
+    ours, base = experiment.model(experiment.judged_path), experiment.model(experiment.base_path)
+    rows: dict[str, list[Any]] = {"key": [], "index": [], "conditional": [], "log_ratio": []}
+    with Progress("evaluate: KL", len(prompts), "prompts") as progress:
+        for prompt in prompts:
+            drawn = samples[prompt.key][:count]
+            log_ratios, conditionals = sequence_kl(
+                ours,
+                base,
+                [experiment.prompt_ids[prompt.key]] * len(drawn),
+                [sample.token_ids for sample in drawn],
+                temperature=experiment.recipe.temperature,
+            )
+            rows["key"] += [prompt.key] * len(drawn)
+            rows["index"] += [sample.index for sample in drawn]
+            rows["conditional"] += conditionals.tolist()
+            rows["log_ratio"] += log_ratios.tolist()
+            progress.advance()
+    write_whole(path, lambda temporary: pq.write_table(pa.table(rows), temporary))
+
+
+def _scored(experiment: Experiment, base: SampleTable, policy: SampleTable, prompts: list[Prompt]) -> Measured:
+    """The first M rewards of every prompt with enough scores; the others are counted and left out."""
+    count = experiment.recipe.eval_samples
+    tables = {"base": base, "policy": policy}
+    judges = {"": experiment.reward, "_gold": experiment.gold}
+    found: dict[str, Any] = {}
+    for side, table in tables.items():
+        for suffix, judge in judges.items():
+            rows = None if judge is None else table.rewards(judge.fingerprint)
+            found[side + suffix] = None if rows is None else {p.key: rows[p.key][:count] for p in prompts}
+    needed = max([experiment.procedure.n, *experiment.recipe.eval_n])
+    given = [rows for rows in found.values() if rows is not None]
+    keys = tuple(p.key for p in prompts if all(np.isfinite(rows[p.key]).sum() >= needed for rows in given))
+    if not keys:
+        raise InputError(f"no test prompt has {needed} scored samples on both sides: look at the reward")
+    if len(keys) < len(prompts):
+        notice(f"{len(prompts) - len(keys)} of {len(prompts)} test prompts have too few scores and are left out")
+    return Measured(keys=keys, **found)
+
+
+def summarise(experiment: Experiment, measured: Measured, kl: Estimate, log_ratio: Estimate) -> dict[str, Any]:
+    """Win rates under the recipe's procedure and every N asked for, with limits at the measured KL."""
+    recipe, procedure = experiment.recipe, experiment.procedure
+    procedures = [procedure, *(kind(n) for kind in (BestOfN, WorstOfN) for n in recipe.eval_n)]
+    procedures = list(dict.fromkeys(procedures))
+    rows = [_row(measured, one, kl.mean, recipe, judge) for judge in _judges(experiment) for one in procedures]
+    main = next(row for row in rows if row["label"] == repr(procedure) and row["judge"] == "reward")
+    base_rewards = [measured.base[key] for key in measured.keys]
+    tied = tie_limit(procedure, base_rewards, kl.mean)
+    return {
+        "procedure": repr(procedure),
+        "transform": repr(experiment.transform),
+        "beta": experiment.beta,
+        "target_kl": recipe.target_kl,
+        "reward": experiment.reward.name,
+        "gold_reward": experiment.gold.name if experiment.gold else None,
+        "prompts": len(measured.keys),
+        "samples": recipe.eval_samples,
+        "confidence": recipe.confidence,
+        "seed": recipe.seed,
+        "kl": {"mean": kl.mean, "error": kl.error, "k1": log_ratio.mean, "k1_error": log_ratio.error},
+        "win_rates": rows,
+        "main": {
+            **main,
+            "tie_limit": tied,
+            "tie_attainment": attainment(main["mean"], tied, kl.mean),
+            "tie_rate": tie_rate(base_rewards),
+        },
+    }
+
+
+def _judges(experiment: Experiment) -> list[str]:
+    return ["reward"] if experiment.gold is None else ["reward", "gold"]
+
+
+def _row(measured: Measured, procedure: Procedure, kl: float, recipe: Recipe, judge: str) -> dict[str, Any]:
+    found = _win_rate(measured, procedure, recipe, judge)
+    limit = float(win_rate_limit(procedure, max(kl, 0.0)))
+    return {
+        "label": repr(procedure),
+        "kind": procedure.name,
+        "n": procedure.n,
+        "judge": judge,
+        "mean": found.mean,
+        "low": found.low,
+        "high": found.high,
+        "limit": limit,
+        "attainment": attainment(found.mean, limit, kl),
+        "regret_ratio": regret_ratio(found.mean, limit),
+    }
+
+
+def _win_rate(measured: Measured, procedure: Procedure, recipe: Recipe, judge: str) -> WinRate:
+    ours, theirs = ([side[key] for key in measured.keys] for side in (measured.policy, measured.base))
+    if judge == "reward":
+        return win_rate(ours, theirs, procedure, recipe.confidence, recipe.seed)
+    assert measured.policy_gold is not None and measured.base_gold is not None
+    gold, base_gold = ([side[key] for key in measured.keys] for side in (measured.policy_gold, measured.base_gold))
+    return judged_win_rate((ours, gold), (theirs, base_gold), procedure, recipe.confidence, recipe.seed)
+
+
+def _sample_facts(
+    experiment: Experiment, base: SampleTable, policy: SampleTable, prompts: list[Prompt], measured: Measured
+) -> dict[str, Any]:
+    """What the samples look like: mean reward, length, cut and duplicate shares, and a few side by side."""
+    drawn = {"base": base.samples(), "policy": policy.samples()}
+    rewards = {"base": measured.base, "policy": measured.policy}
+    count = experiment.recipe.eval_samples
+    facts: dict[str, Any] = {}
+    for side, samples in drawn.items():
+        rows = [samples[key][:count] for key in measured.keys]
+        flat = [sample for row in rows for sample in row]
+        facts[side] = {
+            "reward": float(np.nanmean(np.concatenate([rewards[side][key] for key in measured.keys]))),
+            "tokens": float(np.mean([len(sample.token_ids) for sample in flat])),
+            "clipped": float(np.mean([not sample.finished for sample in flat])),
+            "duplicates": duplicate_rate([[sample.text for sample in row] for row in rows]),
+        }
+    shown = [prompt for prompt in prompts if prompt.key in set(measured.keys)][:EXAMPLES]
+    facts["examples"] = [_example(experiment, prompt, drawn, rewards) for prompt in shown]
+    return facts
+
+
+def _example(
+    experiment: Experiment, prompt: Prompt, drawn: dict[str, dict[str, list[Sample]]], rewards: dict[str, Any]
+) -> dict[str, Any]:
+    """One prompt with what the decoder picks from the first n samples of either side."""
+    found: dict[str, Any] = {"prompt": prompt.content}
+    for side, samples in drawn.items():
+        scores = rewards[side][prompt.key]
+        scored = np.flatnonzero(np.isfinite(scores))[: experiment.procedure.n]
+        chosen = scored[int(experiment.procedure.select(scores[scored][None], np.random.default_rng(0))[0])]
+        found[side] = {
+            "decoded": {"text": samples[prompt.key][chosen].text, "reward": float(scores[chosen])},
+            "samples": [
+                {"text": samples[prompt.key][row].text, "reward": float(scores[row])} for row in scored.tolist()
+            ],
+        }
+    return found
+
+
+def tell(result: Mapping[str, Any]) -> None:
+    """Print the final table: what was measured, with intervals, the limit at the measured KL, and attainment."""
+    kl, main = result["kl"], result["main"]
+    say()
+    say(f"{result['procedure']}, reward {result['reward']}: policy against base on {result['prompts']} held-out prompts")
+    say(f"  sequence KL {kl['mean']:.3f} ± {kl['error']:.3f} nats (k1 {kl['k1']:.3f} ± {kl['k1_error']:.3f})")
+    say()
+    say(f"  {'decoder':<14}{'judge':<8}{'win rate':<10}{'95 % interval' if result['confidence'] == 0.95 else 'interval':<18}"
+        f"{'limit':<8}{'attainment':<12}{'regret ratio':<12}")
+    for row in result["win_rates"]:
+        mark = "*" if row["label"] == result["procedure"] else " "
+        say(
+            f"{mark} {row['label']:<14}{row['judge']:<8}{row['mean']:<10.3f}[{row['low']:.3f}, {row['high']:.3f}]    "
+            f"{row['limit']:<8.3f}{row['attainment']:<12.2f}{row['regret_ratio']:<12.1f}"
+        )
+    say()
+    say(f"  * the procedure trained for. limit: the most that any method reaches at this KL with a continuous reward;"
+        f" with this reward's ties ({main['tie_rate']:.0%}) it is {main['tie_limit']:.3f} (attainment"
+        f" {main['tie_attainment']:.2f}).")
+
+
+def read_evaluation(folder: Path) -> dict[str, Any] | None:
+    """`evaluation.json` of an output folder, or None."""
+    path = folder / "evaluation.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None

@@ -1,0 +1,282 @@
+"""An experiment: what a recipe's names stand for, each loaded on first use and once.
+
+Stages ask it for prompts, tokens, rewards, models and samplers; two stages that need the same thing share it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from infalign.data.mixture import load_mixture
+from infalign.data.prompts import LoadedPrompts, load_prompts
+from infalign.data.splits import Splits, split_prompts
+from infalign.data.templates import check_lengths, render, with_system
+from infalign.generation.hf import HFSampler
+from infalign.rewards.loader import Reward, load_reward
+from infalign.runtime.artifacts import differences, fingerprint, read_json, write_json
+from infalign.runtime.console import notice
+from infalign.runtime.distributed import is_main
+from infalign.runtime.models import (
+    choose_device,
+    context_length,
+    end_token_ids,
+    load_policy,
+    load_tokenizer,
+    model_fingerprint,
+    resolve_model,
+)
+from infalign.stages.objective import load_procedure, load_transform
+from infalign.stages.recipe import Recipe, require
+from infalign.theory.procedures import Procedure
+from infalign.types import InputError, Prompt, prompt_key
+
+ENGINE = 1  # of the sampler: raise it when the same stream would give other samples
+
+
+class Experiment:
+    """What a recipe stands for.
+
+    Args:
+        recipe: a checked recipe.
+
+    Raises (from the attributes, on first use):
+        InputError: whatever the recipe names is not there or does not fit.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self._models: dict[str, Any] = {}
+
+    # --- models ---------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def base_path(self) -> str:
+        """Folder or Hub id of the base policy."""
+        require(self.recipe, "model_name_or_path")
+        return resolve_model(self.recipe.model_name_or_path, self.recipe.base_dir)
+
+    @property
+    def policy_path(self) -> Path:
+        """Folder of the policy that `train` writes."""
+        return self.recipe.output / "policy"
+
+    @property
+    def judged_path(self) -> str:
+        """Folder or Hub id of the policy that is evaluated or decoded with.
+
+        Raises:
+            InputError: `train` has not finished one.
+        """
+        if self.recipe.policy_name_or_path:
+            return resolve_model(self.recipe.policy_name_or_path, self.recipe.base_dir)
+        if not (self.policy_path / "manifest.json").exists():
+            raise InputError(
+                f"no finished policy in {self.policy_path}: run `infalign train` with this recipe, or give "
+                "--policy_name_or_path"
+            )
+        return str(self.policy_path)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The base policy's tokenizer."""
+        return load_tokenizer(self.base_path, self.recipe.model_revision, self.recipe.trust_remote_code)
+
+    def model(self, path: str | Path) -> Any:
+        """A policy for inference, kept for the next stage."""
+        name = str(path)
+        if name not in self._models:
+            self._models[name] = load_policy(
+                name,
+                device=choose_device(self.recipe.use_cpu),
+                dtype=getattr(torch, self.recipe.dtype),
+                revision=self.recipe.model_revision if name == self.base_path else None,
+                trust_remote_code=self.recipe.trust_remote_code,
+                attn_implementation=self.recipe.attn_implementation,
+            )
+        return self._models[name]
+
+    def release_models(self) -> None:
+        """Let go of loaded policies (before training needs the memory)."""
+        self._models.clear()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def sampler(self, path: str | Path, purpose: str) -> HFSampler:
+        """A sampler of the model at `path`; `purpose` separates its random streams from other stages'."""
+        model = self.model(path)
+        ends = end_token_ids(model, self.tokenizer)
+        return HFSampler(model, self.tokenizer, self.recipe.sampling, ends, f"{self.recipe.seed}/{purpose}")
+
+    def sampling_parts(self, path: str | Path, purpose: str) -> dict[str, Any]:
+        """Everything that shapes the samples of the model at `path`, for fingerprints."""
+        revision = self.recipe.model_revision if str(path) == self.base_path else None
+        return {
+            "model": model_fingerprint(str(path), revision),
+            **self.recipe.sampling.as_dict(),
+            "dtype": self.recipe.dtype,
+            "seed": self.recipe.seed,
+            "purpose": purpose,
+            "engine": ENGINE,
+        }
+
+    # --- prompts --------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def splits(self) -> Splits:
+        """Disjoint train, validation and test prompts, with the system prompt in place."""
+        recipe = self.recipe
+        if not recipe.datasets:
+            require(recipe, "dataset_name")
+        train = self._load(recipe.dataset_train_split)
+        test = self._load(recipe.dataset_test_split) if recipe.dataset_test_split else None
+        for loaded in (train, test):
+            if loaded is not None and loaded.duplicates:
+                notice(f"{loaded.duplicates} duplicate prompts merged ({loaded.rows} rows, {len(loaded.prompts)} prompts)")
+        splits = split_prompts(
+            self.with_system_prompt(train.prompts),
+            None if test is None else self.with_system_prompt(test.prompts),
+            num_train=recipe.num_train_prompts,
+            num_validation=recipe.num_validation_prompts,
+            num_test=recipe.num_test_prompts,
+            seed=recipe.seed,
+        )
+        return self._within_length(splits)
+
+    def _load(self, split: str) -> LoadedPrompts:
+        recipe = self.recipe
+        if recipe.datasets:
+            return load_mixture(
+                recipe.datasets,
+                prompt_column=recipe.prompt_column,
+                data_format=recipe.data_format,
+                base_dir=recipe.base_dir,
+            )
+        return load_prompts(
+            str(recipe.dataset_name),
+            config=recipe.dataset_config,
+            split=split,
+            prompt_column=recipe.prompt_column,
+            data_format=recipe.data_format,
+            base_dir=recipe.base_dir,
+            data_dir=recipe.dataset_data_dir,
+        )
+
+    def with_system_prompt(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """Prompts with the recipe's system prompt in front, and their keys accordingly."""
+        if not self.recipe.system_prompt:
+            return list(prompts)
+        contents = [with_system(prompt.content, self.recipe.system_prompt) for prompt in prompts]
+        return [Prompt(content, prompt_key(content), p.columns) for content, p in zip(contents, prompts, strict=True)]
+
+    def _within_length(self, splits: Splits) -> Splits:
+        """The splits without dropped prompts; fills `prompt_ids`."""
+        everything = [*splits.train, *splits.validation, *splits.test]
+        rendered = {prompt.key: self.render(prompt.content) for prompt in everything}
+        checked = check_lengths(
+            rendered,
+            self.recipe.max_prompt_length,
+            self.recipe.prompt_length_policy,
+            context_length(self.base_path, self.recipe.model_revision, self.recipe.trust_remote_code),
+            reserve=self.recipe.max_completion_length,
+            bos_token_id=self.tokenizer.bos_token_id,
+        )
+        for what, keys in (("dropped", checked.dropped), ("truncated", checked.truncated)):
+            if keys:
+                notice(f"{len(keys)} of {len(rendered)} prompts {what}: longer than {checked.limit} tokens")
+        self.prompt_ids = {key: tuple(ids) for key, ids in checked.ids.items()}
+        kept = {
+            name: tuple(prompt for prompt in getattr(splits, name) if prompt.key in checked.ids)
+            for name in ("train", "validation", "test")
+        }
+        return dataclasses.replace(splits, **kept)
+
+    def render(self, content: Any) -> list[int]:
+        """Token ids of a prompt as the model sees it."""
+        return render(self.tokenizer, content, chat_template_kwargs=self.recipe.chat_template_kwargs)
+
+    def ids_of(self, content: Any) -> list[int]:
+        """Token ids of one of the experiment's prompts, after the length policy."""
+        return list(self.prompt_ids[prompt_key(content)])
+
+    # --- what is optimised ----------------------------------------------------------------------------------------
+
+    @cached_property
+    def reward(self) -> Reward:
+        """The reward that is calibrated, trained on and decoded with."""
+        require(self.recipe, "reward")
+        return self._reward(str(self.recipe.reward), self.recipe.reward_kwargs)
+
+    @cached_property
+    def gold(self) -> Reward | None:
+        """The reward that judges beside it, or None."""
+        if not self.recipe.gold_reward:
+            return None
+        return self._reward(self.recipe.gold_reward, self.recipe.gold_reward_kwargs)
+
+    def _reward(self, spec: str, kwargs: dict[str, Any]) -> Reward:
+        return load_reward(
+            spec,
+            kwargs,
+            base_dir=self.recipe.base_dir,
+            on_error=self.recipe.reward_on_error,
+            retries=self.recipe.reward_retries,
+            timeout=self.recipe.reward_timeout,
+            strip_reasoning=("<think>", "</think>") if self.recipe.strip_reasoning else None,
+        )
+
+    @cached_property
+    def procedure(self) -> Procedure:
+        """The inference procedure."""
+        return load_procedure(self.recipe)
+
+    @cached_property
+    def transform(self) -> Any:
+        """The transform of the calibrated reward."""
+        return load_transform(self.recipe, self.procedure)[0]
+
+    @cached_property
+    def beta(self) -> float:
+        """The KL coefficient, given or from the target KL."""
+        return load_transform(self.recipe, self.procedure)[1]
+
+    # --- the output folder ----------------------------------------------------------------------------------------
+
+    def claim_output(self) -> None:
+        """Make `output_dir` this experiment's own, or see that it is.
+
+        Raises:
+            InputError: it belongs to another recipe (what differs is named), or holds something else.
+        """
+        require(self.recipe, "output_dir")
+        folder, path = self.recipe.output, self.recipe.output / "recipe.json"
+        identity = self._identity()
+        if path.exists():
+            found = differences(read_json(path, "the recipe record")["identity"], identity)
+            if found and not self.recipe.overwrite:
+                raise InputError(
+                    f"output_dir {folder} belongs to another recipe ({'; '.join(found)}): give another --output_dir, "
+                    "or --overwrite to replace what it holds"
+                )
+        elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise InputError(f"output_dir {folder} is not empty and is not infalign's: give another --output_dir")
+        if is_main():
+            values = {
+                one.name: getattr(self.recipe, one.name)
+                for one in dataclasses.fields(self.recipe)
+                if one.name not in ("base_dir", "overwrite")
+            }
+            write_json(path, {"identity": identity, "fingerprint": fingerprint(identity), "recipe": values})
+
+    def _identity(self) -> dict[str, Any]:
+        names = ("model_name_or_path", "model_revision", "dataset_name", "dataset_config", "dataset_data_dir")
+        return {name: getattr(self.recipe, name) for name in (*names, "datasets", "seed")}
+
+

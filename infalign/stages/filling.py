@@ -1,0 +1,103 @@
+"""Fill a table: draw what is missing, score what is unscored, batch by batch, so that a kill loses one batch at most."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from infalign.calibration.table import SampleTable, Segment, Wanted, read_samples, write_samples, write_scores
+from infalign.generation.plan import Request, Sampler, plan_batches
+from infalign.rewards.loader import Reward
+from infalign.rewards.scoring import score_samples
+from infalign.runtime.console import Progress
+from infalign.runtime.distributed import barrier, is_main, my_share
+from infalign.types import Prompt
+
+Batch = tuple[Segment, int, list[Request]]
+
+
+def fill(
+    table: SampleTable,
+    wanted: Sequence[Wanted],
+    rewards: Sequence[Reward],
+    make_sampler: Callable[[], Sampler],
+    *,
+    max_tokens: int,
+    tokens_per_batch: int,
+    title: str,
+) -> int:
+    """Bring a table to at least the wanted samples, scored by every reward.
+
+    Args:
+        table: an open table.
+        wanted: how many samples of which prompts.
+        rewards: each scores every sample on disk that it has not scored.
+        make_sampler: called once, and only when something must be drawn.
+        max_tokens: the sampler's length limit.
+        tokens_per_batch: KV-cache tokens of a batch; recorded, so that a rerun cuts the same batches.
+        title: for the progress bar.
+
+    Returns:
+        How many samples this process drew: 0 when everything was there.
+    """
+    if is_main():
+        table.sweep()
+        table.request(wanted, tokens_per_batch)
+    barrier()
+    batches = my_share(_batches(table, max_tokens))
+    by_key = {entry.prompt.key: entry.prompt for entry in wanted}
+    missing = [batch for batch in batches if not table.shard(*batch[:2]).exists()]
+    if missing:
+        _draw(table, missing, make_sampler(), rewards, by_key, title)
+    barrier()
+    for reward in rewards:
+        _score(table, batches, reward, by_key, title)
+    barrier()
+    return sum(len(requests) for _, _, requests in missing)
+
+
+def _draw(
+    table: SampleTable,
+    missing: Sequence[Batch],
+    sampler: Sampler,
+    rewards: Sequence[Reward],
+    by_key: Mapping[str, Prompt],
+    title: str,
+) -> None:
+    with Progress(f"{title}: sampling", sum(len(requests) for _, _, requests in missing), "samples") as progress:
+        for segment, number, requests in missing:
+            samples = sampler.sample(requests)
+            write_samples(table.shard(segment, number), samples)
+            if progress.done == 0:  # a reward that can't score is found now, not after an hour of sampling
+                for reward in rewards:
+                    _score(table, [(segment, number, requests)], reward, by_key)
+            progress.advance(len(requests))
+
+
+def _score(
+    table: SampleTable, batches: Sequence[Batch], reward: Reward, by_key: Mapping[str, Prompt], title: str = ""
+) -> None:
+    """Score the wanted samples that a reward has not scored; samples of other prompts are left alone."""
+    scored = table.scored(reward.fingerprint)
+    todo = [
+        (segment, number, names)
+        for segment, number, requests in batches
+        if (names := {(r.key, r.index) for r in requests if r.key in by_key} - scored)
+    ]
+    with Progress(title and f"{title}: scoring with {reward.name}", len(todo), "batches") as progress:
+        for segment, number, names in todo:
+            drawn = read_samples(table.shard(segment, number))
+            samples = [sample for sample in drawn if (sample.key, sample.index) in names]
+            values = score_samples(reward, [by_key[sample.key] for sample in samples], samples)
+            write_scores(table.new_score_shard(segment, number, reward.fingerprint), samples, values)
+            progress.advance()
+
+
+def _batches(table: SampleTable, max_tokens: int) -> list[Batch]:
+    """Every batch of the table's plan: the same list in every run and on every rank."""
+    ids = table.prompt_ids()
+    found: list[Batch] = []
+    for segment in table.segments:
+        requests = [Request(key, index, ids[key]) for key, first, end in segment.rows for index in range(first, end)]
+        planned = plan_batches(requests, max_tokens, segment.tokens_per_batch)
+        found += [(segment, number, batch) for number, batch in enumerate(planned)]
+    return found

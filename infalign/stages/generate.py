@@ -1,0 +1,94 @@
+"""`infalign generate`: decode prompts with the policy and the procedure that it was aligned for, to JSONL."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from infalign.data.prompts import load_prompts
+from infalign.data.templates import check_lengths
+from infalign.decoding.decode import Decoded, decode
+from infalign.rewards.scoring import score_samples
+from infalign.runtime.artifacts import write_whole
+from infalign.runtime.console import Progress, say
+from infalign.runtime.models import context_length
+from infalign.stages.experiment import Experiment
+from infalign.stages.recipe import Recipe, require
+from infalign.types import Prompt
+
+
+def generate(recipe: Recipe, *, prompts: str | None = None, output: str | None = None) -> Path:
+    """Decode prompts and write one JSON object a line: prompt, completion, reward, and all candidates.
+
+    Args:
+        recipe: model, procedure, reward and sampling settings (here top_p, top_k, ... may be set).
+        prompts: a file of prompts; by default the recipe's test prompts.
+        output: the JSONL to write; by default `generations.jsonl` in `output_dir`.
+
+    Returns:
+        The path written.
+
+    Raises:
+        InputError: no policy, no prompts, or prompts that do not fit the model.
+    """
+    experiment = Experiment(recipe)
+    if output is None:
+        require(recipe, "output_dir")
+    chosen, ids = _prompts(experiment, prompts)
+    path = Path(output) if output else recipe.output / "generations.jsonl"
+    model = experiment.judged_path
+    decoded = decode(
+        chosen,
+        ids,
+        experiment.sampler(model, "generate"),
+        lambda rows, samples: score_samples(experiment.reward, rows, samples),
+        experiment.procedure,
+        max_tokens=recipe.max_completion_length,
+        tokens_per_batch=recipe.tokens_per_batch,
+        seed=recipe.seed,
+    )
+    rows: dict[str, dict[str, Any]] = {}
+    with Progress(f"generate: {experiment.procedure!r}", len(chosen), "prompts") as progress:
+        for one in decoded:
+            rows[one.prompt.key] = _record(one)
+            progress.advance()
+    lines = "".join(json.dumps(rows[prompt.key], ensure_ascii=False) + "\n" for prompt in chosen)
+    write_whole(path, lambda temporary: temporary.write_text(lines, encoding="utf-8"))
+    say(f"{len(rows)} completions by {experiment.procedure!r} in {path}")
+    return path
+
+
+def _prompts(experiment: Experiment, file: str | None) -> tuple[list[Prompt], list[tuple[int, ...]]]:
+    recipe = experiment.recipe
+    if file is None:
+        test = list(experiment.splits.test)
+        return test, [experiment.prompt_ids[prompt.key] for prompt in test]
+    loaded = load_prompts(
+        file, prompt_column=recipe.prompt_column, data_format=recipe.data_format, base_dir=recipe.base_dir
+    )
+    prompts = experiment.with_system_prompt(loaded.prompts)
+    checked = check_lengths(
+        {prompt.key: experiment.render(prompt.content) for prompt in prompts},
+        recipe.max_prompt_length,
+        recipe.prompt_length_policy,
+        context_length(experiment.base_path, recipe.model_revision, recipe.trust_remote_code),
+        reserve=recipe.max_completion_length,
+        bos_token_id=experiment.tokenizer.bos_token_id,
+    )
+    kept = [prompt for prompt in prompts if prompt.key in checked.ids]
+    return kept, [tuple(checked.ids[prompt.key]) for prompt in kept]
+
+
+def _record(one: Decoded) -> dict[str, Any]:
+    rewards = [None if value != value else float(value) for value in one.rewards_N.tolist()]
+    return {
+        "prompt": one.prompt.content,
+        "completion": one.text,
+        "reward": rewards[one.chosen],
+        "chosen": one.chosen,
+        "candidates": [
+            {"completion": sample.text, "reward": reward, "finished": sample.finished}
+            for sample, reward in zip(one.candidates, rewards, strict=True)
+        ],
+    }

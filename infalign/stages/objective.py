@@ -1,0 +1,93 @@
+"""What a recipe optimises: its procedure, its transform and its beta, from names to objects."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from infalign.rewards.lookup import find_object
+from infalign.runtime.config import nearest
+from infalign.stages.recipe import Recipe
+from infalign.theory.optimum import optimal_transform
+from infalign.theory.procedures import BUILT_IN, Procedure
+from infalign.theory.tilted import tilt
+from infalign.theory.transforms import CATALOGUE
+from infalign.types import InputError
+
+
+def load_procedure(recipe: Recipe) -> Procedure:
+    """The recipe's procedure: a built-in name with `n` and `procedure_kwargs`, or `path.py:name`.
+
+    Raises:
+        InputError: an unknown name, or arguments that it does not take.
+    """
+    name = recipe.procedure
+    arguments: dict[str, Any] = dict(recipe.procedure_kwargs)
+    if name in BUILT_IN:
+        build: Any = BUILT_IN[name]
+        arguments = arguments if name == "random_n" else {"n": recipe.n, **arguments}
+    else:
+        found = find_object(name, recipe.base_dir, what="procedure") if ":" in name or "." in name else None
+        if found is None:
+            raise InputError(
+                f"procedure {name!r} is unknown{nearest(name, BUILT_IN)} "
+                f"(one of {', '.join(BUILT_IN)}, or path.py:name for your own)"
+            )
+        build = found.value
+    built = build if isinstance(build, Procedure) else _called(build, arguments, "procedure", name)
+    if not isinstance(built, Procedure):
+        raise InputError(f"procedure {name!r} gave {type(built).__name__}, not an infalign Procedure")
+    return built
+
+
+def load_transform(recipe: Recipe, procedure: Procedure) -> tuple[Any, float]:
+    """The recipe's transform and beta; `target_kl` gives the beta at which the optimum has that KL.
+
+    Raises:
+        InputError: an unknown transform, wrong arguments, or not exactly one of beta and target_kl.
+    """
+    if (recipe.beta is None) == (recipe.target_kl is None):
+        got = "both" if recipe.beta is not None else "neither"
+        raise InputError(f"give exactly one of beta and target_kl, got {got}: e.g. target_kl: 1.0 (nats)")
+    if recipe.transform == "optimal":
+        optimum = optimal_transform(procedure, beta=recipe.beta, kl=recipe.target_kl)
+        return optimum, float(optimum.beta)
+    transform = _catalogue_transform(recipe)
+    if recipe.beta is not None:
+        return transform, float(recipe.beta)
+    return transform, float(tilt(transform, kl=recipe.target_kl).beta)
+
+
+def _catalogue_transform(recipe: Recipe) -> Any:
+    name = recipe.transform
+    if name in CATALOGUE:
+        if name == "exponential" and "t" not in recipe.transform_kwargs:
+            raise InputError(
+                "transform exponential needs transform_kwargs: {t: ...}: about 5 for Best-of-2, 10 for Best-of-4, "
+                "negative for Worst-of-N"
+            )
+        entry: Any = CATALOGUE[name]
+        return _called(entry, recipe.transform_kwargs, "transform", name)
+    found = find_object(name, recipe.base_dir, what="transform") if ":" in name or "." in name else None
+    if found is None:
+        known = ["optimal", *CATALOGUE]
+        raise InputError(
+            f"transform {name!r} is unknown{nearest(name, known)} (one of {', '.join(known)}, or path.py:name for your own)"
+        )
+    transform = _called(found.value, recipe.transform_kwargs, "transform", name) if recipe.transform_kwargs else found.value
+    probe = np.linspace(0.01, 0.99, 9)
+    try:
+        values = np.asarray(transform(probe), dtype=np.float64)
+    except Exception as error:  # a user's function may raise anything
+        raise InputError(f"transform {name!r} fails on an array of 9 quantiles: {type(error).__name__}: {error}") from error
+    if values.shape != probe.shape or not np.isfinite(values).all():
+        raise InputError(f"transform {name!r} must map an array of quantiles in (0, 1) to finite values of the same shape")
+    return transform
+
+
+def _called(build: Any, arguments: dict[str, Any], what: str, name: str) -> Any:
+    try:
+        return build(**arguments)
+    except TypeError as error:
+        raise InputError(f"{what} {name!r} does not take {what}_kwargs {arguments}: {error}") from error

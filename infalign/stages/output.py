@@ -1,0 +1,50 @@
+"""The stages' folders: reuse what is fresh, refuse what is stale with the reason, replace it on request."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from infalign.runtime.artifacts import differences, fingerprint, read_json, read_manifest
+from infalign.runtime.console import say
+from infalign.runtime.distributed import barrier, is_main
+from infalign.types import InputError
+
+
+def clear_if_stale(folder: Path, parts: Mapping[str, Any], overwrite: bool) -> None:
+    """With `overwrite`, remove a table that was sampled with other settings (opening it would refuse)."""
+    plan = folder / "plan.json"
+    if overwrite and plan.exists() and differences(read_json(plan, "the sampling plan")["parts"], parts):
+        _remove(folder)
+
+
+def reusable(folder: Path, kind: str, parts: Mapping[str, Any], overwrite: bool) -> bool:
+    """True when `folder` holds a whole artifact made from these parts.
+
+    A stale one is removed with `overwrite`.
+
+    Raises:
+        InputError: it is stale; what differs is named.
+    """
+    manifest = read_manifest(folder, kind)
+    if manifest is None:
+        return False
+    if manifest["fingerprint"] == fingerprint(dict(parts)):
+        return True
+    if not overwrite:
+        found = "; ".join(differences(manifest["parts"], parts))
+        raise InputError(
+            f"{folder} was made with other settings ({found}): give another --output_dir, or --overwrite to make it anew"
+        )
+    _remove(folder)
+    return False
+
+
+def _remove(folder: Path) -> None:
+    barrier()
+    if is_main():
+        say(f"removing stale {folder}")
+        shutil.rmtree(folder)
+    barrier()

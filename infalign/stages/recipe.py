@@ -1,0 +1,224 @@
+"""The recipe: every key that infalign itself reads, with TRL's names where TRL has the thing.
+
+Everything else in a recipe belongs to `CTRLConfig` (TRL's `RLOOConfig`) or TRL's `ModelConfig`, is checked against
+their types, and travels in `Recipe.training`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from infalign.runtime.config import check, field_hints, read_yaml
+from infalign.types import InputError, SamplingSettings
+
+_TRL_REWARDS = {"accuracy_reward", "reasoning_accuracy_reward", "think_format_reward", "get_soft_overlong_punishment"}
+
+
+def key(default: Any, text: str, kind: str) -> Any:
+    """A recipe key with its help text; `kind` is the heading under which `--help` lists it."""
+    metadata = {"help": text, "kind": kind}
+    if isinstance(default, (dict, list)):
+        return field(default_factory=lambda: default.copy(), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One experiment. `base_dir` is the folder that relative paths start from (the YAML's)."""
+
+    model_name_or_path: str = key("", "folder, .gguf file, package://PACKAGE/FILE, or Hub id", "model")
+    model_revision: str | None = key(None, "revision on the Hub", "model")
+    policy_name_or_path: str | None = key(None, "policy to evaluate or decode; unset: output_dir/policy", "model")
+    dtype: Literal["float32", "bfloat16", "float16"] = key("float32", "precision for sampling and scoring", "model")
+    attn_implementation: str | None = key(None, "attention kernel, e.g. sdpa", "model")
+    trust_remote_code: bool = key(False, "run code that ships with a model", "model")
+    use_cpu: bool = key(False, "stay on the CPU even where there is a GPU", "model")
+
+    dataset_name: str | None = key(None, "file (.jsonl .json .csv .parquet .txt, also .gz), folder, or Hub id", "data")
+    dataset_config: str | None = key(None, "configuration name on the Hub", "data")
+    dataset_data_dir: str | None = key(None, "folder inside the data set, e.g. harmless-base", "data")
+    dataset_train_split: str = key("train", "split that training prompts come from", "data")
+    dataset_test_split: str | None = key(None, "split of the test prompts; unset: held out of the train split", "data")
+    datasets: list[dict] = key([], "TRL's mixture of data sets, in place of dataset_name", "data")
+    prompt_column: str = key("prompt", "column with a text or a chat", "data")
+    data_format: Literal["auto", "prompt", "transcript"] = key("auto", "transcript: hh-rlhf's chosen/rejected", "data")
+    num_train_prompts: int | None = key(None, "how many; unset: all that are left", "data")
+    num_validation_prompts: int = key(0, "held out for `eval_steps` during training", "data")
+    num_test_prompts: int = key(128, "held out for `evaluate`", "data")
+    system_prompt: str | None = key(None, "put in front of every prompt that has none", "data")
+    chat_template_kwargs: dict = key({}, "variables of the chat template, e.g. {enable_thinking: false}", "data")
+    max_prompt_length: int | None = key(None, "tokens; unset: what the model's context leaves", "data")
+    prompt_length_policy: Literal["error", "drop", "truncate"] = key("error", "for longer prompts", "data")
+
+    reward: str | None = key(None, "file.py:name, module.name, or a classifier's folder or Hub id", "reward")
+    reward_kwargs: dict = key({}, "keyword arguments of the reward", "reward")
+    reward_funcs: list[str] = key([], "TRL's name for `reward` (one)", "reward")
+    reward_model_name_or_path: str | None = key(None, "TRL's name for a classifier as `reward`", "reward")
+    reward_on_error: Literal["error", "mask"] = key("error", "after all retries: stop, or leave samples out", "reward")
+    reward_retries: int = key(2, "further attempts after an exception or a time-out", "reward")
+    reward_timeout: float | None = key(None, "seconds for one call", "reward")
+    strip_reasoning: bool = key(False, "take <think>...</think> out before scoring", "reward")
+    gold_reward: str | None = key(None, "a second reward that judges in `evaluate`", "reward")
+    gold_reward_kwargs: dict = key({}, "its keyword arguments", "reward")
+
+    procedure: str = key("best_of_n", "best_of_n, worst_of_n, kth_of_n, random_n, soft_best_of_n, path.py:name", "ctrl")
+    n: int = key(4, "candidates that the procedure draws", "ctrl")
+    procedure_kwargs: dict = key({}, "{k: 2}, {tilt: 8}, {pmf: [...]}", "ctrl")
+    transform: str = key("optimal", "optimal, exponential, identity, log, normal_icdf, or path.py:name", "ctrl")
+    transform_kwargs: dict = key({}, "{t: 10} for exponential; a builder's arguments", "ctrl")
+    beta: float | None = key(None, "KL coefficient; give exactly one of beta and target_kl", "ctrl")
+    target_kl: float | None = key(None, "sequence KL in nats at the optimum; beta follows from it", "ctrl")
+    num_calibration_samples: int = key(100, "K, base samples per prompt", "ctrl")
+    calibration_method: Literal["midrank", "interpolated"] = key("midrank", "interpolated: for K below about 32", "ctrl")
+
+    max_completion_length: int = key(256, "tokens, end token included", "sampling")
+    temperature: float = key(1.0, "of base samples, rollouts and evaluation alike", "sampling")
+    top_p: float = key(1.0, "only 1.0 outside `generate`", "sampling")
+    top_k: int = key(0, "only 0 outside `generate`", "sampling")
+    min_p: float | None = key(None, "only unset outside `generate`", "sampling")
+    repetition_penalty: float = key(1.0, "only 1.0 outside `generate`", "sampling")
+    tokens_per_batch: int = key(16384, "KV-cache tokens of a sampling batch", "sampling")
+
+    eval_samples: int = key(64, "M, samples per test prompt and model", "evaluation")
+    eval_n: list[int] = key([1, 2, 4, 8], "N of the Best-of-N and Worst-of-N win rates", "evaluation")
+    kl_samples: int = key(16, "policy samples per prompt that KL is measured on", "evaluation")
+    confidence: float = key(0.95, "of the intervals", "evaluation")
+
+    output_dir: str = key("", "where everything is written", "output")
+    seed: int = key(42, "of every random stream", "output")
+    overwrite: bool = key(False, "make stale stages anew instead of refusing", "output")
+
+    training: dict = field(default_factory=dict, metadata={"kind": "training"})
+    base_dir: Path = field(default=Path(), metadata={"kind": "internal"})
+
+    @property
+    def sampling(self) -> SamplingSettings:
+        """The sampling distribution of calibration, rollouts and evaluation."""
+        return SamplingSettings(
+            max_tokens=self.max_completion_length,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+        )
+
+    @property
+    def output(self) -> Path:
+        """`output_dir` as a path, from the working directory."""
+        return Path(self.output_dir).expanduser()
+
+
+def own_keys() -> list[dataclasses.Field]:
+    """The fields that a recipe may set, in order."""
+    return [one for one in dataclasses.fields(Recipe) if one.name not in ("training", "base_dir")]
+
+
+def load_recipe(
+    config: str | Path | Mapping[str, Any] | None = None, flags: Mapping[str, Any] | None = None
+) -> Recipe:
+    """A checked recipe from a YAML path or a mapping, with flags on top.
+
+    Args:
+        config: the path of a YAML file, the keys themselves (from a notebook), or None for flags only.
+        flags: from `runtime.config.read_flags`.
+
+    Raises:
+        InputError: everything that is wrong with it, at once.
+    """
+    if isinstance(config, Mapping):
+        values, base_dir = dict(config), Path()
+    elif config is None:
+        values, base_dir = {}, Path()
+    else:
+        path = find_recipe(str(config))
+        values, base_dir = read_yaml(path), path.parent
+    hints = {name: hint for name, hint in field_hints(Recipe).items() if name not in ("training", "base_dir")}
+    own = set(hints)
+    checked = check(values, flags or {}, {**_training_hints(), **hints})
+    training = {name: value for name, value in checked.items() if name not in own}
+    recipe = Recipe(**{name: value for name, value in checked.items() if name in own}, training=training, base_dir=base_dir)
+    recipe = _with_trl_names(recipe)
+    _check_together(recipe)
+    return recipe
+
+
+def find_recipe(name: str) -> Path:
+    """The path of a recipe: the file itself, or one that ships with infalign (`quickstart`)."""
+    path = Path(name).expanduser()
+    shipped = [folder / path.name for folder in recipe_folders()]
+    if not path.suffix:
+        shipped = [one.with_name(f"{one.name}.yaml") for one in shipped]
+    return next((one for one in [path, *shipped] if one.is_file()), path)
+
+
+def recipe_folders() -> list[Path]:
+    """Where the shipped recipes lie: in the wheel, or at the root of a checkout."""
+    package = Path(__file__).resolve().parent.parent
+    return [package / "share" / "recipes", package.parent / "recipes"]
+
+
+def _training_hints() -> dict[str, Any]:
+    from infalign.stages.training_keys import training_hints  # noqa: PLC0415 - imports TRL, seconds
+
+    return training_hints()
+
+
+def _with_trl_names(recipe: Recipe) -> Recipe:
+    """TRL's `reward_funcs` and `reward_model_name_or_path` as `reward`."""
+    given = [recipe.reward, *recipe.reward_funcs, recipe.reward_model_name_or_path]
+    given = [f"trl.rewards.{one}" if one in _TRL_REWARDS else one for one in given if one]
+    if len(given) > 1:
+        raise InputError(
+            f"several rewards ({', '.join(map(str, given))}): give one; combine them in a Python function of your own"
+        )
+    return dataclasses.replace(recipe, reward=given[0] if given else None)
+
+
+def _check_together(recipe: Recipe) -> None:
+    """What no single key shows; all problems at once."""
+    counts = ("n", "num_calibration_samples", "max_completion_length", "tokens_per_batch", "eval_samples", "kl_samples")
+    problems = [
+        f"{name} must be at least 1, got {value}" for name in counts if (value := getattr(recipe, name)) < 1
+    ]
+    problems += [f"{name} must be at least 0, got {getattr(recipe, name)}" for name in ("num_validation_prompts",)
+                 if getattr(recipe, name) < 0]
+    if not recipe.temperature > 0:
+        problems.append(f"temperature must be above 0, got {recipe.temperature}: greedy decoding has no distribution")
+    if not 0 < recipe.confidence < 1:
+        problems.append(f"confidence must be between 0 and 1, got {recipe.confidence}")
+    if recipe.dataset_name and recipe.datasets:
+        problems.append("dataset_name and datasets are both given: keep one")
+    if any(one < 1 for one in recipe.eval_n):
+        problems.append(f"eval_n must be positive integers, got {recipe.eval_n}")
+    if problems:
+        raise InputError("; ".join(problems))
+
+
+def require(recipe: Recipe, *names: str) -> None:
+    """Raise unless every one of these keys is set; a stage calls it with the keys that it needs.
+
+    Raises:
+        InputError: naming all that are missing.
+    """
+    missing = [name for name in names if not getattr(recipe, name)]
+    if missing:
+        raise InputError(f"the recipe lacks {', '.join(missing)}: add to the YAML, or give as flags --NAME VALUE")
+
+
+def require_plain(recipe: Recipe) -> None:
+    """Calibration, training and evaluation need the model's own distribution.
+
+    Raises:
+        InputError: a truncating sampling field is set.
+    """
+    if not recipe.sampling.is_plain:
+        raise InputError(
+            f"top_p={recipe.top_p}, top_k={recipe.top_k}, min_p={recipe.min_p}, "
+            f"repetition_penalty={recipe.repetition_penalty}: log-probabilities and KL would be those of another "
+            "distribution; only `infalign generate` takes values other than 1.0, 0, unset, 1.0"
+        )

@@ -1,0 +1,51 @@
+"""`infalign run`: calibrate, train, evaluate, report; what is finished and fresh is reused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from infalign.runtime.console import say
+from infalign.stages.calibrate import calibrate
+from infalign.stages.estimate import dry_run
+from infalign.stages.evaluate import evaluate, tell
+from infalign.stages.experiment import Experiment
+from infalign.stages.recipe import Recipe, load_recipe, require, require_plain
+from infalign.stages.report import report
+from infalign.stages.train import train
+
+
+def run(config: Recipe | Mapping[str, Any] | str | Path, *, dry: bool = False, **flags: Any) -> dict[str, Any]:
+    """The whole experiment, from a notebook or the command line.
+
+    Args:
+        config: a `Recipe`, its keys as a mapping, or the path of a YAML file.
+        dry: only check everything and estimate tokens, memory and time.
+        flags: recipe keys that win over `config`.
+
+    Returns:
+        `drawn` (samples generated now), `evaluation` (the content of evaluation.json), `report` (the page's path).
+
+    Raises:
+        InputError: whatever is wrong with the recipe, its data, models, reward or output folder.
+    """
+    recipe = config if isinstance(config, Recipe) else load_recipe(config, flags)
+    require(recipe, "model_name_or_path", "reward", "output_dir")
+    require_plain(recipe)
+    experiment = Experiment(recipe)
+    if dry:
+        return dry_run(experiment)
+    say(f"infalign: {experiment.procedure}, transform {recipe.transform}, output in {recipe.output}")
+    calibrated = calibrate(recipe, experiment)
+    trained = train(recipe, experiment)
+    evaluated = evaluate(recipe, experiment)
+    page = report(recipe)
+    tell(evaluated)
+    say(f"\nreport: {page}")
+    return {
+        "drawn": calibrated["drawn"] + evaluated["drawn"],
+        "trained": trained["trained"],
+        "evaluation": evaluated,
+        "report": page,
+    }

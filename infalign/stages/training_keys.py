@@ -1,0 +1,24 @@
+"""The keys of a recipe that TRL declares. A module of its own, because importing TRL takes seconds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trl import ModelConfig
+
+from infalign.runtime.config import field_hints
+from infalign.training.config import CTRLConfig
+
+
+def training_hints() -> dict[str, Any]:
+    """Every field of `CTRLConfig` and TRL's `ModelConfig` with its type."""
+    return field_hints(CTRLConfig, ModelConfig)
+
+
+def split_training(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A recipe's training keys as those of `CTRLConfig` and those of `ModelConfig` (adapters, quantisation)."""
+    ours = set(field_hints(CTRLConfig))
+    return (
+        {name: value for name, value in values.items() if name in ours},
+        {name: value for name, value in values.items() if name not in ours},
+    )

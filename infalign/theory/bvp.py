@@ -1,0 +1,303 @@
+"""The optimum of any procedure: Newton on the boundary-value problem Q' = e^L, L' = g(u) g(Q)/beta, Q(0) = 0, Q(1) = 1.
+
+Q is the policy's CDF and L its log-density in base quantiles u. Collocation is fourth order (Lobatto IIIA, as in
+scipy's solve_bvp) on a mesh that follows the solution; each Newton step is one banded solve, bordered with the KL when
+the KL is given. From a small KL, where the optimum is nearly the tilt of int g^2, solutions are continued to
+growing KL; where optima may be many (g not non-decreasing) other starts compete.
+
+Theory: derived in our notes (section 3) from InfAlign's coupled equations (arXiv:2412.19792).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.linalg import lapack
+
+from infalign.theory.frontier import Solution
+from infalign.theory.hermite import Curve
+from infalign.theory.procedures import Procedure
+from infalign.types import InputError
+
+Floats = NDArray[np.float64]
+
+COARSE, FINE = 160, 1600
+LOWEST_LOG_BETA = -600.0
+
+
+@dataclass(frozen=True)
+class State:
+    """A policy on mesh nodes: quantile u and distance 1 - u, Q, L = log q (all (Q,)) and log beta."""
+
+    u: Floats
+    top: Floats
+    cdf: Floats
+    log_q: Floats
+    log_beta: float
+
+    @property
+    def widths(self) -> Floats:
+        """Cell widths, accurate relative to themselves at both ends: (Q-1,)."""
+        return np.where(self.u[1:] < 0.5, np.diff(self.u), -np.diff(self.top))
+
+
+def solve_general(procedure: Procedure, log_beta: float | None, kl: float | None) -> Solution:
+    """The optimum of any procedure at log beta or at a KL in nats (exactly one given).
+
+    Raises InputError when the KL needs a beta that underflows, or when Newton fails at every step size.
+    """
+    problem = _Problem(procedure)
+    candidates = [problem.continued(log_beta, kl), *problem.restarted(log_beta, kl)]
+    best = max((c for c in candidates if c is not None), key=lambda c: problem.objective(c, log_beta), default=None)
+    for size in (FINE // 4, FINE, FINE):
+        best = None if best is None else problem.newton(problem.remeshed(best, size), kl)
+    if best is None:
+        given = f"kl={kl}" if log_beta is None else f"beta={math.exp(log_beta):g}"
+        raise InputError(f"no optimum of {procedure!r} found at {given}: beta underflows; ask for a smaller KL")
+    return problem.solution(best)
+
+
+class _Problem:
+    """The boundary-value problem of one procedure."""
+
+    def __init__(self, procedure: Procedure) -> None:
+        self.procedure = procedure
+
+    def objective(self, state: State, log_beta: float | None) -> float:
+        """W - beta KL, or W when the KL is given."""
+        win_rate, kl = self.measures(state)
+        return win_rate - (0.0 if log_beta is None else math.exp(log_beta) * kl)
+
+    def measures(self, state: State) -> tuple[float, float]:
+        """Win rate and KL by Simpson's rule on the mesh."""
+        middle, q = self._middle(state), np.exp(state.log_q)
+        q_middle, h = np.exp(middle.log_q), state.widths / 6
+        lost, lost_middle = self._lost(state), self._lost(middle)
+        kl = h @ (q[:-1] * state.log_q[:-1] + 4 * q_middle * middle.log_q + q[1:] * state.log_q[1:])
+        return 1.0 - float(h @ (lost[:-1] + 4 * lost_middle + lost[1:])), float(kl)
+
+    def _lost(self, state: State) -> Floats:
+        """g(u) G(Q) on the nodes."""
+        return self.procedure.density(state.u) * self.procedure.cdf(np.clip(state.cdf, 0, 1))
+
+    def _pull(self, u: Floats, cdf: Floats, log_beta: float) -> tuple[Floats, Floats]:
+        """L' = g(u) g(Q)/beta and its derivative in Q."""
+        cdf = np.clip(cdf, 0.0, 1.0)
+        weight = self.procedure.density(u) * math.exp(-log_beta)
+        return weight * self.procedure.density(cdf), weight * self.procedure.slope(cdf)
+
+    def _middle(self, state: State) -> State:
+        """The collocation polynomial's values at the cells' middles."""
+        h, q = state.widths, np.exp(state.log_q)
+        pull, _ = self._pull(state.u, state.cdf, state.log_beta)
+        cdf = (state.cdf[1:] + state.cdf[:-1]) / 2 - h / 8 * np.diff(q)
+        log_q = (state.log_q[1:] + state.log_q[:-1]) / 2 - h / 8 * np.diff(pull)
+        u = np.where(state.u[1:] < 0.5, state.u[:-1] + h / 2, 1 - (state.top[1:] + h / 2))
+        return State(u, 1 - u, cdf, log_q, state.log_beta)
+
+    def newton(self, state: State, kl: float | None) -> State | None:
+        """Newton steps, damped to 1.5 in L where q is seen; None when they do not converge."""
+        for _ in range(25):
+            step_q, step_l, step_beta = self._step(state, kl)
+            seen = np.maximum(state.log_q, state.log_q + step_l) > -40
+            size = max(float(np.abs(step_l[seen]).max(initial=0.0)), abs(step_beta))
+            if not math.isfinite(size) or abs(state.log_beta) > -LOWEST_LOG_BETA:
+                return None
+            damping = min(1.0, 1.5 / size) if size > 0 else 1.0
+            cdf, log_q = state.cdf + damping * step_q, state.log_q + damping * step_l
+            state = State(state.u, state.top, cdf, log_q, state.log_beta + damping * step_beta)
+            if size < 1e-6:
+                return state if cdf.min() > -1e-6 and cdf.max() < 1 + 1e-6 else None
+        return None
+
+    def _step(self, state: State, kl: float | None) -> tuple[Floats, Floats, float]:
+        """The full Newton step in Q, L and log beta (0 unless kl is given)."""
+        h, q, middle = state.widths, np.exp(np.minimum(state.log_q, 300.0)), self._middle(state)
+        pull, pull_q = self._pull(state.u, state.cdf, state.log_beta)
+        pull_m, pull_mq = self._pull(middle.u, middle.cdf, state.log_beta)
+        q_m = np.exp(np.minimum(middle.log_q, 300.0))
+        right = np.zeros((2 * len(state.u), 2))
+        right[0, 0], right[-1, 0] = -state.cdf[0], 1 - state.cdf[-1]
+        right[1:-1:2, 0] = -(np.diff(state.cdf) - h / 6 * (q[:-1] + 4 * q_m + q[1:]))
+        total = h / 6 * (pull[:-1] + 4 * pull_m + pull[1:])
+        right[2:-1:2, 0] = -(np.diff(state.log_q) - total)
+        # d/d log beta of the residuals, through pull and through the middle's L and Q
+        bent = h / 8 * np.diff(pull)
+        right[1:-1:2, 1] = h / 6 * 4 * q_m * bent
+        right[2:-1:2, 1] = -total
+        band = self._band(h, (q, q_m), (pull_q, pull_mq))
+        solution, info = lapack.dgbsv(2, 2, band, right)[2:]
+        if info != 0:
+            return np.full_like(q, np.nan), np.full_like(q, np.nan), math.nan
+        plain, along = solution[:, 0], solution[:, 1]
+        step_beta = 0.0
+        if kl is not None:
+            step_beta = self._bordering(state, middle, h, plain, along, kl)
+        step = plain + step_beta * along
+        return step[0::2], step[1::2], step_beta
+
+    def _bordering(self, state: State, middle: State, h: Floats, plain: Floats, along: Floats, kl: float) -> float:
+        """The step in log beta that meets the KL to first order; KL by Simpson's rule, as in `measures`."""
+        q, q_m = np.exp(state.log_q), np.exp(middle.log_q)
+        value = h @ (q[:-1] * state.log_q[:-1] + 4 * q_m * middle.log_q + q[1:] * state.log_q[1:]) / 6
+        slope, slope_m = q * (state.log_q + 1), q_m * (middle.log_q + 1)
+        _, pull_q = self._pull(state.u, state.cdf, state.log_beta)
+        pull, _ = self._pull(state.u, state.cdf, state.log_beta)
+
+        def change(step: Floats, bent: Floats) -> float:
+            d_l, d_pull = step[1::2], pull_q * step[0::2]
+            d_middle = (d_l[1:] + d_l[:-1]) / 2 - h / 8 * np.diff(d_pull) + bent
+            terms = slope[:-1] * d_l[:-1] + 4 * slope_m * d_middle + slope[1:] * d_l[1:]
+            return float(h @ terms) / 6
+
+        down = change(along, h / 8 * np.diff(pull))
+        return (kl - float(value) - change(plain, np.zeros_like(h))) / down if down != 0 else math.nan
+
+    @staticmethod
+    def _band(h: Floats, q: tuple[Floats, Floats], slope: tuple[Floats, Floats]) -> Floats:
+        """The Jacobian in LAPACK's band storage: unknowns Q_0, L_0, Q_1, ...; rows Q_0, then two per cell, then Q_n.
+
+        With f = (e^L, pull(Q)) and middle m = (y0+y1)/2 - h/8 (f1-f0), a cell's rows are y1-y0 - h/6 (f0+4 f_m+f1).
+        """
+        (q_node, q_m), (p_node, p_m) = q, slope
+        n = 2 * len(q_node)
+        band = np.zeros((7, n))
+
+        def put(row: int, column: int, values: Floats) -> None:
+            """Entries (row + 2i, column + 2i) of the matrix."""
+            band[4 + row - column, column : column + 2 * len(h) : 2] = values
+
+        a = 2 * h / 3
+        for side, sign in ((0, -1.0), (1, 1.0)):
+            q_s, p_s = q_node[side : len(h) + side], p_node[side : len(h) + side]
+            put(1, 2 * side, sign + a * q_m * (sign * h / 8) * p_s)
+            put(1, 2 * side + 1, -h / 6 * q_s - a * q_m / 2)
+            put(2, 2 * side, -h / 6 * p_s - a * p_m / 2)
+            put(2, 2 * side + 1, sign + a * p_m * (sign * h / 8) * q_s)
+        band[4, 0] = 1.0
+        band[4 + 1, n - 2] = 1.0
+        return band
+
+    def remeshed(self, state: State, size: int) -> State:
+        """The state on `size` cells that share evenly what u, Q, G(u), G(Q) and L (where q is seen) change by."""
+        cdf = np.clip(state.cdf, 0.0, 1.0)
+        level = np.maximum(state.log_q, -40.0)
+        decoded = self.procedure.cdf(state.u) + self.procedure.cdf(cdf)
+        change = state.widths + np.abs(np.diff(cdf)) + np.abs(np.diff(decoded)) + 0.1 * np.abs(np.diff(level))
+        change = np.convolve(np.pad(change, 1, mode="edge"), [0.25, 0.5, 0.25], mode="valid") + 1e-6
+        total = np.append(0.0, np.cumsum(change))
+        wanted = np.linspace(0.0, total[-1], size + 1)[1:-1]
+        cell = np.clip(np.searchsorted(total, wanted, side="right") - 1, 0, len(change) - 1)
+        part = (wanted - total[cell]) / change[cell]
+        h = state.widths[cell]
+        low, u, top = state.u[cell + 1] < 0.5, state.u[cell] + part * h, state.top[cell + 1] + (1 - part) * h
+        u, top = np.where(low, u, 1 - top), np.where(low, 1 - u, top)
+        pull, _ = self._pull(state.u, state.cdf, state.log_beta)
+        new_cdf = _cubic(state.cdf, np.exp(state.log_q), cell, part, h)
+        log_q = _cubic(state.log_q, pull, cell, part, h)
+        ends = [np.array([0.0, 1.0]), np.array([1.0, 0.0]), state.cdf[[0, -1]], state.log_q[[0, -1]]]
+        columns = [
+            np.concatenate([end[:1], inner, end[1:]])
+            for end, inner in zip(ends, (u, top, new_cdf, log_q), strict=True)
+        ]
+        return State(columns[0], columns[1], columns[2], columns[3], state.log_beta)
+
+    def _flat(self) -> State:
+        """The base policy on a mesh that follows G."""
+        u = np.linspace(0.0, 1.0, 4 * COARSE + 1)
+        u = np.unique(np.concatenate([u, u[1] * 0.7 ** np.arange(40), 1 - u[1] * 0.7 ** np.arange(40)]))
+        return self.remeshed(State(u, 1 - u, u, np.zeros_like(u), -LOWEST_LOG_BETA / 2), COARSE)
+
+    def _tilted(self, state: State, kl: float | None, log_beta: float | None) -> State:
+        """The tilt of the reward int g(u) g(Q) of a state's Q, on its mesh, at a KL or at log beta."""
+        pull, _ = self._pull(state.u, state.cdf, 0.0)
+        h = state.widths
+        reward = np.append(0.0, np.cumsum(h * (pull[1:] + pull[:-1]) / 2))
+        reward = reward - reward[-1]
+        low, high = -700.0, 700.0
+        x = -log_beta if log_beta is not None else -math.log(-reward[0])
+        log_q = cdf = np.zeros_like(reward)
+        for _ in range(60):
+            exponent = np.maximum(reward * math.exp(x), -1e4)
+            q = np.exp(exponent)
+            cdf = np.append(0.0, np.cumsum(h * (q[1:] + q[:-1]) / 2))
+            log_q = exponent - math.log(cdf[-1])
+            terms = q / cdf[-1] * log_q
+            value = float(h @ (terms[1:] + terms[:-1])) / 2
+            if kl is None or abs(value - kl) < 1e-3 * kl:
+                break
+            low, high = (x, high) if value < kl else (low, x)
+            x = (low + high) / 2 if high - low < 8 else x + math.copysign(2.0, kl - value)
+        return State(state.u, state.top, cdf / cdf[-1], log_q, -x)
+
+    def continued(self, log_beta: float | None, kl: float | None) -> State | None:
+        """The optimum reached from the base along growing KL, on a coarse mesh; None where the path is lost."""
+        flat = self._flat()
+        reached = 0.1 if kl is None else min(kl, 0.1)
+        state = self.newton(self._tilted(flat, reached, None), reached)
+        if log_beta is not None and (state is None or state.log_beta <= log_beta):
+            return self.newton(self._tilted(flat, None, log_beta), None)
+        step = 0.4
+        while state is not None and (kl is None or reached < kl):
+            target = reached + step if kl is None else min(reached + step, kl)
+            found = self.newton(self.remeshed(state, COARSE), target)
+            if found is not None and log_beta is not None and found.log_beta <= log_beta:
+                final = self.newton(_with_beta(self.remeshed(found, COARSE), log_beta), None)
+                if final is not None:
+                    return final
+                found = None
+            if found is None:
+                step /= 2
+                if step < 1e-4:
+                    return None
+                continue
+            state, reached, step = found, target, step * 1.5
+        return state
+
+    def restarted(self, log_beta: float | None, kl: float | None) -> list[State | None]:
+        """Optima from other starts, where g is not monotone: tilts fitted to bottom-heavy and top-heavy policies."""
+        if self.procedure.monotone != "neither":
+            return []
+        flat, found = self._flat(), []
+        for shape in (flat.u**4, 1 - flat.top**4):
+            start = State(flat.u, flat.top, shape, flat.log_q, flat.log_beta)
+            state = self._tilted(start, kl, log_beta)
+            for _ in range(3):
+                state = self.remeshed(self._tilted(state, kl, log_beta), COARSE)
+            found.append(self.newton(state, kl))
+        return found
+
+    def solution(self, state: State) -> Solution:
+        """The curves in distances 1 - u, with the measures, of a converged state."""
+        win_rate, kl = self.measures(state)
+        beta = math.exp(state.log_beta)
+        q, cdf = np.exp(state.log_q), np.clip(state.cdf, 0.0, 1.0)
+        pull, pull_q = self._pull(state.u, cdf, state.log_beta)
+        bend = self.procedure.slope(state.u) * self.procedure.density(cdf) / beta + pull_q * q
+        kept = np.append(np.diff(state.top) < 0, True)[::-1]
+        curve = [a[::-1][kept] for a in (state.top, state.log_q, pull, bend, cdf, q)]
+        top, log_q, pull, bend, cdf, q = curve
+        return Solution(
+            state.log_beta,
+            kl,
+            win_rate,
+            Curve(top, beta * (log_q - log_q[-1]), -beta * pull, beta * bend, True),
+            Curve(top, np.maximum(log_q, -1e4), -pull, bend, True),
+            Curve(top, cdf, -q, q * pull, True),
+        )
+
+
+def _with_beta(state: State, log_beta: float) -> State:
+    """The same policy at another beta."""
+    return State(state.u, state.top, state.cdf, state.log_q, log_beta)
+
+
+def _cubic(value: Floats, slope: Floats, cell: NDArray[np.intp], part: Floats, h: Floats) -> Floats:
+    """Cubic Hermite interpolation of an increasing function at `part` of each cell, kept between the cell's ends."""
+    left, right = value[cell], value[cell + 1]
+    d0, d1, rise = slope[cell] * h, slope[cell + 1] * h, right - left
+    inner = left + part * (d0 + part * (3 * rise - 2 * d0 - d1 + part * (d0 + d1 - 2 * rise)))
+    return np.clip(inner, np.minimum(left, right), np.maximum(left, right))

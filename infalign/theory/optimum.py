@@ -1,0 +1,161 @@
+"""The optimal reward transformation of an inference procedure, and the best win rate any policy reaches at a KL.
+
+Every optimum satisfies Phi'(u) = g(u) g(Q(u)), Q the CDF of its own tilted policy: it depends on the procedure and on
+beta. Best-of-N and Worst-of-N are solved exactly (`frontier`), plain sampling in closed form (the identity), and all
+other procedures by Newton on the boundary-value problem (`bvp`).
+
+Theory: InfAlign (arXiv:2412.19792), the coupled equations; the solvers are derived in our notes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import overload
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from infalign.theory.bvp import solve_general
+from infalign.theory.frontier import Solution, solve_extreme
+from infalign.theory.hermite import Curve
+from infalign.theory.procedures import BestOfN, Procedure, WorstOfN, check_procedure
+from infalign.theory.quadrature import panel_nodes
+from infalign.theory.tilted import one_of, tilt
+from infalign.theory.transforms import identity
+from infalign.types import InputError
+
+Floats = NDArray[np.float64]
+
+SMALLEST_BETA, LARGEST_BETA, LARGEST_KL = 1e-8, 1e8, 20.0
+
+
+@dataclass(frozen=True)
+class OptimalTransform:
+    """Phi* of a procedure at a beta, as a callable u -> Phi*(u) with Phi*(0) = 0.
+
+    `beta` > 0 (0.0 when `log_beta` underflows), `kl` in nats and `win_rate` of the optimal policy;
+    `residual` is the largest |Phi'(u) - g(u) g(Q(u))| relative to the largest g(u) g(Q(u)), Q integrated afresh.
+    """
+
+    procedure: Procedure
+    log_beta: float
+    kl: float
+    win_rate: float
+    residual: float
+    _solution: Solution = field(repr=False, compare=False)
+    name: str = field(default="optimal", init=False, repr=False)
+
+    @property
+    def beta(self) -> float:
+        """The KL coefficient this transformation is optimal at."""
+        return math.exp(self.log_beta)
+
+    def __call__(self, u: ArrayLike) -> Floats:
+        """Phi*(u) at u in [0, 1], any shape; NaN (no score) passes through; raises InputError outside."""
+        u = np.asarray(u, dtype=float)
+        return np.where(np.isnan(u), np.nan, self._solution.phi(_within(np.nan_to_num(u))))[()]
+
+    def density(self, u: ArrayLike) -> Floats:
+        """q(u), the optimal policy's density at base quantiles u in [0, 1]; raises InputError outside."""
+        return np.exp(self._solution.log_density(_within(u)))[()]
+
+    def cdf(self, u: ArrayLike) -> Floats:
+        """Q(u), the optimal policy's mass below base quantile u in [0, 1]; raises InputError outside."""
+        return np.clip(self._solution.cdf(_within(u)), 0.0, 1.0)[()]
+
+
+def optimal_transform(procedure: Procedure, beta: float | None = None, kl: float | None = None) -> OptimalTransform:
+    """Phi* with Phi*'(u) = g(u) g(Q(u)), q ~ exp(Phi*/beta), at `beta` or at the beta that gives `kl` nats.
+
+    Give exactly one. beta in [1e-8, 1e8], kl in [1e-9, 20]. For Worst-of-N and large KL beta may underflow: `cdf` and
+    `density` stay right, but no trainer can use such a pair. Raises InputError for both or neither, values out of
+    range, or a KL that needs a beta below 1e-260 (or, for Best-of-N, none that a float holds).
+
+    >>> from infalign.theory.procedures import BestOfN
+    >>> best = optimal_transform(BestOfN(4), kl=1.0)
+    >>> round(best.win_rate, 6), round(1 / best.beta, 5)
+    (0.941123, 12.04099)
+    """
+    check_procedure(procedure)
+    beta, kl = one_of(beta, kl)
+    if beta is not None and not SMALLEST_BETA <= beta <= LARGEST_BETA:
+        raise InputError(f"beta must lie in [{SMALLEST_BETA:g}, {LARGEST_BETA:g}]; got {beta!r}")
+    if kl is not None and kl > LARGEST_KL:
+        raise InputError(f"kl must be at most {LARGEST_KL:g} nats for an optimal transform; got {kl!r}")
+    return _solved(procedure, beta, kl)
+
+
+@overload
+def win_rate_limit(procedure: Procedure, kl: float) -> float: ...
+@overload
+def win_rate_limit(procedure: Procedure, kl: Sequence[float] | Floats) -> Floats: ...
+def win_rate_limit(procedure: Procedure, kl: ArrayLike) -> float | Floats:
+    """W*(KL): the best win rate of any method at a KL in nats, for a reward without ties; 1/2 at KL = 0.
+
+    kl: a number or an array of numbers in {0} or [1e-9, 20]; returns the same shape. Raises InputError outside.
+
+    >>> from infalign.theory.procedures import BestOfN
+    >>> win_rate_limit(BestOfN(4), [0.0, 1.0]).round(6).tolist()
+    [0.5, 0.941123]
+    """
+    kl_array = np.asarray(kl, dtype=float)
+    limits = [0.5 if value == 0 else optimal_transform(procedure, kl=value).win_rate for value in kl_array.ravel()]
+    return limits[0] if kl_array.ndim == 0 else np.array(limits).reshape(kl_array.shape)
+
+
+@lru_cache(maxsize=512)
+def _solved(procedure: Procedure, beta: float | None, kl: float | None) -> OptimalTransform:
+    """Dispatch to the right solver."""
+    log_beta = None if beta is None else math.log(beta)
+    if procedure.monotone == "constant":
+        solution = _plain(beta, kl)
+    elif procedure in (BestOfN(procedure.n), WorstOfN(procedure.n)):
+        solution = solve_extreme(procedure.n, procedure == WorstOfN(procedure.n), log_beta, kl)
+    else:
+        solution = solve_general(procedure, log_beta, kl)
+    return OptimalTransform(
+        procedure, solution.log_beta, solution.kl, solution.win_rate, _residual(procedure, solution), solution
+    )
+
+
+def _plain(beta: float | None, kl: float | None) -> Solution:
+    """Plain sampling: Phi = u, in closed form."""
+    policy = tilt(identity, beta, kl)
+    top = np.concatenate([[0.0], policy.beta * np.geomspace(1e-4, 50, 1500)])
+    top = np.append(top[top < 1 - 1e-12], 1.0) if policy.beta < 1 else np.linspace(0, 1, 1001)
+    q = policy.density(1 - top)
+    flat, pull = np.zeros_like(top), np.full_like(top, 1 / policy.beta)
+    return Solution(
+        math.log(policy.beta),
+        policy.kl,
+        policy.win_rate(BestOfN(1)),
+        Curve(top, 1 - top, flat - 1, flat, True),
+        Curve(top, (1 - top) / policy.beta - policy.log_partition, -pull, flat, True),
+        Curve(top, policy.cdf(1 - top), -q, q * pull, True),
+    )
+
+
+def _residual(procedure: Procedure, solution: Solution) -> float:
+    """max |Phi' - g(u) g(Q)| / max g(u) g(Q) at cell middles, with Q integrated from the log-density curve."""
+    node = solution.phi.node
+    middle = (node[1:] + node[:-1]) / 2
+    places = [np.stack([node[:-1], middle], 1).ravel(), np.stack([middle, node[1:]], 1).ravel()]
+    at, weights = panel_nodes(places[0], places[1])
+    mass = (np.exp(solution.log_density.at_place(at)) * weights).sum(-1)
+    share = np.cumsum(mass)[::2] / mass.sum()
+    from_top = solution.phi.from_top
+    u, cdf = (1 - middle, 1 - share) if from_top else (middle, share)
+    wanted = procedure.density(u) * procedure.density(np.clip(cdf, 0.0, 1.0))
+    slope = solution.phi.slope_at_place(middle) * (-1 if from_top else 1)
+    return float(np.max(np.abs(slope - wanted)) / np.max(wanted))
+
+
+def _within(u: ArrayLike) -> Floats:
+    """u as floats in [0, 1]."""
+    u = np.asarray(u, dtype=float)
+    if not np.all((u >= 0) & (u <= 1)):
+        raise InputError(f"u must lie in [0, 1]; got values in [{np.min(u)}, {np.max(u)}]")
+    return u

@@ -1,0 +1,382 @@
+"""Rank-based inference procedures: one small object from which everything about a decoder follows.
+
+A procedure draws n candidates and keeps the one of ascending rank r with probability w_r, possibly with a random n:
+a finite list of (probability, n, weights). Its laws: G' = g; sum_i a_i Beta(i, m-i+1)(p) = g(p) for the unbiased
+weights a of any m >= n; the frequencies of `select` equal the weights. Add a procedure by adding a constructor here.
+
+Theory: InfAlign (arXiv:2412.19792), calibrated procedures; the polynomial form is derived in our notes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import special
+
+from infalign.types import InputError
+
+Floats = NDArray[np.float64]
+Monotone = Literal["constant", "increasing", "decreasing", "neither"]
+
+LARGEST_TILT = 500.0
+
+
+@dataclass(frozen=True)
+class Component:
+    """With probability `probability`, draw `n` candidates and keep one rank: `picks` are (ascending rank, weight).
+
+    Ranks that are not listed have weight 0. `tilt` marks weights ~ e^{tilt r/n}, which have closed forms.
+    """
+
+    probability: float
+    n: int
+    picks: tuple[tuple[int, float], ...]
+    tilt: float | None = None
+
+    @property
+    def weights(self) -> Floats:
+        """The weights of all n ascending ranks, (n,), sum 1."""
+        weights_n = np.zeros(self.n)
+        for rank, weight in self.picks:
+            weights_n[rank - 1] = weight
+        return weights_n
+
+
+@dataclass(frozen=True)
+class Procedure:
+    """A finite mixture of `Component`s; equal when the components are. Build one with `BestOfN` and its siblings.
+
+    `name` is the key in `BUILT_IN`; `label` is the repr. Raises InputError when the components are no distribution.
+
+    >>> float(BestOfN(4).density(0.5)), BestOfN(4).n
+    (0.5, 4)
+    """
+
+    components: tuple[Component, ...]
+    name: str = field(default="procedure", compare=False)
+    label: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        if not self.components or abs(sum(c.probability for c in self.components) - 1) > 1e-9:
+            raise InputError(f"a procedure's component probabilities must sum to 1; got {self.components!r}")
+        for component in self.components:
+            _check_component(component)
+
+    def __repr__(self) -> str:
+        return self.label or f"Procedure({self.components!r})"
+
+    @property
+    def n(self) -> int:
+        """The most candidates the procedure draws."""
+        return max(component.n for component in self.components)
+
+    @property
+    def is_random(self) -> bool:
+        """True when the kept rank or the number of candidates is drawn, so that `select` needs a generator."""
+        return len(self.components) > 1 or any(len(component.picks) > 1 for component in self.components)
+
+    @cached_property
+    def monotone(self) -> Monotone:
+        """How g moves on [0, 1], by its Bernstein coefficients (monotone weights give a monotone g).
+
+        "increasing" (non-decreasing): the win rate is concave in the policy; "decreasing": it is convex.
+        """
+        steps = np.diff(self.order_weights(self.n))
+        up, down = bool(np.any(steps > 1e-13)), bool(np.any(steps < -1e-13))
+        if up and down:
+            return "neither"
+        return "increasing" if up else "decreasing" if down else "constant"
+
+    @cached_property
+    def mirror(self) -> Procedure:
+        """The procedure that keeps rank n+1-r where this keeps r: its G at 1-p is 1 - G(p), accurate near p = 1."""
+        turned = tuple(
+            Component(
+                c.probability, c.n, tuple((c.n + 1 - r, w) for r, w in c.picks), None if c.tilt is None else -c.tilt
+            )
+            for c in self.components
+        )
+        return Procedure(turned, "mirror", f"{self!r}.mirror")
+
+    def density(self, p: ArrayLike) -> Floats:
+        """g(p) = sum_r w_r Beta(r, n-r+1)(p): the decoded policy is pi(y|x) g(C(x,y)).
+
+        p: probabilities in [0, 1], any shape; returns the same shape. Raises InputError for p outside [0, 1].
+
+        >>> float(WorstOfN(2).density(0.25))
+        1.5
+        """
+        return _evaluate(self, p, 0)
+
+    def cdf(self, p: ArrayLike) -> Floats:
+        """G(p), the integral of g from 0 to p; same shapes and errors as `density`.
+
+        >>> float(BestOfN(2).cdf(0.5))
+        0.25
+        """
+        return _evaluate(self, p, -1)
+
+    def slope(self, p: ArrayLike) -> Floats:
+        """g'(p), the derivative of `density`; same shapes and errors.
+
+        >>> float(BestOfN(2).slope(0.3))
+        2.0
+        """
+        return _evaluate(self, p, 1)
+
+    def order_weights(self, m: int) -> Floats:
+        """Unbiased weights a_i of m samples sorted ascending, (m,), sum 1.
+
+        a_i = sum_r w_r C(i-1, r-1) C(m-i, n-r) / C(m, n), mixed over n: the chance that the i-th of m is kept when
+        n of the m are drawn without replacement. At m = n (fixed n) they are the weights themselves.
+        Raises InputError when m < n: no unbiased estimate exists.
+
+        >>> BestOfN(2).order_weights(3).round(4).tolist()
+        [0.0, 0.3333, 0.6667]
+        """
+        m = _whole("m", m)
+        if m < self.n:
+            raise InputError(f"{self!r} needs at least {self.n} samples for an unbiased estimate; got m={m}")
+        log_factorial = special.gammaln(np.arange(m + 1) + 1.0)
+        weights_m = np.zeros(m)
+        for component in self.components:
+            weights_m += component.probability * _component_order_weights(component, log_factorial)
+        return weights_m / weights_m.sum()
+
+    def select(self, scores_PN: ArrayLike, rng: np.random.Generator | None = None) -> NDArray[np.intp]:
+        """The column the procedure keeps in each row, (P,).
+
+        scores_PN: one score per candidate, NaN for "no score"; N must be `n`. A random-N procedure draws n' and lets
+        the first n' candidates compete. Unscored candidates are never chosen: the first m = min(n', scored) scored
+        ones compete and rank r of n' becomes rank ceil(r m / n') of m (best stays best, worst stays worst).
+        Ties are broken uniformly with `rng`, by the first index without; a random procedure needs `rng`.
+        Raises InputError for a wrong width, a row without any score, or a missing `rng`.
+
+        >>> BestOfN(3).select([[0.1, 0.9, float("nan")]]).tolist()
+        [1]
+        """
+        scores_PN = _checked_scores(self, scores_PN)
+        if rng is None and self.is_random:
+            raise InputError(f"{self!r} is random: select needs rng, a numpy.random.Generator; got None")
+        size_P, rank_P = _drawn_ranks(self, len(scores_PN), rng)
+        scored_PN = ~np.isnan(scores_PN)
+        rivals_P = np.minimum(size_P, scored_PN.sum(1))
+        rival_PN = np.where(scored_PN & (scored_PN.cumsum(1) <= rivals_P[:, None]), scores_PN, np.nan)
+        place_P = -(-rank_P * rivals_P // size_P) - 1
+        value_P = np.take_along_axis(np.sort(rival_PN, axis=1), place_P[:, None], axis=1)
+        tied_PN = rival_PN == value_P
+        if rng is None:
+            return tied_PN.argmax(1)
+        which_P = np.floor(rng.random(len(tied_PN)) * tied_PN.sum(1))
+        return (tied_PN.cumsum(1) > which_P[:, None]).argmax(1)
+
+
+def BestOfN(n: int) -> Procedure:
+    """Keep the best of n: g = n p^(n-1), G = p^n. n = 1 is plain sampling. Raises InputError unless n >= 1.
+
+    >>> BestOfN(4)
+    BestOfN(4)
+    """
+    n = _whole("n", n)
+    return Procedure((Component(1.0, n, ((n, 1.0),)),), "best_of_n", f"BestOfN({n})")
+
+
+def WorstOfN(n: int) -> Procedure:
+    """Keep the worst of n (a safety model of adversarial decoding): g = n (1-p)^(n-1). InputError unless n >= 1.
+
+    >>> float(WorstOfN(4).cdf(0.5))
+    0.9375
+    """
+    n = _whole("n", n)
+    return Procedure((Component(1.0, n, ((1, 1.0),)),), "worst_of_n", f"WorstOfN({n})")
+
+
+def KthOfN(k: int, n: int) -> Procedure:
+    """Keep the k-th best of n: g is the Beta(n-k+1, k) density. Raises InputError unless 1 <= k <= n.
+
+    >>> KthOfN(1, 4) == BestOfN(4)
+    True
+    """
+    k, n = _whole("k", k), _whole("n", n)
+    if k > n:
+        raise InputError(f"k must be at most n (the k-th best of n); got k={k}, n={n}")
+    return Procedure((Component(1.0, n, ((n - k + 1, 1.0),)),), "kth_of_n", f"KthOfN({k}, {n})")
+
+
+def RandomN(pmf: Sequence[float]) -> Procedure:
+    """Keep the best of a random number of candidates, pmf[j] = P(N = j+1): G is the generating function of N.
+
+    Raises InputError unless pmf is a non-empty list of probabilities that sum to 1.
+
+    >>> float(RandomN([0.5, 0.5]).cdf(0.5))
+    0.375
+    """
+    given = np.asarray(pmf, dtype=float)
+    if given.ndim != 1 or given.size == 0 or not np.all(given >= 0) or not abs(given.sum() - 1) <= 1e-9:
+        raise InputError(f"pmf must be probabilities of N = 1, 2, ... that sum to 1; got {pmf!r}")
+    shares = (given / given.sum()).tolist()
+    components = tuple(Component(share, j + 1, ((j + 1, 1.0),)) for j, share in enumerate(shares) if share > 0)
+    return Procedure(components, "random_n", f"RandomN({given.tolist()})")
+
+
+def SoftBestOfN(n: int, tilt: float) -> Procedure:
+    """Keep ascending rank j of n with probability ~ e^{tilt j/n}; G = [(1+p(e^{tilt/n}-1))^n - 1]/(e^tilt - 1).
+
+    tilt = 0 is plain sampling, tilt -> +-infinity Best-of-n and Worst-of-n.
+    Raises InputError unless n >= 1 and |tilt| <= 500.
+
+    >>> SoftBestOfN(2, 0.0).order_weights(2).tolist()
+    [0.5, 0.5]
+    """
+    n = _whole("n", n)
+    if not abs(tilt) <= LARGEST_TILT:
+        raise InputError(f"tilt must be a number within +-{LARGEST_TILT:g} (beyond: BestOfN, WorstOfN); got {tilt!r}")
+    weights_n = special.softmax(float(tilt) * np.arange(1, n + 1) / n).tolist()
+    picks = tuple((rank, weight) for rank, weight in enumerate(weights_n, start=1))
+    label = f"SoftBestOfN({n}, {float(tilt):g})"
+    return Procedure((Component(1.0, n, picks, None if n == 1 else float(tilt)),), "soft_best_of_n", label)
+
+
+BUILT_IN: dict[str, Callable[..., Procedure]] = {
+    "best_of_n": BestOfN,
+    "worst_of_n": WorstOfN,
+    "kth_of_n": KthOfN,
+    "random_n": RandomN,
+    "soft_best_of_n": SoftBestOfN,
+}
+"""Procedures a recipe knows by name: `procedure: best_of_n`, with `n` and `procedure_kwargs` as the arguments."""
+
+
+def check_procedure(value: object) -> Procedure:
+    """`value` if it is a Procedure; raises InputError otherwise.
+
+    >>> check_procedure(BestOfN(2))
+    BestOfN(2)
+    """
+    if not isinstance(value, Procedure):
+        raise InputError(f"procedure must be a Procedure such as BestOfN(4); got {value!r}")
+    return value
+
+
+def _whole(name: str, value: Any) -> int:
+    """`value` as an int >= 1; True, 4.5 and "4" are mistakes."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+        raise InputError(f"{name} must be a whole number >= 1; got {value!r}")
+    return int(value)
+
+
+def _check_component(component: Component) -> None:
+    """InputError unless ranks lie in 1..n and weights are a distribution."""
+    n = _whole("n", component.n)
+    if component.probability < 0 or any(not 1 <= rank <= n or not weight >= 0 for rank, weight in component.picks):
+        raise InputError(f"a component needs a probability >= 0, ranks in 1..n and weights >= 0; got {component!r}")
+    if len({rank for rank, _ in component.picks}) < len(component.picks):
+        raise InputError(f"a component lists a rank twice; got {component!r}")
+    if abs(sum(weight for _, weight in component.picks) - 1) > 1e-9:
+        raise InputError(f"a component's weights must sum to 1; got {component!r}")
+
+
+def _checked_scores(procedure: Procedure, scores_PN: ArrayLike) -> Floats:
+    """The scores as a float matrix; InputError for a wrong width or a row without any score."""
+    scores = np.asarray(scores_PN, dtype=float)
+    if scores.ndim != 2 or scores.shape[1] != procedure.n:
+        raise InputError(f"{procedure!r} selects among (P, {procedure.n}) scores; got shape {scores.shape}")
+    empty_P = np.isnan(scores).all(1)
+    if empty_P.any():
+        raise InputError(f"row {int(empty_P.argmax())} has no scored candidate (all NaN): drop it before selecting")
+    return scores
+
+
+def _drawn_ranks(
+    procedure: Procedure, rows: int, rng: np.random.Generator | None
+) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Each row's number of candidates and ascending rank, drawn from the mixture: two (P,) arrays."""
+    which_P = np.zeros(rows, dtype=np.intp)
+    if rng is not None and len(procedure.components) > 1:
+        shares = np.array([component.probability for component in procedure.components])
+        which_P = rng.choice(len(shares), size=rows, p=shares / shares.sum())
+    size_P, rank_P = np.empty(rows, dtype=np.intp), np.empty(rows, dtype=np.intp)
+    for index, component in enumerate(procedure.components):
+        mine_P = which_P == index
+        ranks, weights = np.array([rank for rank, _ in component.picks]), np.array([w for _, w in component.picks])
+        size_P[mine_P] = component.n
+        if rng is None or len(ranks) == 1:
+            rank_P[mine_P] = ranks[0]
+        else:
+            rank_P[mine_P] = rng.choice(ranks, size=int(mine_P.sum()), p=weights / weights.sum())
+    return size_P, rank_P
+
+
+def _component_order_weights(component: Component, log_factorial: Floats) -> Floats:
+    """sum_r w_r C(i-1, r-1) C(m-i, n-r) / C(m, n) for i = 1..m, by log-factorials."""
+    m, n = len(log_factorial) - 1, component.n
+    total = np.zeros(m)
+    scale = log_factorial[m] - log_factorial[n] - log_factorial[m - n]
+    for rank, weight in component.picks:
+        i = np.arange(rank, m - n + rank + 1)
+        below = log_factorial[i - 1] - log_factorial[rank - 1] - log_factorial[i - rank]
+        above = log_factorial[m - i] - log_factorial[n - rank] - log_factorial[m - i - n + rank]
+        total[i - 1] += weight * np.exp(below + above - scale)
+    return total
+
+
+def _evaluate(procedure: Procedure, p: ArrayLike, order: int) -> Floats:
+    """G (order -1), g (0) or g' (1) of the mixture at p."""
+    p = np.asarray(p, dtype=float)
+    if not np.all((p >= 0) & (p <= 1)):
+        raise InputError(f"p must lie in [0, 1]; got values in [{np.min(p)}, {np.max(p)}]")
+    total, power_shares = np.zeros_like(p), np.zeros(procedure.n + 1)
+    for component in procedure.components:
+        if component.tilt is not None:
+            total = total + component.probability * _soft(component.n, component.tilt, p, order)
+            continue
+        for rank, weight in component.picks:
+            if rank == component.n:
+                power_shares[rank] += component.probability * weight
+            else:
+                total = total + component.probability * weight * _beta(rank, component.n, p, order)
+    return total + _powers(power_shares, p, order) if power_shares.any() else total
+
+
+def _powers(shares: Floats, p: Floats, order: int) -> Floats:
+    """sum_k shares[k] p^k, or a derivative: no cancellation, since all coefficients are >= 0 and p is in [0, 1]."""
+    k = np.arange(len(shares))
+    coefficients = (shares, shares * k, shares * k * (k - 1))[order + 1][order + 1 :]
+    exponents = np.flatnonzero(coefficients)
+    if len(exponents) <= 2:
+        return sum((coefficients[e] * p**e for e in exponents), start=np.zeros_like(p))
+    return np.polynomial.polynomial.polyval(p, coefficients)
+
+
+def _beta(rank: int, n: int, p: Floats, order: int) -> Floats:
+    """CDF (order -1), density (0) or its derivative (1) of Beta(rank, n-rank+1), the rank-th of n uniforms."""
+    if order == -1:
+        return -np.expm1(special.xlog1py(n, -p)) if rank == 1 else special.betainc(rank, n - rank + 1, p)
+    if order == 1:
+        below = _beta(rank - 1, n - 1, p, 0) if rank > 1 else np.zeros_like(p)
+        return n * (below - (_beta(rank, n - 1, p, 0) if rank < n else 0.0))
+    if rank == 1:
+        return n * (1 - p) ** (n - 1)
+    log_scale = np.log(n) + special.gammaln(n) - special.gammaln(rank) - special.gammaln(n - rank + 1)
+    return np.exp(log_scale + special.xlogy(rank - 1, p) + special.xlog1py(n - rank, -p))
+
+
+def _soft(n: int, tilt: float, p: Floats, order: int) -> Floats:
+    """CDF, density or its derivative of the soft Best-of-n; exponents are shifted so that nothing overflows."""
+    if tilt == 0:
+        return (p, np.ones_like(p), np.zeros_like(p))[order + 1]
+    growth = np.expm1(tilt / n)
+    with np.errstate(divide="ignore"):
+        log_base = np.log1p(p * growth)
+    shift = max(tilt, 0.0)
+    norm = -np.expm1(-abs(tilt)) * np.sign(tilt)
+    if order == -1:
+        return np.exp(n * log_base - shift) * -np.expm1(-n * log_base) / norm if tilt > 0 else np.expm1(n * log_base) / norm
+    if order == 0:
+        return n * growth * np.exp((n - 1) * log_base - shift) / norm
+    return n * (n - 1) * growth**2 * np.exp((n - 2) * log_base - shift) / norm

@@ -1,0 +1,52 @@
+"""What must hold at step 0, where the policy still is the base: its KL is 0 and its mean calibrated reward 1/2."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from infalign.types import InputError
+
+MOST_KL_AT_START = 0.05  # nats; rounding gives about 1e-4 in float32 and up to 1e-2 in bf16
+SIGMAS = 6.0
+
+
+def check_kl_at_start(kl_B: NDArray[np.float64], policy: str, reference: str) -> None:
+    """Policy and reference must be one model before the first step.
+
+    Args:
+        kl_B: (B,) log-ratios of the first rollouts, nats.
+        policy, reference: where each was loaded from, for the message.
+
+    Raises:
+        InputError: they differ.
+    """
+    error = float(kl_B.std(ddof=1) / math.sqrt(kl_B.size)) if kl_B.size > 1 else 0.0
+    mean = float(kl_B.mean())
+    if not math.isfinite(mean) or abs(mean) > MOST_KL_AT_START + SIGMAS * error or error > MOST_KL_AT_START:
+        raise InputError(
+            f"at step 0 the sequence KL is {mean:.3g} ± {error:.2g} nats and must be 0: the policy ({policy}) and the "
+            f"reference ({reference}) are not the same model, or dropout or a temperature differs between them"
+        )
+
+
+def check_calibration_at_start(mean: float, rollouts: int, prompts: int, references: int) -> None:
+    """The base policy's own calibrated reward has mean 1/2, ties included.
+
+    Args:
+        mean: of the first rollouts' calibrated rewards.
+        rollouts, prompts: how many rollouts, on how many distinct prompts.
+        references: K, the smallest number of reference rewards behind them.
+
+    Raises:
+        InputError: the mean is further from 1/2 than chance allows (six standard deviations of a uniform).
+    """
+    spread = math.sqrt((1.0 / rollouts + 1.0 / (prompts * references)) / 12.0)
+    if abs(mean - 0.5) > SIGMAS * spread:
+        raise InputError(
+            f"at step 0 the mean calibrated reward is {mean:.3f} and must be 0.5 ± {SIGMAS * spread:.3f}: the calibration "
+            "was not sampled from this policy with these prompts, template, temperature and length limit, or the reward "
+            "is not the one it was scored with: run `infalign calibrate` again"
+        )

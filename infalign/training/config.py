@@ -1,0 +1,51 @@
+"""`CTRLConfig`: TRL's `RLOOConfig` with the defaults that the method needs, and nothing that would break it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from trl import RLOOConfig
+
+from infalign.types import InputError
+
+
+@dataclass
+class CTRLConfig(RLOOConfig):
+    """Arguments of `CTRLTrainer`. Everything of TRL's `RLOOConfig` is here; the fields below differ or are new.
+
+    Args:
+        beta: KL coefficient, in units of the transformed reward per nat of sequence KL. None takes the transform's own
+            (an optimal transform depends on its beta).
+        num_generations: G, rollouts a prompt; the leave-one-out baseline is over them.
+        kl_budget: stop when the rollouts' sequence KL, averaged over three logs, exceeds this many nats.
+        shared_prefix: compute each prompt once and repeat its KV cache (exact); False takes TRL's plain path.
+        disable_dropout: True, so that sampling and training see one policy.
+        gradient_checkpointing: False by default; True saves memory and gives up the shared prefix.
+        bf16: None means bf16 on an accelerator and float32 on the CPU.
+    """
+
+    beta: float | None = field(default=None, metadata={"help": "KL coefficient; None: the optimal transform's own."})
+    num_generations: int | None = field(default=8, metadata={"help": "Rollouts per prompt (G)."})
+    kl_budget: float | None = field(default=None, metadata={"help": "Stop above this sequence KL (nats)."})
+    shared_prefix: bool = field(default=True, metadata={"help": "Compute each prompt once (exact)."})
+    disable_dropout: bool = field(default=True, metadata={"help": "Disable dropout."})
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "Trade compute for memory."})
+    logging_steps: float = field(default=1, metadata={"help": "Log every so many steps."})
+
+    def __post_init__(self) -> None:
+        if self.bf16 is None and not self.fp16 and (self.use_cpu or not torch.cuda.is_available()):
+            self.bf16 = False
+        if self.beta is not None and self.beta <= 0:
+            raise InputError(f"beta must be above 0 for KL-regularised training, got {self.beta}")
+        if self.normalize_advantages:
+            raise InputError("normalize_advantages: true rescales the transform away: leave it false")
+        if self.top_p != 1.0 or self.top_k != 0 or self.min_p or self.repetition_penalty != 1.0:
+            raise InputError(
+                "top_p, top_k, min_p and repetition_penalty must be neutral (1.0, 0, unset, 1.0) in training: "
+                f"log-probabilities and KL would be those of another distribution; got top_p={self.top_p}, "
+                f"top_k={self.top_k}, min_p={self.min_p}, repetition_penalty={self.repetition_penalty}"
+            )
+        if getattr(self, "activation_checkpointing", False) is None:  # transformers' new name for the same setting
+            self.activation_checkpointing = self.gradient_checkpointing
+        super().__post_init__()

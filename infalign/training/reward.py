@@ -1,0 +1,86 @@
+"""`CTRLReward`: raw reward -> calibrated -> transformed, as one TRL reward function.
+
+It needs the K reference rewards of each prompt as a dataset column (`SampleTable.attach`) and nothing of infalign's
+trainer: it works in TRL's own `RLOOTrainer` (sequence KL in the reward, no scaling) and, with `scale_rewards="none"`
+and beta > 0, in `GRPOTrainer`, whose default scaling would divide the transform away (see `callbacks.GRPOCheck`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from infalign.calibration.quantile import Method, calibrate, clip_to_open
+from infalign.rewards.loader import Reward, load_reward
+from infalign.types import InputError, RewardError
+
+Transform = Callable[[NDArray[np.float64]], NDArray[np.float64]]
+
+
+class CTRLReward:
+    """A TRL reward function with the values `Phi(C(x, y))`.
+
+    Args:
+        reward: the raw reward: a callable in TRL's form, anything `load_reward` takes, or a loaded `Reward`.
+        transform: `Phi`, a vectorised function of u in (0, 1); u is clipped to [1/(2(K+1)), 1 - 1/(2(K+1))].
+        method: of calibration, "midrank" or "interpolated".
+        column: the dataset column with each prompt's reference rewards.
+        on_error: what a reward that keeps failing does: "error" stops, "mask" leaves its samples out.
+
+    Attributes:
+        raw: the guarded raw reward.
+        procedure: the transform's procedure when it knows one, else None.
+    """
+
+    def __init__(
+        self,
+        reward: Any,
+        transform: Transform,
+        *,
+        method: Method = "midrank",
+        column: str = "ref_rewards",
+        on_error: Literal["error", "mask"] = "error",
+    ) -> None:
+        self.raw = reward if isinstance(reward, Reward) else load_reward(reward, on_error=on_error)
+        self.transform = transform
+        self.method: Method = method
+        self.column = column
+        self.procedure = getattr(transform, "procedure", None)
+        self.__name__ = "ctrl"
+
+    def __call__(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        completion_ids: Sequence[Any] | None = None,
+        log_metric: Callable[[str, float], None] | None = None,
+        **columns: Any,
+    ) -> list[float | None]:
+        """Transformed rewards, one a completion; None where the raw reward gave no score.
+
+        Raises:
+            InputError: the reference rewards are missing from the dataset.
+            RewardError: the raw reward failed, or the transform is not finite.
+        """
+        if self.column not in columns:
+            raise InputError(
+                f"the dataset has no column {self.column!r} with the reference rewards: "
+                "attach the calibration table (SampleTable.attach), and keep remove_unused_columns false"
+            )
+        references = columns.pop(self.column)
+        raw_B = self.raw(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
+        calibrated_B = calibrate(raw_B[:, None], references, self.method)[:, 0]
+        counts_B = np.array([np.count_nonzero(~np.isnan(np.asarray(row, dtype=float))) for row in references])
+        transformed_B = np.asarray(self.transform(clip_to_open(calibrated_B, counts_B)), dtype=np.float64)
+        scored_B = ~np.isnan(raw_B)
+        if not np.isfinite(transformed_B[scored_B]).all():
+            raise RewardError(f"the transform {self.transform!r} is not finite on (0, 1): bound it")
+        if log_metric is not None and scored_B.any():
+            for name, values in (("raw", raw_B), ("calibrated", calibrated_B), ("transformed", transformed_B)):
+                log_metric(f"reward/{name}", float(values[scored_B].mean()))
+        if log_metric is not None:
+            log_metric("reward/unscored", float(1.0 - scored_B.mean()))
+        return [float(value) if scored else None for value, scored in zip(transformed_B, scored_B, strict=True)]

@@ -1,0 +1,48 @@
+"""Which uniforms belong to which rollout: a function of the seed, the prompt, the generation and the row's place.
+
+Not of the process that draws it or of how a batch is cut into accumulation steps, so that 1 process and 2, 8x1 and 1x8
+draw the same rollouts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from infalign.runtime.artifacts import fingerprint
+from infalign.runtime.seeds import uniforms
+
+
+def rollout_uniforms(
+    prompt_ids: Sequence[Sequence[int]], *, seed: int, generation: int, first_row: int, count: int
+) -> NDArray[np.float64]:
+    """(B, T) uniforms of the rollouts of one process.
+
+    Args:
+        prompt_ids: the B prompts, in order.
+        seed: of the run.
+        generation: how many batches of rollouts were drawn before this one.
+        first_row: the place of the first row in the batch of all processes.
+        count: T, tokens at most.
+    """
+    names = [fingerprint(list(ids)) for ids in prompt_ids]
+    rows = [
+        uniforms(seed, f"rollout-{generation}-{name}", first_row + row, count) for row, name in enumerate(names)
+    ]
+    return np.stack(rows)
+
+
+def shuffled_groups(rows: int, group: int, generator: torch.Generator) -> torch.Tensor:
+    """A permutation of rows that keeps whole groups of consecutive rows together, where they divide the rows.
+
+    >>> order = shuffled_groups(4, 2, torch.Generator().manual_seed(0)).tolist()
+    >>> sorted(order), order[1] - order[0]
+    ([0, 1, 2, 3], 1)
+    """
+    if rows % group:
+        return torch.randperm(rows, generator=generator)
+    groups = torch.randperm(rows // group, generator=generator)
+    return (groups[:, None] * group + torch.arange(group)).reshape(-1)

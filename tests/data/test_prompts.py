@@ -1,0 +1,275 @@
+"""Prompts: what is read, what is refused, what is merged."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+from huggingface_hub import constants
+
+from infalign.data.mixture import load_mixture
+from infalign.data.prompts import load_prompts, prompt_key, prompts_from_rows
+from infalign.types import InputError
+
+ROWS = [{"prompt": "one", "answer": 1}, {"prompt": "two", "answer": 2}, {"prompt": " ONE ", "answer": 3}]
+
+
+def write(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def contents(loaded) -> list:
+    return [prompt.content for prompt in loaded.prompts]
+
+
+# -- keys
+
+
+def test_key_is_the_hash_of_the_normalised_text():
+    expected = hashlib.blake2b(b"hello world", digest_size=8).hexdigest()
+    assert prompt_key("  Hello\n\tWORLD ") == expected
+    assert prompt_key("\uff28ello world") == expected  # a full-width H is an H under NFKC
+    assert len(expected) == 16
+
+
+def test_key_of_a_chat_includes_roles_and_turns():
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert prompt_key(chat) == prompt_key([{**turn, "content": f" {turn['content'].upper()} "} for turn in chat])
+    swapped = [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]
+    joined = [{"role": "user", "content": "a assistant b"}]
+    assert len({prompt_key(x) for x in (chat, swapped, joined, "a", [chat[0]])}) == 5
+
+
+# -- formats of files
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet", "txt", "jsonl.gz", "txt.gz"])
+def test_every_local_format(tmp_path, suffix):
+    rows = [{"prompt": "a, \u201cb\u201d", "tag": "x"}, {"prompt": "c", "tag": "y"}]
+    path = tmp_path / f"rows.{suffix}"
+    if suffix == "parquet":
+        datasets.Dataset.from_list(rows).to_parquet(str(path))
+    elif suffix == "csv":
+        path.write_text('prompt,tag\n"a, \u201cb\u201d",x\nc,y\n', encoding="utf-8")
+    else:
+        lines = [row["prompt"] if "txt" in suffix else json.dumps(row) for row in rows]
+        text = json.dumps(rows) if suffix == "json" else "\n\n".join(lines) + "\n"
+        path.write_bytes(gzip.compress(text.encode()) if suffix.endswith("gz") else text.encode())
+    loaded = load_prompts(path.name, base_dir=tmp_path)
+    assert contents(loaded) == ["a, \u201cb\u201d", "c"]
+    assert [dict(p.columns) for p in loaded.prompts] == ([{}, {}] if "txt" in suffix else [{"tag": "x"}, {"tag": "y"}])
+
+
+def test_duplicates_are_merged_and_the_first_row_kept(tmp_path):
+    loaded = load_prompts(write(tmp_path / "r.jsonl", ROWS))
+    assert contents(loaded) == ["one", "two"]
+    assert (loaded.rows, loaded.duplicates, loaded.columns) == (3, 1, ("answer",))
+    assert loaded.prompts[0].columns == {"answer": 1}
+    assert "2 prompts (1 duplicate rows merged)" in loaded.summary()
+
+
+def test_limit_takes_the_first_rows(tmp_path):
+    path = write(tmp_path / "r.jsonl", ROWS)
+    assert contents(load_prompts(path, limit=1)) == ["one"]
+    with pytest.raises(InputError, match="limit must be at least 1"):
+        load_prompts(path, limit=0)
+
+
+def test_relative_paths_start_from_the_recipe_then_the_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "recipe").mkdir()
+    write(tmp_path / "r.jsonl", [{"prompt": "cwd"}])
+    monkeypatch.chdir(tmp_path)
+    assert contents(load_prompts("r.jsonl", base_dir=tmp_path / "recipe")) == ["cwd"]
+    write(tmp_path / "recipe" / "r.jsonl", [{"prompt": "recipe"}])
+    assert contents(load_prompts("r.jsonl", base_dir=tmp_path / "recipe")) == ["recipe"]
+
+
+def test_a_folder_is_read_by_split(tmp_path):
+    write(tmp_path / "train-00000-of-00001.jsonl", [{"prompt": "a"}])
+    write(tmp_path / "test.jsonl", [{"prompt": "b"}])
+    assert contents(load_prompts(str(tmp_path))) == ["a"]
+    assert contents(load_prompts(str(tmp_path), split="test")) == ["b"]
+    with pytest.raises(InputError, match=r"no file of the split 'dev'; there are test.jsonl, train"):
+        load_prompts(str(tmp_path), split="dev")
+
+
+def test_a_folder_without_split_names_is_all_train(tmp_path):
+    with pytest.raises(InputError, match="no data file in this folder"):
+        load_prompts(str(tmp_path))
+    (tmp_path / "sub").mkdir()
+    write(tmp_path / "sub" / "a.jsonl", [{"prompt": "a"}])
+    write(tmp_path / "sub" / "b.jsonl", [{"prompt": "b"}])
+    assert contents(load_prompts(str(tmp_path))) == ["a", "b"]
+    assert contents(load_prompts(str(tmp_path), data_dir="sub", data_files="b.*")) == ["b"]
+
+
+def test_a_saved_dataset(tmp_path):
+    saved = datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS[:2])})
+    saved.save_to_disk(tmp_path / "saved")
+    assert contents(load_prompts("saved", base_dir=tmp_path)) == ["one", "two"]
+    with pytest.raises(InputError, match="no split 'test'; there are train"):
+        load_prompts("saved", base_dir=tmp_path, split="test")
+    (tmp_path / "saved" / "train" / "state.json").unlink()
+    with pytest.raises(InputError, match="not a whole saved data set"):
+        load_prompts("saved", base_dir=tmp_path)
+
+
+# -- transcripts and chats
+
+
+def test_transcripts_are_picked_by_auto():
+    text = "\n\nHuman: hi\n\nAssistant: yes?\n\nHuman: why\n\nAssistant: because"
+    loaded = prompts_from_rows([{"chosen": text, "rejected": text + "!", "id": 7}], "rows")
+    assert loaded.data_format == "transcript"
+    assert contents(loaded)[0] == [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "yes?"},
+        {"role": "user", "content": "why"},
+    ]
+    assert loaded.prompts[0].columns == {"id": 7}
+
+
+def test_chosen_may_be_a_chat():
+    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+    assert contents(prompts_from_rows([{"chosen": chat}], "rows")) == [chat[:1]]
+
+
+def test_neighbours_of_one_role_are_joined():
+    text = "\n\nHuman: a\n\nAssistant: b\n\nAssistant: c\n\nHuman: d"
+    turns = contents(prompts_from_rows([{"chosen": text}], "rows"))[0]
+    assert [turn["content"] for turn in turns] == ["a", "b\n\nc", "d"]
+
+
+def test_a_prompt_column_wins_over_chosen():
+    loaded = prompts_from_rows([{"prompt": "p", "chosen": "c"}], "rows")
+    assert contents(loaded) == ["p"]
+    assert loaded.prompts[0].columns == {"chosen": "c"}
+
+
+# -- refusals
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": ""}, r"1 of 2 rows cannot be used: row 2: the prompt is empty"),
+        ({"prompt": None}, r"row 2: the prompt is None, neither text nor a chat"),
+        ({"prompt": 3}, r"row 2: the prompt is 3"),
+        ({"other": "x"}, r"row 2: the prompt is None"),
+        ({"prompt": []}, r"row 2: an empty chat"),
+        ({"prompt": ["hi"]}, r"row 2: turn 1 is not"),
+        ({"prompt": [{"role": "human", "content": "x"}]}, r"row 2: turn 1 has the role 'human'; one of system"),
+        ({"prompt": [{"role": "assistant", "content": "x"}]}, r"row 2: the last turn is the assistant's"),
+        ({"prompt": [{"role": "user", "content": " "}]}, r"row 2: the user's last turn is empty"),
+        ({"prompt": [{"role": "user", "content": "x"}]}, r"some prompts are text and some are chats"),
+    ],
+)
+def test_bad_prompts_are_named_with_their_row(row, message):
+    with pytest.raises(InputError, match=message):
+        prompts_from_rows([{"prompt": "good"}, row], "rows")
+
+
+def test_all_problems_are_collected():
+    with pytest.raises(InputError, match=r"8 of 8 rows.*row 5: the prompt is empty; and 3 more$"):
+        prompts_from_rows([{"prompt": ""}] * 8, "rows")
+
+
+def test_a_missing_column_names_those_there_are():
+    with pytest.raises(InputError, match=r"no column 'prompt' \(and no 'chosen'\); the columns are 'text', 'id'"):
+        prompts_from_rows([{"text": "x", "id": 1}], "rows")
+    with pytest.raises(InputError, match=r"no column 'chosen'; the columns are 'prompt'"):
+        prompts_from_rows([{"prompt": "x"}], "rows", data_format="transcript")
+    with pytest.raises(InputError, match=r"no column 'q'; the columns are 'chosen'"):
+        prompts_from_rows([{"chosen": "x"}], "rows", data_format="prompt", prompt_column="q")
+
+
+def test_reserved_columns_empty_data_and_unknown_formats():
+    with pytest.raises(InputError, match="column name 'completions' is taken"):
+        prompts_from_rows([{"prompt": "x", "completions": "y"}], "rows")
+    with pytest.raises(InputError, match="rows: no rows"):
+        prompts_from_rows([], "rows")
+    with pytest.raises(InputError, match="data_format 'chat' is unknown; one of auto, prompt, transcript"):
+        load_prompts("x", data_format="chat")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '{"prompt": "x"}\n{"prompt": \n', r"a.jsonl, line 2: not JSON"),
+        ("a.jsonl", '{"prompt": "x"}\n\n[1]\n', r"a.jsonl, line 3: a JSON object is wanted, got list"),
+        ("a.json", '{"prompt": "x"}\n{"prompt": "y"}', r"line 2: not JSON \(Extra data; one object per line"),
+        ("a.json", '{"prompt": "x"}', r"a JSON list of objects is wanted"),
+        ("a.csv", "prompt\nx,y\n", r"row 1: more fields than the header"),
+        ("a.csv", 'prompt\n"x\n', r"a.csv, line 1: not CSV \(unexpected end"),
+        ("a.parquet", "PARnothing", r"a.parquet: cannot be read"),
+        ("a.txt.gz", "no gzip", r"a.txt.gz: cannot be read"),
+        ("a.xlsx", "", r"cannot read '.xlsx'; one of .jsonl"),
+    ],
+)
+def test_malformed_files(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=message):
+        load_prompts(name, base_dir=tmp_path)
+
+
+def test_a_name_that_is_nowhere(tmp_path, monkeypatch):
+    with pytest.raises(InputError, match=r"'rows.jsonl': no such file or folder under"):
+        load_prompts("rows.jsonl", base_dir=tmp_path)
+    with pytest.raises(InputError, match="dataset_name is empty"):
+        load_prompts(" ")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match=r"'no-such/data' \(split 'train'\) is no local file.*Hub: \w+: .*network"):
+        load_prompts("no-such/data", base_dir=tmp_path)
+
+
+# -- mixtures
+
+
+def test_a_mixture_joins_and_merges(tmp_path):
+    write(tmp_path / "a.jsonl", ROWS[:2])
+    write(tmp_path / "b.jsonl", [{"prompt": "TWO", "tag": "t"}, {"prompt": "three", "tag": "u"}])
+    loaded = load_mixture([{"path": "a.jsonl"}, {"path": "json", "data_files": "b.jsonl"}], base_dir=tmp_path)
+    assert contents(loaded) == ["one", "two", "three"]
+    assert (loaded.rows, loaded.duplicates) == (4, 1)
+    assert loaded.prompts[2].columns == {"answer": None, "tag": "u"}
+
+
+def test_fractions_follow_trl(tmp_path):
+    write(tmp_path / "a.jsonl", [{"prompt": f"a{i}"} for i in range(10)])
+    write(tmp_path / "b.jsonl", [{"prompt": f"b{i}"} for i in range(6)])
+    entries = [{"path": "a.jsonl", "fraction": 1}, {"path": "b.jsonl", "fraction": 3}]
+    loaded = load_mixture(entries, base_dir=tmp_path)  # the largest mixture 1:3 without repeats is 2 + 6
+    assert contents(loaded) == ["a0", "a1", *(f"b{i}" for i in range(6))]
+
+
+def test_columns_of_an_entry(tmp_path):
+    write(tmp_path / "a.jsonl", ROWS)
+    assert load_mixture([{"path": "a.jsonl", "columns": ["prompt"]}], base_dir=tmp_path).columns == ()
+    with pytest.raises(InputError, match="no column 'x'; the columns are 'prompt', 'answer'"):
+        load_mixture([{"path": "a.jsonl", "columns": ["x"]}], base_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ([], "the list is empty"),
+        (["a.jsonl"], "entry 1: a mapping with a path is wanted"),
+        ([{"path": "a.jsonl", "spilt": "x"}], "unknown key 'spilt'; did you mean 'split'"),
+        ([{"path": "a.jsonl", "fraction": 1}, {"path": "a.jsonl"}], "in every entry or in none"),
+        ([{"path": "a.jsonl", "fraction": 0}], "the fractions are all 0"),
+        ([{"path": "a.jsonl"}, {"path": "c.jsonl"}], "some entries have text prompts and some chats"),
+        ([{"path": "json", "data_files": "zz.jsonl"}], "data_files 'zz.jsonl': no such file"),
+        ([{"path": "json", "data_files": {"test": "a.jsonl"}}], "data_files has no split 'train'; it has test"),
+    ],
+)
+def test_bad_mixtures(tmp_path, entries, message):
+    write(tmp_path / "a.jsonl", ROWS)
+    write(tmp_path / "c.jsonl", [{"prompt": [{"role": "user", "content": "x"}]}])
+    with pytest.raises(InputError, match=message):
+        load_mixture(entries, base_dir=tmp_path)

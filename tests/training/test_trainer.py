@@ -1,0 +1,256 @@
+"""`CTRLTrainer` computes what TRL's plain path computes, only cheaper; and it refuses what can't be right."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from trl import RLOOConfig, RLOOTrainer
+
+from infalign.theory.procedures import BestOfN
+from infalign.theory.transforms import identity
+from infalign.training.config import CTRLConfig
+from infalign.training.reward import CTRLReward
+from infalign.training.trainer import CTRLTrainer
+from infalign.types import InputError, RewardError
+from tests.tiny import tiny_causal
+
+PROMPTS = ["the cat sat", "a dog", "the", "the cat sat on the mat"]
+
+
+def token_sum(completion_ids, **_):
+    return [float(sum(ids)) for ids in completion_ids]
+
+
+def references(count=20, value=None):
+    rng = np.random.default_rng(0)
+    rows = [rng.normal(60, 30, count).tolist() if value is None else [value] * count for _ in PROMPTS]
+    return Dataset.from_dict({"prompt": PROMPTS, "ref_rewards": rows})
+
+
+def config(folder, **changes):
+    settings = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 8,
+        "num_generations": 4,
+        "max_completion_length": 5,
+        "max_steps": 2,
+        "beta": 0.1,
+        "use_cpu": True,
+        "report_to": "none",
+        "save_strategy": "no",
+        "learning_rate": 1e-3,
+        "disable_tqdm": True,
+    }
+    return {**settings, **changes}
+
+
+def trainer(model, folder, reward=None, dataset=None, **changes):
+    reward = reward or CTRLReward(token_sum, identity)
+    return CTRLTrainer(model, reward, CTRLConfig(**config(folder, **changes)), train_dataset=dataset or references())
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2", "qwen2"])
+def model(request, tmp_path_factory):
+    return tiny_causal(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return tiny_causal(tmp_path_factory.mktemp("llama"), "llama")
+
+
+def batch_of(subject):
+    """A padded batch with shared prompts, as TRL lays it out: prompts left, completions right."""
+    prompts = [[5, 6, 7], [8], [5, 6, 7], [8], [9, 10]]
+    completions = [[4, 5, 6], [7, 8], [9], [10, 11, 12], [5, 6]]
+    pad = subject._tokenizer.pad_token_id
+    ids = [[pad] * (3 - len(p)) + p + c + [pad] * (3 - len(c)) for p, c in zip(prompts, completions, strict=True)]
+    mask = [[0] * (3 - len(p)) + [1] * len(p + c) + [0] * (3 - len(c)) for p, c in zip(prompts, completions, strict=True)]
+    return torch.tensor(ids), torch.tensor(mask)
+
+
+def weighted(logps, real):
+    """A loss with another weight for every token, so that no gradient can cancel by chance."""
+    return (logps[real] * torch.linspace(-1, 1, int(real.sum()))).sum()
+
+
+def gradients(model):
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_logps_and_gradients_equal_forwards_of_single_rows(model, tmp_path, chunk):
+    """Against rows run one by one without padding or cache (TRL's padded rows misplace GPT-2's absolute positions)."""
+    subject = trainer(model, tmp_path)
+    ids, mask = batch_of(subject)
+    real = mask[:, -3:].bool()
+    rows = []
+    for row, keep in zip(ids, mask.bool(), strict=True):
+        prompt, completion = row[:3][keep[:3]], row[3:][keep[3:]]
+        logits = subject.model(torch.cat([prompt, completion])[None]).logits[0, len(prompt) - 1 : -1]
+        logps = torch.log_softmax(logits, -1).gather(1, completion[:, None])[:, 0]
+        rows.append(torch.nn.functional.pad(logps, (0, 3 - len(logps))))
+    expected = torch.stack(rows)
+    weighted(expected, real).backward()
+    expected_gradients = gradients(subject.model)
+    subject.model.zero_grad()
+    found, _, _ = subject._get_per_token_logps_and_entropies(subject.model, ids, mask, 3, batch_size=chunk)
+    weighted(found, real).backward()
+    torch.testing.assert_close(found[real], expected[real], atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(gradients(subject.model), expected_gradients, atol=5e-5, rtol=1e-4)
+
+
+def test_entropies_equal_trls(llama, tmp_path):
+    subject = trainer(llama, tmp_path)
+    ids, mask = batch_of(subject)
+    real = mask[:, -3:].bool()
+    arguments = (subject.model, ids, mask, 3)
+    _, ours, _ = subject._get_per_token_logps_and_entropies(*arguments, compute_entropy=True)
+    _, theirs, _ = RLOOTrainer._get_per_token_logps_and_entropies(subject, *arguments, compute_entropy=True)
+    torch.testing.assert_close(ours[real], theirs[real], atol=2e-5, rtol=1e-4)
+
+
+def test_the_samplers_logps_are_the_policys(llama, tmp_path):
+    """The "old" pass is skipped: what is used in its place equals a fresh forward."""
+    subject = trainer(llama, tmp_path)
+    seen = []
+    plain = subject._get_per_token_logps_and_entropies
+
+    def spy(model, ids, mask, kept, *args, **kwargs):
+        taken = subject._sampled_logps is not None and model is subject.model
+        found = plain(model, ids, mask, kept, *args, **kwargs)
+        if taken:
+            fresh, _, _ = RLOOTrainer._get_per_token_logps_and_entropies(subject, model, ids, mask, kept)
+            seen.append(((found[0] - fresh) * mask[:, -kept:]).abs().max().item())
+        return found
+
+    subject._get_per_token_logps_and_entropies = spy
+    subject.train()
+    assert len(seen) == 2 and max(seen) < 2e-5
+
+
+def test_the_loss_of_a_step_equals_trls(llama, tmp_path):
+    """One step from the same rollouts moves the weights as TRL's own forward passes do."""
+    weights = []
+    for shared in (True, False):
+        subject = trainer(llama, tmp_path, max_steps=1, optim="sgd", learning_rate=1.0)
+        if not shared:
+            subject._can_share = lambda model: False
+        subject.train()
+        weights.append(torch.cat([p.detach().flatten() for p in subject.model.parameters()]))
+    torch.testing.assert_close(weights[0], weights[1], atol=1e-5, rtol=0)
+
+
+def test_accumulation_draws_the_same_rollouts(llama, tmp_path):
+    """8x1 and 2x4 accumulated: the same completions for the same prompts."""
+    found = []
+    for size, steps in ((8, 1), (2, 4)):
+        seen = []
+
+        def spy(prompts, completion_ids, **_):
+            seen.append(sorted(zip(map(str, prompts), map(tuple, completion_ids), strict=True)))  # noqa: B023
+            return [float(sum(ids)) for ids in completion_ids]
+
+        subject = trainer(
+            llama, tmp_path, CTRLReward(spy, identity), per_device_train_batch_size=size, gradient_accumulation_steps=steps,
+            max_steps=1,
+        )
+        subject.train()
+        found.append(seen[0])
+    assert found[0] == found[1]
+
+
+def test_metrics_are_logged(llama, tmp_path):
+    subject = trainer(llama, tmp_path)
+    subject.train()
+    logs = subject.state.log_history[0]
+    assert logs["kl_seq"] == pytest.approx(0.0, abs=1e-4)
+    for name in ("reward/raw", "reward/calibrated", "reward/transformed", "reward/unscored", "kl_seq_error"):
+        assert np.isfinite(logs[name]), name
+    assert logs["reward/transformed"] == pytest.approx(logs["reward/calibrated"], abs=0.05)
+
+
+def test_ctrl_reward_trains_in_an_unmodified_rloo_trainer(llama, tmp_path):
+    subject = RLOOTrainer(
+        llama,
+        CTRLReward(token_sum, identity),
+        RLOOConfig(**config(tmp_path, bf16=False, gradient_checkpointing=False, disable_dropout=True)),
+        train_dataset=references(),
+    )
+    subject.train()
+    logged = [row for row in subject.state.log_history if "rewards/ctrl/mean" in row]
+    assert logged and all(0 <= row["rewards/ctrl/mean"] <= 1 for row in logged)
+
+
+def test_held_out_evaluation(llama, tmp_path):
+    subject = CTRLTrainer(
+        llama,
+        CTRLReward(token_sum, identity),
+        CTRLConfig(**config(tmp_path, eval_strategy="steps", eval_steps=1)),
+        procedure=BestOfN(2),
+        train_dataset=references(),
+        eval_dataset=references(),
+    )
+    metrics = subject.evaluate()
+    assert set(metrics) == {"eval_winrate", "eval_winrate_1", "eval_kl_seq"}
+    assert metrics["eval_kl_seq"] == pytest.approx(0.0, abs=1e-4)
+    assert 0 < metrics["eval_winrate"] < 1
+    subject.train()
+    assert sum("eval_winrate" in row for row in subject.state.log_history) >= 2
+
+
+def test_kl_budget_stops(llama, tmp_path):
+    subject = trainer(llama, tmp_path, kl_budget=1e-9, max_steps=50, learning_rate=1e-2)
+    subject.train()
+    assert subject.state.global_step < 12
+
+
+def test_step_zero_refuses_a_calibration_that_does_not_fit(llama, tmp_path):
+    with pytest.raises(InputError, match=r"mean calibrated reward is 1.000 and must be 0.5"):
+        trainer(llama, tmp_path, dataset=references(200, value=-5.0), per_device_train_batch_size=32, num_generations=16).train()
+
+
+def test_step_zero_refuses_another_reference(llama, tmp_path):
+    subject = trainer(llama, tmp_path)
+    with torch.no_grad():
+        for parameter in subject.ref_model.parameters():
+            parameter.mul_(1.5)
+    with pytest.raises(InputError, match="sequence KL is .* must be 0: the policy"):
+        subject.train()
+
+
+def test_bad_settings(llama, tmp_path):
+    with pytest.raises(InputError, match="beta is not set and the transform has none"):
+        trainer(llama, tmp_path, beta=None)
+    with pytest.raises(InputError, match="beta must be above 0"):
+        CTRLConfig(**config(tmp_path, beta=0.0))
+    with pytest.raises(InputError, match="normalize_advantages: true rescales"):
+        CTRLConfig(**config(tmp_path, normalize_advantages=True))
+    with pytest.raises(InputError, match="top_p, top_k, min_p and repetition_penalty must be neutral"):
+        CTRLConfig(**config(tmp_path, top_p=0.9))
+
+
+def test_ctrl_reward_values():
+    reward = CTRLReward(lambda completions, **_: [float(c) for c in completions], lambda u: u**2)
+    found = reward(prompts=["p"] * 3, completions=["0", "2.5", "9"], ref_rewards=[[1.0, 2.0, 3.0, 4.0]] * 3)
+    assert found == pytest.approx([0.1**2, 0.5**2, 0.9**2])  # 0 and 1 are clipped to 1/(2(K+1)) and its mirror
+
+
+def test_ctrl_reward_without_scores_and_without_references():
+    logged = {}
+    reward = CTRLReward(lambda completions, **_: [None, 1.0], identity)
+    found = reward(
+        prompts=["p", "p"], completions=["a", "b"], ref_rewards=[[0.0, 2.0]] * 2, log_metric=logged.__setitem__
+    )
+    assert found == [None, 0.5]
+    assert logged == {"reward/raw": 1.0, "reward/calibrated": 0.5, "reward/transformed": 0.5, "reward/unscored": 0.5}
+    with pytest.raises(InputError, match="no column 'ref_rewards'"):
+        reward(prompts=["p"], completions=["a"])
+
+
+def test_a_transform_that_is_not_finite_is_refused():
+    reward = CTRLReward(lambda completions, **_: [1.0] * len(completions), lambda u: u / 0.0)
+    with pytest.raises(RewardError, match="not finite"), np.errstate(all="ignore"):
+        reward(prompts=["p"], completions=["a"], ref_rewards=[[0.0, 2.0]])
