@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import brentq
+from scipy.interpolate import PchipInterpolator
 
-from infalign.theory.tilted import tied_optimum
+from infalign.theory.ties import tied_limit
 
 if TYPE_CHECKING:
     from infalign.theory.procedures import Procedure
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 Array = NDArray[np.float64]
 
 _FINE = 4  # a reward value seen once stands for a continuous stretch: split in so many levels
+_KNOTS = 16  # budgets at which a prompt's tie frontier is solved
+_MOST_KL = 20.0  # nats: beyond, nothing is left to gain
 _TOO_SMALL = 0.02  # nats: below, attainment divides noise by noise
 
 
@@ -71,20 +73,31 @@ def level_masses(base_rewards_M: Array) -> Array:
 def tie_limit(procedure: Procedure, base_rewards_PM: Sequence[Array], kl: float) -> float:
     """The highest mean win rate that ties allow at mean KL `kl`.
 
-    All prompts share one beta (where dW/dKL is equal, no KL is better spent elsewhere), found such that the mean KL is
-    `kl`; where even beta -> 0 needs less than `kl`, that supremum.
+    KL is spent where it buys most: all prompts share one slope dW/dKL (the beta of the optimum). Each prompt's frontier
+    is solved at `_KNOTS` budgets and interpolated.
     """
     if kl <= 0.0:
         return 0.5
-    masses = [level_masses(row) for row in base_rewards_PM]
+    top = max(kl, min(8.0 * kl, _MOST_KL))
+    budgets_Q = np.concatenate([[0.0], np.geomspace(kl / 16, top, _KNOTS)])
+    fine = np.concatenate([[0.0], np.geomspace(kl / 100, top, 400)])
+    frontiers: dict[bytes, Array] = {}
+    for masses_J in (level_masses(row) for row in base_rewards_PM):
+        if masses_J.tobytes() not in frontiers:
+            solved = [0.5 if budget == 0.0 else tied_limit(procedure, masses_J, float(budget)) for budget in budgets_Q]
+            frontiers[masses_J.tobytes()] = PchipInterpolator(
+                np.sqrt(budgets_Q), np.maximum.accumulate(solved)  # W - 1/2 starts like sqrt(KL)
+            )(np.sqrt(fine))
+    win_PQ = np.array([frontiers[level_masses(row).tobytes()] for row in base_rewards_PM])
 
-    def at(log_beta: float) -> tuple[float, float]:
-        found = [tied_optimum(procedure, row, beta=float(np.exp(log_beta))) for row in masses]
-        return float(np.mean([one.kl for one in found])), float(np.mean([one.win_rate for one in found]))
+    def spent(log_slope: float) -> tuple[float, float]:
+        best = np.argmax(win_PQ - np.exp(log_slope) * fine, axis=1)
+        return float(fine[best].mean()), float(np.take_along_axis(win_PQ, best[:, None], 1).mean())
 
-    low, high = np.log(1e-3), np.log(1e2)
-    if at(low)[0] <= kl:
-        return at(low)[1]
-    if at(high)[0] >= kl:
-        return 0.5
-    return at(brentq(lambda value: at(value)[0] - kl, low, high, xtol=1e-3))[1]
+    low, high = np.log(1e-6), np.log(1e3)
+    for _ in range(60):
+        middle = (low + high) / 2.0
+        low, high = (middle, high) if spent(middle)[0] > kl else (low, middle)
+    (kl_above, win_above), (kl_below, win_below) = spent(low), spent(high)
+    share = (kl - kl_below) / (kl_above - kl_below) if kl_above > kl_below else 0.0
+    return win_below + float(np.clip(share, 0.0, 1.0)) * (win_above - win_below)

@@ -1,0 +1,1 @@
+"""Report: what a run left on disk, as tables, plots and one self-contained page. Loads no torch."""

@@ -55,7 +55,7 @@ class Progress:
         if self._bar is not None:
             self._bar.set_postfix_str(note, refresh=False)
             self._bar.update(count)
-        elif self.title and time.monotonic() - self._last > LINE_EVERY_SECONDS:
+        elif self.title and self.done < self.total and time.monotonic() - self._last > LINE_EVERY_SECONDS:
             self._last = time.monotonic()
             say(f"  {self.line()}{'  ' + note if note else ''}")
 

@@ -37,7 +37,7 @@ def theory(
     """
     optimum = optimal_transform(procedure, beta=beta, kl=kl)
     rows = [_row("optimal", optimum, optimum, procedure)]
-    rows += [_row(repr(one), one, tilt(one, kl=optimum.kl), procedure) for one in candidates(procedure)]
+    rows += [_row(label(one), one, tilt(one, kl=optimum.kl), procedure) for one in candidates(procedure)]
     rows.sort(key=lambda row: -row["win_rate"])
     if plot:
         from infalign.report.theory_plot import draw_theory  # noqa: PLC0415 - matplotlib only when asked for
@@ -58,6 +58,12 @@ def candidates(procedure: Procedure) -> Sequence[Any]:
     signs = [-t if falling else t for t in TILTS]
     first = transforms.log_mirror if falling else transforms.log
     return [transforms.identity, first, transforms.normal_icdf, *(transforms.exponential(t) for t in signs)]
+
+
+def label(transform: Any) -> str:
+    """A transform's name as it stands in a recipe, with its tilt: `exponential t=10`."""
+    tilt_of = getattr(transform, "t", None)
+    return transform.name if tilt_of is None else f"{transform.name} t={tilt_of:g}"
 
 
 def _row(name: str, transform: Any, policy: Any, procedure: Procedure) -> dict[str, Any]:

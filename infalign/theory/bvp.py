@@ -52,7 +52,7 @@ def solve_general(procedure: Procedure, log_beta: float | None, kl: float | None
     problem = _Problem(procedure)
     candidates = [problem.continued(log_beta, kl), *problem.restarted(log_beta, kl)]
     best = max((c for c in candidates if c is not None), key=lambda c: problem.objective(c, log_beta), default=None)
-    for size in (FINE // 4, FINE, FINE):
+    for size in (FINE // 4, FINE):
         best = None if best is None else problem.newton(problem.remeshed(best, size), kl)
     if best is None:
         given = f"kl={kl}" if log_beta is None else f"beta={math.exp(log_beta):g}"
@@ -61,10 +61,18 @@ def solve_general(procedure: Procedure, log_beta: float | None, kl: float | None
 
 
 class _Problem:
-    """The boundary-value problem of one procedure."""
+    """The boundary-value problem of one procedure.
+
+    A procedure that favours low ranks is turned round: u stands for 1-u, Q for 1-Q, g for its mirror, and L falls
+    along u (`sign` -1), so that the small 1-Q which matter there keep their relative accuracy.
+    """
 
     def __init__(self, procedure: Procedure) -> None:
-        self.procedure = procedure
+        mean_rank = float(procedure.order_weights(procedure.n) @ np.arange(1, procedure.n + 1))
+        self.turned = 2 * mean_rank < procedure.n + 1
+        self.procedure = procedure.mirror if self.turned else procedure
+        self.sign = -1.0 if self.turned else 1.0
+        self.monotone = procedure.monotone
 
     def objective(self, state: State, log_beta: float | None) -> float:
         """W - beta KL, or W when the KL is given."""
@@ -77,7 +85,8 @@ class _Problem:
         q_middle, h = np.exp(middle.log_q), state.widths / 6
         lost, lost_middle = self._lost(state), self._lost(middle)
         kl = h @ (q[:-1] * state.log_q[:-1] + 4 * q_middle * middle.log_q + q[1:] * state.log_q[1:])
-        return 1.0 - float(h @ (lost[:-1] + 4 * lost_middle + lost[1:])), float(kl)
+        lost_share = float(h @ (lost[:-1] + 4 * lost_middle + lost[1:]))
+        return lost_share if self.turned else 1.0 - lost_share, float(kl)
 
     def _lost(self, state: State) -> Floats:
         """g(u) G(Q) on the nodes."""
@@ -86,7 +95,7 @@ class _Problem:
     def _pull(self, u: Floats, cdf: Floats, log_beta: float) -> tuple[Floats, Floats]:
         """L' = g(u) g(Q)/beta and its derivative in Q."""
         cdf = np.clip(cdf, 0.0, 1.0)
-        weight = self.procedure.density(u) * math.exp(-log_beta)
+        weight = self.sign * self.procedure.density(u) * math.exp(-log_beta)
         return weight * self.procedure.density(cdf), weight * self.procedure.slope(cdf)
 
     def _middle(self, state: State) -> State:
@@ -101,24 +110,26 @@ class _Problem:
     def newton(self, state: State, kl: float | None) -> State | None:
         """Newton steps, damped to 1.5 in L where q is seen; None when they do not converge."""
         for _ in range(25):
-            step_q, step_l, step_beta = self._step(state, kl)
+            with np.errstate(over="ignore", invalid="ignore"):
+                step_q, step_l, step_beta = self._step(state, kl)
             seen = np.maximum(state.log_q, state.log_q + step_l) > -40
             size = max(float(np.abs(step_l[seen]).max(initial=0.0)), abs(step_beta))
-            if not math.isfinite(size) or abs(state.log_beta) > -LOWEST_LOG_BETA:
-                return None
             damping = min(1.0, 1.5 / size) if size > 0 else 1.0
+            if not math.isfinite(size) or abs(state.log_beta + damping * step_beta) > -LOWEST_LOG_BETA:
+                return None
             cdf, log_q = state.cdf + damping * step_q, state.log_q + damping * step_l
             state = State(state.u, state.top, cdf, log_q, state.log_beta + damping * step_beta)
             if size < 1e-6:
-                return state if cdf.min() > -1e-6 and cdf.max() < 1 + 1e-6 else None
+                sane = np.isfinite(log_q).all() and log_q.max() < 600 and cdf.min() > -1e-6 and cdf.max() < 1 + 1e-6
+                return state if sane else None
         return None
 
     def _step(self, state: State, kl: float | None) -> tuple[Floats, Floats, float]:
         """The full Newton step in Q, L and log beta (0 unless kl is given)."""
-        h, q, middle = state.widths, np.exp(np.minimum(state.log_q, 300.0)), self._middle(state)
+        h, q, middle = state.widths, np.exp(state.log_q), self._middle(state)
         pull, pull_q = self._pull(state.u, state.cdf, state.log_beta)
         pull_m, pull_mq = self._pull(middle.u, middle.cdf, state.log_beta)
-        q_m = np.exp(np.minimum(middle.log_q, 300.0))
+        q_m = np.exp(middle.log_q)
         right = np.zeros((2 * len(state.u), 2))
         right[0, 0], right[-1, 0] = -state.cdf[0], 1 - state.cdf[-1]
         right[1:-1:2, 0] = -(np.diff(state.cdf) - h / 6 * (q[:-1] + 4 * q_m + q[1:]))
@@ -187,6 +198,9 @@ class _Problem:
         level = np.maximum(state.log_q, -40.0)
         decoded = self.procedure.cdf(state.u) + self.procedure.cdf(cdf)
         change = state.widths + np.abs(np.diff(cdf)) + np.abs(np.diff(decoded)) + 0.1 * np.abs(np.diff(level))
+        change = change + 0.1 * np.abs(np.diff(np.log1p(np.abs(state.log_q))))
+        for shape in (self.procedure.density(state.u), self.procedure.density(cdf)):
+            change = change + 0.2 * np.abs(np.diff(shape)) / max(float(shape.max()), 1e-300)
         change = np.convolve(np.pad(change, 1, mode="edge"), [0.25, 0.5, 0.25], mode="valid") + 1e-6
         total = np.append(0.0, np.cumsum(change))
         wanted = np.linspace(0.0, total[-1], size + 1)[1:-1]
@@ -195,13 +209,13 @@ class _Problem:
         h = state.widths[cell]
         low, u, top = state.u[cell + 1] < 0.5, state.u[cell] + part * h, state.top[cell + 1] + (1 - part) * h
         u, top = np.where(low, u, 1 - top), np.where(low, 1 - u, top)
-        pull, _ = self._pull(state.u, state.cdf, state.log_beta)
+        with np.errstate(over="ignore", invalid="ignore"):
+            pull, _ = self._pull(state.u, state.cdf, state.log_beta)
         new_cdf = _cubic(state.cdf, np.exp(state.log_q), cell, part, h)
         log_q = _cubic(state.log_q, pull, cell, part, h)
         ends = [np.array([0.0, 1.0]), np.array([1.0, 0.0]), state.cdf[[0, -1]], state.log_q[[0, -1]]]
         columns = [
-            np.concatenate([end[:1], inner, end[1:]])
-            for end, inner in zip(ends, (u, top, new_cdf, log_q), strict=True)
+            np.concatenate([end[:1], inner, end[1:]]) for end, inner in zip(ends, (u, top, new_cdf, log_q), strict=True)
         ]
         return State(columns[0], columns[1], columns[2], columns[3], state.log_beta)
 
@@ -215,10 +229,10 @@ class _Problem:
         """The tilt of the reward int g(u) g(Q) of a state's Q, on its mesh, at a KL or at log beta."""
         pull, _ = self._pull(state.u, state.cdf, 0.0)
         h = state.widths
-        reward = np.append(0.0, np.cumsum(h * (pull[1:] + pull[:-1]) / 2))
-        reward = reward - reward[-1]
+        steps = h * (pull[1:] + pull[:-1]) / 2
+        reward = np.append(0.0, np.cumsum(steps)) if self.turned else np.append(-np.cumsum(steps[::-1])[::-1], 0.0)
         low, high = -700.0, 700.0
-        x = -log_beta if log_beta is not None else -math.log(-reward[0])
+        x = -log_beta if log_beta is not None else -math.log(max(-reward[0], -reward[-1], 1e-300))
         log_q = cdf = np.zeros_like(reward)
         for _ in range(60):
             exponent = np.maximum(reward * math.exp(x), -1e4)
@@ -236,16 +250,29 @@ class _Problem:
     def continued(self, log_beta: float | None, kl: float | None) -> State | None:
         """The optimum reached from the base along growing KL, on a coarse mesh; None where the path is lost."""
         flat = self._flat()
+        if log_beta is not None:
+            near = self._tilted(flat, None, log_beta)
+            direct = self.newton(near, None) if self.measures(near)[1] < 0.05 else None
+            if direct is not None:
+                return direct
         reached = 0.1 if kl is None else min(kl, 0.1)
-        state = self.newton(self._tilted(flat, reached, None), reached)
-        if log_beta is not None and (state is None or state.log_beta <= log_beta):
-            return self.newton(self._tilted(flat, None, log_beta), None)
-        step = 0.4
-        while state is not None and (kl is None or reached < kl):
+        state = self._from(self._fitted(flat, reached), reached)
+        while log_beta is not None and state is not None and state.log_beta <= log_beta and reached > 1e-5:
+            reached /= 10
+            state = self._from(self._fitted(flat, reached), reached)
+        return None if state is None else self._along(state, reached, log_beta, kl)
+
+    def _along(self, state: State, reached: float, log_beta: float | None, kl: float | None) -> State | None:
+        """Continue an optimum of KL `reached` to kl, or until log beta is passed, then Newton at log beta."""
+        step, drift = 0.4, -1.0
+        while kl is None or reached < kl:
             target = reached + step if kl is None else min(reached + step, kl)
-            found = self.newton(self.remeshed(state, COARSE), target)
+            found = self._next(state, target, target - reached, drift)
             if found is not None and log_beta is not None and found.log_beta <= log_beta:
-                final = self.newton(_with_beta(self.remeshed(found, COARSE), log_beta), None)
+                share = (state.log_beta - log_beta) / (state.log_beta - found.log_beta)
+                rise = share * (target - reached)
+                close = self._next(state, reached + rise, rise, drift) or found
+                final = self.newton(_with_beta(close, log_beta), None)
                 if final is not None:
                     return final
                 found = None
@@ -254,14 +281,51 @@ class _Problem:
                 if step < 1e-4:
                     return None
                 continue
-            state, reached, step = found, target, step * 1.5
+            drift = (found.log_beta - state.log_beta) / (target - reached)
+            state, reached, step = found, target, min(step * 1.5, 0.8)
+        return state
+
+    def _next(self, state: State, kl: float, rise: float, drift: float) -> State | None:
+        """The optimum at kl, `rise` above the state's, from the best guess that converges."""
+        found = self.newton(self._shrunk(state, rise, drift), kl) if kl - rise >= 0.5 else None
+        return found or self._from(state, kl)
+
+    def _shrunk(self, state: State, rise: float, drift: float) -> State:
+        """A guess at KL + rise: the policy squeezed towards the top by e^-rise, which leaves its shape there."""
+        top, above = (state.u, state.cdf) if self.turned else (state.top[::-1], 1 - state.cdf[::-1])
+        log_q = (state.log_q if self.turned else state.log_q[::-1]) + rise
+        squeeze = math.exp(-rise)
+        rest = np.linspace(squeeze, 1.0, 41)[1:]
+        total = 1 + math.exp(log_q[-1]) * (1 - squeeze)
+        above = np.concatenate([above, 1 + math.exp(log_q[-1]) * (rest - squeeze)]) / total
+        log_q = np.concatenate([log_q, np.full_like(rest, log_q[-1])]) - math.log(total)
+        top = np.concatenate([top * squeeze, rest])
+        log_beta = state.log_beta + drift * rise
+        if self.turned:
+            return self.remeshed(State(top, 1 - top, above, log_q, log_beta), COARSE)
+        top, above = top[::-1], above[::-1]
+        return self.remeshed(State(1 - top, top, 1 - above, log_q[::-1], log_beta), COARSE)
+
+    def _from(self, state: State, kl: float) -> State | None:
+        """The optimum at kl by Newton from a policy, or from the tilt of its own reward where g falls."""
+        if self.monotone != "increasing":
+            found = self.newton(self._fitted(state, kl), kl)
+            if found is not None:
+                return found
+        return self.newton(self.remeshed(state, COARSE), kl)
+
+    def _fitted(self, state: State, kl: float) -> State:
+        """A policy with the given KL near its own reward's tilt: iterates ascend W where g is non-increasing."""
+        for _ in range(1 if self.monotone == "increasing" else 3):
+            state = self.remeshed(self._tilted(state, kl, None), COARSE)
         return state
 
     def restarted(self, log_beta: float | None, kl: float | None) -> list[State | None]:
         """Optima from other starts, where g is not monotone: tilts fitted to bottom-heavy and top-heavy policies."""
-        if self.procedure.monotone != "neither":
+        if self.monotone != "neither":
             return []
-        flat, found = self._flat(), []
+        found: list[State | None] = []
+        flat = self._flat()
         for shape in (flat.u**4, 1 - flat.top**4):
             start = State(flat.u, flat.top, shape, flat.log_q, flat.log_beta)
             state = self._tilted(start, kl, log_beta)
@@ -276,16 +340,21 @@ class _Problem:
         beta = math.exp(state.log_beta)
         q, cdf = np.exp(state.log_q), np.clip(state.cdf, 0.0, 1.0)
         pull, pull_q = self._pull(state.u, cdf, state.log_beta)
-        bend = self.procedure.slope(state.u) * self.procedure.density(cdf) / beta + pull_q * q
-        kept = np.append(np.diff(state.top) < 0, True)[::-1]
-        curve = [a[::-1][kept] for a in (state.top, state.log_q, pull, bend, cdf, q)]
+        bend = self.sign * self.procedure.slope(state.u) * self.procedure.density(cdf) / beta + pull_q * q
+        if self.turned:  # u already is the distance from the top
+            kept = np.append(np.diff(state.u) > 0, True)
+            curve = [a[kept] for a in (state.u, state.log_q, -pull, bend, 1 - cdf, q)]
+        else:
+            kept = np.append(np.diff(state.top) < 0, True)[::-1]
+            curve = [a[::-1][kept] for a in (state.top, state.log_q, pull, bend, cdf, q)]
         top, log_q, pull, bend, cdf, q = curve
+        seen = log_q > -1e4
         return Solution(
             state.log_beta,
             kl,
             win_rate,
             Curve(top, beta * (log_q - log_q[-1]), -beta * pull, beta * bend, True),
-            Curve(top, np.maximum(log_q, -1e4), -pull, bend, True),
+            Curve(top, np.maximum(log_q, -1e4), np.where(seen, -pull, 0.0), np.where(seen, bend, 0.0), True),
             Curve(top, cdf, -q, q * pull, True),
         )
 
@@ -296,8 +365,10 @@ def _with_beta(state: State, log_beta: float) -> State:
 
 
 def _cubic(value: Floats, slope: Floats, cell: NDArray[np.intp], part: Floats, h: Floats) -> Floats:
-    """Cubic Hermite interpolation of an increasing function at `part` of each cell, kept between the cell's ends."""
+    """Cubic Hermite interpolation of a monotone function at `part` of each cell, slopes limited so that it stays so."""
     left, right = value[cell], value[cell + 1]
-    d0, d1, rise = slope[cell] * h, slope[cell + 1] * h, right - left
+    rise = right - left
+    lowest, highest = np.minimum(3 * rise, 0.0), np.maximum(3 * rise, 0.0)
+    d0, d1 = (np.clip(np.nan_to_num(slope[end]) * h, lowest, highest) for end in (cell, cell + 1))
     inner = left + part * (d0 + part * (3 * rise - 2 * d0 - d1 + part * (d0 + d1 - 2 * rise)))
-    return np.clip(inner, np.minimum(left, right), np.maximum(left, right))
+    return inner

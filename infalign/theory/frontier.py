@@ -32,7 +32,7 @@ SPACING = 0.01
 
 @dataclass(frozen=True)
 class Solution:
-    """An optimum on nodes: `phi` (0 at u = 0), `log_density` of q (floored at -1e4) and `cdf` Q, as curves on [0, 1]."""
+    """An optimum as curves on [0, 1]: `phi` (0 at u = 0), `log_density` of q (floored at -1e4) and `cdf` Q."""
 
     log_beta: float
     kl: float
@@ -114,8 +114,14 @@ def _frontier(n: int, worst: bool, last: float) -> Frontier:
     if not worst:
         start = [0.5, START / (2 * n - 1), w / (2 * n - 1)]
     flow = integrate.solve_ivp(
-        rates, (START, last), start, method="DOP853", rtol=1e-12, atol=[1e-15 if worst else 1e-30, 1e-15, 1e-15],
-        t_eval=nodes, max_step=0.25
+        rates,
+        (START, last),
+        start,
+        method="DOP853",
+        rtol=1e-12,
+        atol=[1e-15 if worst else 1e-30, 1e-15, 1e-15],
+        t_eval=nodes,
+        max_step=0.25,
     )
     assert flow.success, flow.message
     w, first = np.exp(nodes), flow.y[0]

@@ -1,4 +1,4 @@
-"""Quintic Hermite interpolation: a smooth curve through values, slopes and curvatures known at nodes."""
+"""Quintic Hermite interpolation: a smooth monotone curve through values, slopes and curvatures known at nodes."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Curve:
-    """The piecewise quintic with the given value, first and second derivative at each ascending node; all (Q,).
+    """A monotone curve: the piecewise quintic, kept between its nodes' values.
 
+    It has the given value, first and second derivative at each ascending node; all (Q,).
     With `from_top` the nodes are distances 1 - u, and derivatives are with respect to them: a curve that moves
     within less than one rounding of u = 1 stays resolved.
 
@@ -56,5 +57,7 @@ class Curve:
         c4 = -15 * rise + 8 * d0 + 7 * d1 + 3 * b0 - 2 * b1
         c5 = 6 * rise - 3 * d0 - 3 * d1 - b0 + b1
         if order == 0:
-            return self.value[cell] + x * (d0 + x * (b0 + x * (c3 + x * (c4 + x * c5))))
+            left, right = self.value[cell], self.value[cell + 1]
+            inner = left + x * (d0 + x * (b0 + x * (c3 + x * (c4 + x * c5))))
+            return np.clip(inner, np.minimum(left, right), np.maximum(left, right))
         return (d0 + x * (2 * b0 + x * (3 * c3 + x * (4 * c4 + x * 5 * c5)))) / width

@@ -30,6 +30,7 @@ from infalign.types import InputError
 Floats = NDArray[np.float64]
 
 SMALLEST_BETA, LARGEST_BETA, LARGEST_KL = 1e-8, 1e8, 20.0
+LARGEST_RESIDUAL = 1e-5
 
 
 @dataclass(frozen=True)
@@ -116,15 +117,16 @@ def _solved(procedure: Procedure, beta: float | None, kl: float | None) -> Optim
         solution = solve_extreme(procedure.n, procedure == WorstOfN(procedure.n), log_beta, kl)
     else:
         solution = solve_general(procedure, log_beta, kl)
-    return OptimalTransform(
-        procedure, solution.log_beta, solution.kl, solution.win_rate, _residual(procedure, solution), solution
-    )
+    residual = _residual(procedure, solution)
+    if not residual < LARGEST_RESIDUAL:
+        raise InputError(f"no accurate optimum of {procedure!r} at beta={beta}, kl={kl} (residual {residual:.1e})")
+    return OptimalTransform(procedure, solution.log_beta, solution.kl, solution.win_rate, residual, solution)
 
 
 def _plain(beta: float | None, kl: float | None) -> Solution:
     """Plain sampling: Phi = u, in closed form."""
     policy = tilt(identity, beta, kl)
-    top = np.concatenate([[0.0], policy.beta * np.geomspace(1e-4, 50, 1500)])
+    top = np.concatenate([[0.0], policy.beta * np.geomspace(1e-2, 50, 1500)])
     top = np.append(top[top < 1 - 1e-12], 1.0) if policy.beta < 1 else np.linspace(0, 1, 1001)
     q = policy.density(1 - top)
     flat, pull = np.zeros_like(top), np.full_like(top, 1 / policy.beta)

@@ -376,7 +376,9 @@ def _soft(n: int, tilt: float, p: Floats, order: int) -> Floats:
     shift = max(tilt, 0.0)
     norm = -np.expm1(-abs(tilt)) * np.sign(tilt)
     if order == -1:
-        return np.exp(n * log_base - shift) * -np.expm1(-n * log_base) / norm if tilt > 0 else np.expm1(n * log_base) / norm
+        if tilt < 0:
+            return np.expm1(n * log_base) / norm
+        return np.exp(n * log_base - shift) * -np.expm1(-n * log_base) / norm
     if order == 0:
         return n * growth * np.exp((n - 1) * log_base - shift) / norm
     return n * (n - 1) * growth**2 * np.exp((n - 2) * log_base - shift) / norm

@@ -85,7 +85,7 @@ def tied_limit(procedure: Procedure, base_masses_J: ArrayLike, kl: float) -> flo
 
     >>> from infalign.theory.procedures import BestOfN
     >>> round(tied_limit(BestOfN(1), [0.5, 0.5], 0.1), 6)
-    0.609106
+    0.609897
     """
     if kl == 0:
         _masses("base_masses_J", base_masses_J)
@@ -138,6 +138,8 @@ class _Blocks:
     def at_beta(self, beta: float) -> TiedPolicy:
         """The best W - beta KL: a scan over KL, then Newton at fixed beta from the best."""
         uniform = TiedPolicy(self.base_J, beta, 0.0, 0.5)
+        if len(self.base_J) == 1:
+            return uniform
         grid = self.most_kl * np.concatenate([10.0 ** np.arange(-6, -1), np.linspace(0.02, 0.98, 49), [0.995, 1.0]])
         grid = grid[grid > _SUP_SLACK]
         found = [uniform, *(self.at_kl(float(kl)) for kl in grid)]

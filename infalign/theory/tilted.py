@@ -64,9 +64,7 @@ class TiltedPolicy:
         return 1.0 - integrate(lambda u: procedure.density(u) * procedure.cdf(self.cdf(u)))
 
 
-def tilt(
-    transform: Callable[[ArrayLike], Floats], beta: float | None = None, kl: float | None = None
-) -> TiltedPolicy:
+def tilt(transform: Callable[[ArrayLike], Floats], beta: float | None = None, kl: float | None = None) -> TiltedPolicy:
     """The tilted policy of `transform` at `beta`, or at the beta that gives `kl` nats; give exactly one.
 
     transform: u -> Phi(u), vectorised on [0, 1] (it may be infinite at the ends). Raises InputError for both or
@@ -74,7 +72,7 @@ def tilt(
 
     >>> from infalign.theory.transforms import identity
     >>> round(tilt(identity, beta=0.2).kl, 8), round(tilt(identity, kl=1.0).beta, 6)
-    (0.65011694, 0.136065)
+    (0.65011694, 0.136064)
     """
     beta, kl = one_of(beta, kl)
     if beta is not None:
@@ -214,9 +212,7 @@ def _scaled_ei(x: Floats) -> Floats:
     return np.where(np.abs(x) > 50, total / far, special.expi(near) * np.exp(-near))
 
 
-def _by_quadrature(
-    transform: Callable[[ArrayLike], Floats], inverse: float
-) -> tuple[float, float, Function, Function]:
+def _by_quadrature(transform: Callable[[ArrayLike], Floats], inverse: float) -> tuple[float, float, Function, Function]:
     """KL, log Z, q, Q of any vectorised callable."""
     exponent = partial(_exponent, transform, inverse)
     edges = graded_edges()

@@ -1,0 +1,95 @@
+"""What `evaluate` measured: win rates of every decoder with their limits, and the rewards of base and policy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from infalign.report.names import procedure_name
+from infalign.report.style import BASE, GOLD, LIMIT, MUTED, POLICY, new_figure, percent, styled
+
+Floats = NDArray[np.float64]
+Row = Mapping[str, Any]
+
+
+@styled()
+def draw_win_rates(rows: Sequence[Row], trained: str) -> Figure:
+    """One line a decoder, with interval and limit; a gold judge's measurements stand below the reward's.
+
+    Args:
+        rows: `win_rates` of evaluation.json.
+        trained: the label of the procedure that was trained for; it is printed bold.
+    """
+    labels = ordered_labels(rows)
+    judges = list(dict.fromkeys(row["judge"] for row in rows))
+    figure, (axes,) = new_figure(size=(6.4, 1.7 + (0.24 + 0.14 * len(judges)) * len(labels)))
+    shifts = (0.0,) if len(judges) == 1 else (-0.17, 0.17)
+    for judge, color, shift in zip(judges, (POLICY, GOLD), shifts, strict=False):
+        mine = [row for row in rows if row["judge"] == judge]
+        _draw_rows(axes, mine, [labels.index(row["label"]) + shift for row in mine], color, _judge_name(judge))
+    limits = {labels.index(row["label"]): row["limit"] for row in rows if row["judge"] == "reward"}
+    style: dict[str, Any] = {"color": LIMIT, "markersize": 15, "markeredgewidth": 2, "label": "limit"}
+    axes.plot(list(limits.values()), list(limits), "|", **style)
+    axes.axvline(0.5, color=MUTED, linewidth=1.0, linestyle="--")
+    axes.set_yticks(range(len(labels)), [procedure_name(label) for label in labels])
+    if trained in labels:
+        axes.get_yticklabels()[labels.index(trained)].set_fontweight("bold")
+    axes.set_ylim(len(labels) - 0.4, -0.6)
+    axes.grid(axis="y", visible=False)
+    percent(axes.xaxis)
+    axes.set_xlabel("win rate of the policy against its base")
+    axes.set_title("Win rates by decoder")
+    figure.legend(loc="outside lower center", ncols=3)
+    return figure
+
+
+def ordered_labels(rows: Sequence[Row]) -> list[str]:
+    """The decoders of the rows, each once: one sample, then Best-of-N, other ones, Worst-of-N, by N."""
+    rank = {"best_of_n": 1, "worst_of_n": 3}
+    found = {row["label"]: (0 if row["n"] == 1 else rank.get(row["kind"], 2), row["n"]) for row in rows}
+    return sorted(found, key=lambda label: found[label])
+
+
+def _judge_name(judge: str) -> str:
+    return {"reward": "judged by the reward", "gold": "judged by the gold reward"}.get(judge, judge)
+
+
+def _draw_rows(axes: Axes, rows: Sequence[Row], places: Sequence[float], color: str, label: str) -> None:
+    for row, place in zip(rows, places, strict=True):
+        axes.plot([row["low"], row["high"]], [place, place], color=color, linewidth=2.2, solid_capstyle="butt")
+    axes.plot([row["mean"] for row in rows], places, "o", color=color, markersize=7, label=label)
+
+
+@styled()
+def draw_rewards(base: Floats, policy: Floats, reward: str) -> Figure:
+    """Two histograms of raw rewards on the same bins.
+
+    Args:
+        base, policy: finite rewards of single samples, any number.
+        reward: its name.
+    """
+    figure, (axes,) = new_figure()
+    edges = np.histogram_bin_edges(np.concatenate([base, policy]), bins=_bin_count(base, policy))
+    for values, color, name in ((base, BASE, "base"), (policy, POLICY, "policy")):
+        share = np.histogram(values, bins=edges)[0] / values.size
+        axes.stairs(share, edges, fill=True, color=color, alpha=0.25)
+        axes.stairs(share, edges, color=color, linewidth=1.6, label=f"{name}, mean {values.mean():.3g}")
+        axes.axvline(values.mean(), color=color, linewidth=1.2, linestyle="--")
+    axes.set_xlabel(f"reward of one sample ({reward})")
+    axes.set_ylabel("share of samples")
+    percent(axes.yaxis)
+    axes.set_ylim(bottom=0.0)
+    axes.set_title("Rewards before decoding")
+    axes.legend(loc="best")
+    return figure
+
+
+def _bin_count(base: Floats, policy: Floats) -> int:
+    """20 to 40 bins, fewer for a reward with few values."""
+    distinct = np.unique(np.concatenate([base, policy])).size
+    return int(np.clip(np.sqrt(base.size), 20, 40)) if distinct > 20 else max(distinct, 2)

@@ -1,0 +1,129 @@
+"""Every plot that the findings allow, each with a caption that says how to read it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from infalign.report.calibration_plot import COVERAGE, draw_calibration, held_out_ranks
+from infalign.report.evaluation_plot import draw_rewards, draw_win_rates
+from infalign.report.findings import Findings
+from infalign.report.limit_plot import Point, draw_limit
+from infalign.report.page import Plot
+from infalign.report.style import to_png
+from infalign.report.training_plot import draw_training
+from infalign.report.transform_plot import draw_transform
+from infalign.theory.procedures import Procedure
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What was optimised: procedure, transform, and the exact optimum of that transform at its beta.
+
+    `density` is the optimum's q(u), `kl` its sequence KL in nats, `win_rate` that under the procedure.
+    """
+
+    procedure: Procedure
+    transform: Any
+    density: Callable[[Floats], Floats]
+    kl: float
+    win_rate: float
+
+
+def draw_all(found: Findings, objective: Objective | None, seed: int = 0) -> list[Plot]:
+    """The plots of a page, in its order.
+
+    Args:
+        found: what a run left on disk.
+        objective: None when it is not known: then there is no limit curve and no transform.
+        seed: of the random order of ties in the calibration plot.
+    """
+    return [
+        *_of_evaluation(found, objective),
+        *_of_training(found),
+        *_of_objective(objective),
+        *_of_calibration(found, seed),
+    ]
+
+
+def measured_point(evaluation: Mapping[str, Any], aim: tuple[float, float] | None = None) -> Point:
+    """The point of the limit plot, from evaluation.json; both of its intervals have the evaluation's confidence."""
+    main, kl = evaluation["main"], evaluation["kl"]
+    width = NormalDist().inv_cdf(0.5 + evaluation["confidence"] / 2) * kl["error"]
+    tied = main["tie_limit"] if main["tie_rate"] >= 0.005 else None
+    return Point(max(kl["mean"], 0.0), width, main["mean"], main["low"], main["high"], tied, aim)
+
+
+def _of_evaluation(found: Findings, objective: Objective | None) -> Iterator[Plot]:
+    evaluation = found.evaluation
+    if evaluation is None:
+        return
+    if objective is not None:
+        point = measured_point(evaluation, (objective.kl, objective.win_rate))
+        yield Plot("limit", "evaluation", _limit_caption(point), to_png(draw_limit(objective.procedure, point)))
+    yield Plot(
+        "win_rates",
+        "evaluation",
+        "Dots are win rates with their intervals, upright ticks the limit at the measured KL; the decoder in bold was "
+        "trained for. Left of the dashed line the base is better.",
+        to_png(draw_win_rates(evaluation["win_rates"], evaluation["procedure"])),
+    )
+    if found.rewards:
+        yield Plot(
+            "rewards",
+            "evaluation",
+            "Rewards of single samples on the test prompts, before any decoding; dashed lines are means. "
+            "Decoding decides which samples count: a small shift here can be a large win rate, or the reverse.",
+            to_png(draw_rewards(found.rewards["base"], found.rewards["policy"], evaluation["reward"])),
+        )
+
+
+def _limit_caption(point: Point) -> str:
+    aimed = ""
+    if point.aim is not None:
+        aimed = (
+            f" The diamond is where the trained transform's exact optimum lies ({point.aim[0]:.2f} nats, "
+            f"{point.aim[1]:.1%}); a point left of it has not used the KL that β allows."
+        ).replace("%", " %")
+    tied = " The orange mark is the limit with this reward's ties." if point.tie_limit is not None else ""
+    return (
+        "Up is better, left is cheaper. The solid curve is the most that any method reaches at a KL; dashed and dotted "
+        f"curves are the exact optima of other transforms. Bars are intervals.{tied}{aimed}"
+    )
+
+
+def _of_training(found: Findings) -> Iterator[Plot]:
+    if found.log:
+        target = (found.recipe or {}).get("target_kl")
+        caption = (
+            "On training prompts unless said otherwise. A calibrated reward of ½ (dashed) is the base policy; its mean "
+            "is the win rate of single samples. The KL is that of whole completions: training has settled when it is flat."
+        )
+        yield Plot("training", "training", caption, to_png(draw_training(found.log, target)), wide=True)
+
+
+def _of_objective(objective: Objective | None) -> Iterator[Plot]:
+    if objective is not None:
+        caption = (
+            "Left: what a completion earns at each quantile of the base policy's rewards. Right: how often the optimal "
+            f"policy for it draws each quantile, against the base's 1; it lies at {objective.kl:.2f} nats."
+        )
+        yield Plot("transform", "objective", caption, to_png(draw_transform(objective.transform, objective.density)))
+
+
+def _of_calibration(found: Findings, seed: int) -> Iterator[Plot]:
+    ranks = held_out_ranks(found.references, seed) if found.references else None
+    if ranks is not None:
+        caption = (
+            "Each prompt's second half of base samples, ranked among its first half (ties in random order). Flat is "
+            f"right; a slope or a bow means that the halves were not drawn alike. {COVERAGE:.0%} of bars end in the grey "
+            f"band when nothing is wrong. {ranks.values} samples, {ranks.prompts} prompts."
+        ).replace("%", " %")
+        yield Plot("calibration", "objective", caption, to_png(draw_calibration(ranks)))

@@ -1,0 +1,162 @@
+"""The page: one HTML file that holds everything it shows, filled from findings and nothing else."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from infalign.calibration.diagnostics import Diagnostics
+from infalign.report.findings import Findings
+from infalign.report.names import short_transform
+from infalign.report.tables import (
+    ABSENT,
+    diagnostics_table,
+    markdown,
+    number,
+    sample_table,
+    training_table,
+    win_rate_table,
+)
+from infalign.report.verdict import headline, outcome, remarks
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A PNG, how to read it, and where on the page it belongs ("evaluation", "training", "objective")."""
+
+    name: str
+    section: str
+    caption: str
+    png: bytes
+    wide: bool = False
+
+    @property
+    def data(self) -> str:
+        """The PNG as the address of an image that needs no file."""
+        return "data:image/png;base64," + base64.b64encode(self.png).decode()
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A recipe key with its value, whether that is the default, and what it means."""
+
+    name: str
+    value: Any
+    is_default: bool = False
+    meaning: str = ""
+
+
+@dataclass(frozen=True)
+class Page:
+    """What the template is filled from.
+
+    `notes` are sentences about what could not be drawn; `settings` are the recipe's, by heading.
+    """
+
+    title: str
+    findings: Findings
+    plots: Sequence[Plot] = ()
+    notes: Sequence[str] = ()
+    settings: Mapping[str, Sequence[Setting]] = field(default_factory=dict)
+
+
+def render_page(page: Page) -> str:
+    """The HTML, everything inline, every text escaped."""
+    environment = Environment(
+        loader=PackageLoader("infalign", "report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"turns": turns, "setting": setting_text, "reward": lambda value: number(value, 3)}
+    return environment.get_template("page.html.jinja").render(page=page, **_results(page.findings))
+
+
+def _results(findings: Findings) -> dict[str, Any]:
+    """The page's sentences and tables."""
+    evaluation, calibration = findings.evaluation, findings.calibration
+    main = (evaluation or {}).get("main", {})
+    described = (calibration or {}).get("diagnostics")
+    table = None if evaluation is None else win_rate_table(evaluation)
+    return {
+        "found": findings,
+        "outcome": outcome(main["low"], main["high"]) if main else "unknown",
+        "headline": headline(evaluation) if evaluation else "Not evaluated yet: there are no win rates to show.",
+        "remarks": remarks(evaluation) if evaluation else [],
+        "win_rates": table,
+        "win_rates_markdown": markdown(table) if table else "",
+        "kl_line": kl_line(evaluation) if evaluation else "",
+        "samples": sample_table(evaluation) if evaluation else None,
+        "diagnostics": diagnostics_table(described) if described else None,
+        "warnings": Diagnostics(**described).warnings() if described else [],
+        "training": training_table(findings.log) if findings.log else None,
+        "training_line": training_line(findings),
+        "versions": package_versions(findings),
+        "examples": (evaluation or {}).get("examples", []),
+    }
+
+
+def kl_line(evaluation: Mapping[str, Any]) -> str:
+    """Measured KL by both estimators, beside what was aimed for."""
+    kl = evaluation["kl"]
+    target = evaluation.get("target_kl")
+    aimed = "" if target is None else f" target_kl was {target:g}."
+    return (
+        f"Sequence KL {number(kl['mean'], 3)} ± {number(kl['error'], 3)} nats (summed over tokens; the plain log-ratio "
+        f"gives {number(kl['k1'], 3)} ± {number(kl['k1_error'], 3)}; ± is one standard error over prompts).{aimed}"
+    )
+
+
+def training_line(findings: Findings) -> str:
+    """Steps, transform and beta of the policy, and its run time."""
+    policy = findings.policy
+    if policy is None:
+        return ""
+    parts = policy["parts"]
+    words = [f"{policy['steps']} steps" if "steps" in policy else "", f"procedure {parts.get('procedure', '?')}"]
+    words += [f"transform {short_transform(parts.get('transform', '?'))}"]
+    words += [f"β {parts['beta']:.4g}"] if "beta" in parts else []
+    seconds = [row["train_runtime"] for row in findings.log or [] if "train_runtime" in row]
+    words += [f"{seconds[-1] / 60:.1f} minutes"] if seconds else []
+    return ", ".join(word for word in words if word) + "."
+
+
+def package_versions(findings: Findings) -> dict[str, dict[str, str]]:
+    """Versions by package, then by the stage that recorded them."""
+    stages = {"calibration": findings.calibration, "policy": findings.policy}
+    recorded = {name: manifest["versions"] for name, manifest in stages.items() if manifest and "versions" in manifest}
+    packages = dict.fromkeys(package for versions in recorded.values() for package in versions)
+    return {
+        package: {stage: versions.get(package, ABSENT) for stage, versions in recorded.items()} for package in packages
+    }
+
+
+def turns(content: Any) -> list[dict[str, str]]:
+    """A prompt's turns as role and content; a plain text is one turn without a role.
+
+    >>> turns("Hi")
+    [{'role': '', 'content': 'Hi'}]
+    """
+    if isinstance(content, str):
+        return [{"role": "", "content": content}]
+    return [{"role": str(turn.get("role", "")), "content": str(turn.get("content", ""))} for turn in content]
+
+
+def setting_text(value: Any) -> str:
+    """A recipe value as YAML would have it.
+
+    >>> setting_text(None), setting_text(True), setting_text("optimal"), setting_text([1, 2])
+    ('unset', 'true', 'optimal', '[1, 2]')
+    """
+    if value is None or value == "":
+        return "unset"
+    if isinstance(value, float) and math.isfinite(value):
+        return f"{value:g}"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)

@@ -1,0 +1,98 @@
+"""What an evaluation says, in plain words, and no more than its interval allows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+Outcome = Literal["better", "unclear", "worse", "unknown"]
+
+
+def outcome(low: float, high: float) -> Outcome:
+    """What an interval of a win rate says about policy against base.
+
+    >>> outcome(0.51, 0.6), outcome(0.5, 0.6), outcome(0.4, 0.49), outcome(float("nan"), float("nan"))
+    ('better', 'unclear', 'worse', 'unknown')
+    """
+    if math.isnan(low) or math.isnan(high):
+        return "unknown"
+    if low > 0.5:
+        return "better"
+    return "worse" if high < 0.5 else "unclear"
+
+
+def headline(evaluation: Mapping[str, Any]) -> str:
+    """The main result as one or two sentences.
+
+    Args:
+        evaluation: the content of evaluation.json.
+    """
+    main = evaluation["main"]
+    share = f"{_percent(main['mean'])} % of the time {interval(main['low'], main['high'])}"
+    cost = f"at {evaluation['kl']['mean']:.2f} nats"
+    verb, rest = {
+        "better": ("beats its base", ""),
+        "worse": ("loses to its base: it wins", ""),
+        "unclear": ("wins", ": the interval includes 50 %, so this is no evidence that it is better or worse"),
+        "unknown": ("wins", ": there is no interval (too few prompts), so this is no evidence either way"),
+    }[outcome(main["low"], main["high"])]
+    subject = f"Decoded by {evaluation['procedure']}, the policy {verb} {share} {cost}{rest}"
+    return f"{subject}. {_against_limit(evaluation)}"
+
+
+def _against_limit(evaluation: Mapping[str, Any]) -> str:
+    main = evaluation["main"]
+    if math.isnan(main["attainment"]):
+        return "This KL is too small to compare with the limit."
+    limit = _percent(main["limit"])
+    text = f"The most that any method reaches there is {limit} %: attainment {main['attainment']:.2f}."
+    if main["attainment"] > 1.0:
+        text += " Above 1 is sampling error: of the win rate, or of the KL."
+    return text
+
+
+def remarks(evaluation: Mapping[str, Any]) -> list[str]:
+    """Further sentences that a reader of the headline needs: confidence, ties, regret, the gold judge."""
+    main = evaluation["main"]
+    found = [
+        f"{100 * evaluation['confidence']:g} % intervals over {evaluation['prompts']} held-out prompts, "
+        f"{evaluation['samples']} samples a prompt and side; both sides are decoded by the same procedure and ties count one half."
+    ]
+    if main["tie_rate"] >= 0.005 and not math.isnan(main["tie_attainment"]):
+        found.append(
+            f"Two base samples of a prompt have equal rewards with probability {_percent(main['tie_rate'])} %. "
+            f"With these ties the limit is {_percent(main['tie_limit'])} %: attainment {main['tie_attainment']:.2f}."
+        )
+    if main["kind"] == "worst_of_n" and not math.isnan(main["regret_ratio"]):
+        found.append(
+            f"Worst-of-N win rates crowd at 100 %, so look at the regret ratio: the policy loses "
+            f"{main['regret_ratio']:.2f} times as often as the best possible one."
+        )
+    gold = [row for row in evaluation["win_rates"] if row["judge"] == "gold" and row["label"] == main["label"]]
+    found += [_gold(row, evaluation["gold_reward"]) for row in gold]
+    return found
+
+
+def _gold(row: Mapping[str, Any], name: str | None) -> str:
+    means = {
+        "better": "the gold judge prefers the policy",
+        "worse": "the gold judge prefers the base, so the training reward may have been exploited",
+        "unclear": "the interval includes 50 %, no evidence either way",
+        "unknown": "without an interval",
+    }[outcome(row["low"], row["high"])]
+    share = f"{_percent(row['mean'])} % {interval(row['low'], row['high'])}"
+    return f"Judged by the gold reward {name}, it wins {share}: {means}."
+
+
+def interval(low: float, high: float) -> str:
+    """An interval of shares in per cent.
+
+    >>> interval(0.66, 0.761), interval(float("nan"), float("nan"))
+    ('[66.0, 76.1]', '[no interval]')
+    """
+    return "[no interval]" if math.isnan(low) or math.isnan(high) else f"[{_percent(low)}, {_percent(high)}]"
+
+
+def _percent(value: float) -> str:
+    return f"{100.0 * value:.1f}"

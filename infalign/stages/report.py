@@ -1,0 +1,88 @@
+"""`infalign report`: one page and PNGs of whatever an output folder holds. Loads no torch and no model."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from infalign.report.findings import Findings, agree, read_findings
+from infalign.report.gallery import Objective, draw_all
+from infalign.report.page import Page, Setting, render_page
+from infalign.runtime.artifacts import write_whole
+from infalign.stages.objective import load_procedure, load_transform
+from infalign.stages.recipe import Recipe, own_keys, require
+from infalign.theory.optimum import OptimalTransform
+from infalign.theory.tilted import tilt
+from infalign.types import InputError
+
+
+def report(recipe: Recipe) -> Path:
+    """Write `report/index.html` and the plots beside it, each whole or not at all.
+
+    Args:
+        recipe: only its `output_dir` (and `base_dir`) is needed; the other keys are read from `recipe.json` there,
+            so that the page tells of the recipe that made the artifacts.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        InputError: no output_dir, nothing to report in it, or a damaged file.
+    """
+    require(recipe, "output_dir")
+    folder = recipe.output
+    found = read_findings(folder)
+    if found.is_empty:
+        raise InputError(
+            f"{folder} holds nothing to report (no calibration, policy or evaluation.json): give another --output_dir, "
+            "or run `infalign run --config RECIPE.yaml` (or calibrate, train and evaluate one by one) first"
+        )
+    made_with = recorded_recipe(found, recipe)
+    objective, problem = load_objective(made_with, found)
+    plots = draw_all(found, objective, made_with.seed)
+    for plot in plots:
+        write_whole(folder / "report" / f"{plot.name}.png", lambda path, png=plot.png: path.write_bytes(png))
+    notes = [problem] if problem else []
+    html = render_page(Page(f"infalign · {folder.resolve().name}", found, plots, notes, settings(made_with)))
+    page = folder / "report" / "index.html"
+    write_whole(page, lambda path: path.write_text(html, encoding="utf-8"))
+    return page
+
+
+def recorded_recipe(found: Findings, given: Recipe) -> Recipe:
+    """The recipe that made the artifacts, from recipe.json; `given` where there is none."""
+    if found.recipe is None:
+        return given
+    known = {one.name for one in dataclasses.fields(Recipe)} - {"base_dir", "output_dir"}
+    values = {name: value for name, value in found.recipe.items() if name in known}
+    return Recipe(**values, output_dir=given.output_dir, base_dir=given.base_dir)
+
+
+def load_objective(recipe: Recipe, found: Findings) -> tuple[Objective | None, str]:
+    """The recipe's objective as objects; or None, and why: it cannot be made, or it is not what was used."""
+    if found.recipe is None:
+        return None, "No limit and transform plots: recipe.json is missing."
+    try:
+        procedure = load_procedure(recipe)
+        transform, beta = load_transform(recipe, procedure)
+        aim = transform if isinstance(transform, OptimalTransform) else tilt(transform, beta=beta)
+        win_rate = aim.win_rate if isinstance(aim, OptimalTransform) else aim.win_rate(procedure)
+    except InputError as error:
+        return None, f"No limit and transform plots: {error}"
+    used = found.evaluation or (found.policy or {}).get("parts", {})
+    for name, made in (("procedure", procedure), ("transform", transform)):
+        if name in used and not agree(used[name], repr(made)):
+            return None, f"No limit and transform plots: recipe.json gives {name} {made!r}, but {used[name]} was used."
+    return Objective(procedure, transform, aim.density, float(aim.kl), float(win_rate)), ""
+
+
+def settings(recipe: Recipe) -> dict[str, list[Setting]]:
+    """The recipe's keys by heading, then the training keys that were given."""
+    defaults = Recipe()
+    shown: dict[str, list[Setting]] = {}
+    for one in own_keys():
+        value = getattr(recipe, one.name)
+        entry = Setting(one.name, value, value == getattr(defaults, one.name), one.metadata["help"])
+        shown.setdefault(one.metadata["kind"], []).append(entry)
+    shown["training"] = [Setting(name, value, meaning="training") for name, value in recipe.training.items()]
+    return shown

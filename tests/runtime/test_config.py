@@ -1,0 +1,158 @@
+"""Recipes are strict: what TRL's parser lets through is refused here, in words that name the way out."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from infalign.runtime.config import check, coerce, field_hints, read_flags, read_yaml
+from infalign.stages.recipe import Recipe, load_recipe
+from infalign.types import InputError
+
+MINIMAL = {"model_name_or_path": "m", "reward": "r.py:f", "output_dir": "o", "dataset_name": "d", "beta": 0.1}
+
+
+def yaml_file(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+class TestYaml:
+    def test_numbers_are_yaml_1_2(self, tmp_path):
+        values = read_yaml(yaml_file(tmp_path, "a: 1e-5\nb: 2.0e-5\nc: .5\nd: 7\ne: 1.5\nf: text\ng: true\nh: v1e5"))
+        assert values == {"a": 1e-5, "b": 2e-5, "c": 0.5, "d": 7, "e": 1.5, "f": "text", "g": True, "h": "v1e5"}
+        assert isinstance(values["d"], int)
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("n: 4\nseed: 1\nn: 8", r"line 3: the key 'n' is given twice"),
+            ("- a\n- b", "must hold `key: value` lines, it holds list"),
+            ("a: [1, 2", "is not YAML"),
+            ("a: 1\n b: 2", "is not YAML"),
+        ],
+    )
+    def test_refused(self, tmp_path, text, message):
+        with pytest.raises(InputError, match=message):
+            read_yaml(yaml_file(tmp_path, text))
+
+    def test_missing(self, tmp_path):
+        with pytest.raises(InputError, match=r"no recipe at .*nowhere.yaml"):
+            read_yaml(tmp_path / "nowhere.yaml")
+
+
+class TestFlags:
+    def test_shapes(self):
+        assert read_flags(["--a=1", "--b-c", "x", "y", "--d", "--e", "-1"]) == {
+            "a": "1", "b_c": ["x", "y"], "d": True, "e": "-1",
+        }
+
+    def test_refused(self):
+        with pytest.raises(InputError, match="'stray' belongs to no flag"):
+            read_flags(["stray"])
+        with pytest.raises(InputError, match="--n is given twice"):
+            read_flags(["--n", "1", "--n", "2"])
+
+    def test_text_stays_text_where_the_type_is_text(self):
+        recipe = load_recipe({**MINIMAL}, read_flags(["--output_dir", "7", "--eval_n", "2", "--beta", "1e-3", "--use_cpu"]))
+        assert (recipe.output_dir, recipe.eval_n, recipe.beta, recipe.use_cpu) == ("7", [2], 1e-3, True)
+
+    def test_flags_win(self):
+        assert load_recipe({**MINIMAL, "n": 8}, {"n": "2"}).n == 2
+
+
+@pytest.mark.parametrize(
+    ("value", "hint"),
+    [
+        (4.5, int), (True, int), ("4", int), (None, int), ("x", float), (True, float), (1, bool), ("yes", bool), (3, str),
+        ("b", Literal["a", "c"]), (["x"], list[int]), ("x", list[str]), (1, dict), ([1], dict), ((1, 2, 3), tuple[int, int]),
+    ],
+)  # fmt: skip
+def test_wrong_types_are_refused(value, hint):
+    with pytest.raises(TypeError, match="expected"):
+        coerce(value, hint)
+
+
+@pytest.mark.parametrize(
+    ("value", "hint", "result"),
+    [
+        (4, float, 4.0), (None, int | None, None), ("a", Literal["a"], "a"), ([1, 2], tuple[int, ...], (1, 2)),
+        ({"a": 1}, dict[str, int] | str | None, {"a": 1}), ("x", dict | str | None, "x"), ([1, 2], list[float], [1.0, 2.0]),
+    ],
+)  # fmt: skip
+def test_right_types_pass(value, hint, result):
+    assert coerce(value, hint) == result
+
+
+def test_first_declaration_wins():
+    first = dataclasses.make_dataclass("First", [("a", int)])
+    second = dataclasses.make_dataclass("Second", [("a", str), ("b", str)])
+    assert field_hints(first, second) == {"a": int, "b": str}
+
+
+class TestRecipe:
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"procedur": "x"}, r"unknown key procedur: did you mean 'procedure'\?"),
+            ({"learning_rat": 1.0}, r"unknown key learning_rat: did you mean 'learning_rate'\?"),
+            ({"n": 4.5}, r"n: expected an integer, got 4.5 \(float\)"),
+            ({"max_steps": "many"}, r"max_steps: expected an integer, got 'many'"),
+            ({"dtype": "float8"}, r"dtype: expected 'float32' or 'bfloat16' or 'float16', got 'float8'"),
+            ({"lr_scheduler_type": "cosin"}, r"lr_scheduler_type: expected one of .*cosine.*got 'cosin'"),
+            ({"use_cpu": "yes"}, r"use_cpu: expected true or false, got 'yes'"),
+            ({"n": 0}, "n must be at least 1, got 0"),
+            ({"temperature": 0.0}, "temperature must be above 0, got 0.0: greedy"),
+            ({"confidence": 95}, "confidence must be between 0 and 1, got 95"),
+            ({"eval_n": [0]}, r"eval_n must be positive integers, got \[0\]"),
+            ({"num_validation_prompts": -1}, "num_validation_prompts must be at least 0"),
+            ({"datasets": [{"path": "x"}]}, "dataset_name and datasets are both given"),
+            ({"reward_funcs": ["a.b", "c.d"]}, "several rewards"),
+        ],
+    )
+    def test_refused(self, change, message):
+        with pytest.raises(InputError, match=message):
+            load_recipe({**MINIMAL, **change})
+
+    def test_all_problems_at_once(self):
+        with pytest.raises(InputError, match=r"(?s)unknown key lr.*n: expected.*seed: expected"):
+            load_recipe({**MINIMAL, "lr": 1, "n": "x", "seed": 1.5})
+
+    def test_an_unknown_flag(self):
+        with pytest.raises(InputError, match=r"unknown flag --bta: did you mean 'beta'\?"):
+            load_recipe(MINIMAL, read_flags(["--bta", "1"]))
+
+    def test_a_trl_recipe_moves_over(self):
+        """The keys of TRL's own rloo example, plus three lines."""
+        recipe = load_recipe(
+            {
+                "model_name_or_path": "Qwen/Qwen2.5-0.5B-Instruct",
+                "dataset_name": "trl-lib/ultrafeedback-prompt",
+                "reward_funcs": ["think_format_reward"],
+                "learning_rate": 1e-6,
+                "num_generations": 8,
+                "per_device_train_batch_size": 8,
+                "gradient_accumulation_steps": 2,
+                "max_completion_length": 512,
+                "output_dir": "o",
+                "report_to": "none",
+                "use_peft": True,
+                "lora_r": 16,
+                "lora_target_modules": ["q_proj", "v_proj"],
+                "bf16": True,
+                "procedure": "best_of_n",
+                "n": 8,
+                "target_kl": 1.0,
+            }
+        )
+        assert recipe.reward == "trl.rewards.think_format_reward"
+        assert recipe.training["lora_r"] == 16 and recipe.training["learning_rate"] == 1e-6
+
+    def test_the_defaults_pass_their_own_types(self):
+        hints = {name: hint for name, hint in field_hints(Recipe).items() if name not in ("training", "base_dir")}
+        defaults = Recipe()
+        check({name: getattr(defaults, name) for name in hints}, {}, hints)

@@ -1,0 +1,80 @@
+"""The command line as a user meets it: fast help, one line for a mistake, exit code 2."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from infalign.cli import VERBS, main
+
+
+def test_help_is_fast_and_names_every_verb():
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-m", "infalign", "--help"], capture_output=True, text=True, check=True)
+        times.append(time.perf_counter() - start)
+    assert all(verb in done.stdout for verb in VERBS)
+    assert min(times) < 0.5
+
+
+@pytest.mark.parametrize("verb", sorted(set(VERBS) - {"theory", "env"}))
+def test_every_verb_has_help(verb, capsys):
+    assert main([verb, "--help"]) == 0
+    out = capsys.readouterr().out
+    assert VERBS[verb] in out and "--num_calibration_samples" in out
+
+
+def test_theory_prints_the_table(capsys):
+    assert main(["theory", "--procedure", "best_of_n", "--n", "4", "--kl", "1"]) == 0
+    out = capsys.readouterr().out
+    for number in ("0.9411", "0.9351", "0.9192", "0.8770", "0.8631"):  # theory.md section 5
+        assert number in out
+
+
+def test_theory_as_json_and_plot(capsys, tmp_path):
+    plot = tmp_path / "theory.png"
+    assert main(["theory", "--procedure", "worst_of_n", "--n", "4", "--kl", "1", "--json", "--plot", str(plot)]) == 0
+    rows = {row["transform"]: row for row in json.loads(capsys.readouterr().out)["transforms"]}
+    assert rows["optimal"]["win_rate"] == pytest.approx(0.992948, abs=1e-6)
+    assert rows["identity"]["win_rate"] == pytest.approx(0.974457, abs=1e-6)
+    assert plot.read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["trian"], "unknown verb 'trian': did you mean 'train'?"),
+        (["run"], "give a recipe: infalign run --config RECIPE.yaml"),
+        (["run", "--config", "nowhere.yaml"], "no recipe at nowhere.yaml"),
+        (["theory", "--procedure", "best_of", "--kl", "1"], "procedure 'best_of' is unknown: did you mean 'best_of_n'?"),
+        (["theory", "--kl", "1", "--beta", "1"], "give exactly one of"),
+        (["theory"], "give exactly one of"),
+        (["theory", "--kl", "-1"], "kl"),
+        (["theory", "--n", "4.5", "--kl", "1"], "argument --n: invalid int value: '4.5'"),
+        (["theory", "--procedur", "best_of_n"], "unrecognized arguments: --procedur"),
+        (["theory", "--procedure", "kth_of_n", "--kl", "1"], "procedure kth_of_n"),
+        (["theory", "--procedure", "kth_of_n", "--k", "9", "--kl", "1"], "9"),
+        (["theory", "--kl", "1", "--plot", "x.pdf"], "--plot writes a PNG, got 'x.pdf'"),
+        (["env", "x"], "env takes no arguments, got x"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(words, message, capsys):
+    assert main(words) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.startswith("infalign: error: ") and captured.err.count("\n") == 1
+
+
+def test_debug_shows_the_traceback():
+    with pytest.raises(ValueError, match="unknown verb"):
+        main(["trian", "--debug"])
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("infalign ")
