@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 Array = NDArray[np.float64]
 
 _FINE = 4  # a reward value seen once stands for a continuous stretch: split in so many levels
-_KNOTS = 16  # budgets at which a prompt's tie frontier is solved
+_KNOTS = 8  # budgets at which a prompt's tie frontier is solved: powers of 2 around the measured KL
+_MOST_PROMPTS = 256  # for the tie limit, an average; more are thinned out evenly
 _MOST_KL = 20.0  # nats: beyond, nothing is left to gain
 _TOO_SMALL = 0.02  # nats: below, attainment divides noise by noise
 
@@ -80,15 +81,16 @@ def tie_limit(procedure: Procedure, base_rewards_PM: Sequence[Array], kl: float)
         return 0.5
     top = max(kl, min(8.0 * kl, _MOST_KL))
     budgets_Q = np.concatenate([[0.0], np.geomspace(kl / 16, top, _KNOTS)])
-    fine = np.concatenate([[0.0], np.geomspace(kl / 100, top, 400)])
+    fine = np.unique(np.concatenate([[0.0, kl], np.geomspace(kl / 100, top, 400)]))
+    rows = list(base_rewards_PM)[:: -(-len(base_rewards_PM) // _MOST_PROMPTS)]
     frontiers: dict[bytes, Array] = {}
-    for masses_J in (level_masses(row) for row in base_rewards_PM):
+    for masses_J in map(level_masses, rows):
         if masses_J.tobytes() not in frontiers:
             solved = [0.5 if budget == 0.0 else tied_limit(procedure, masses_J, float(budget)) for budget in budgets_Q]
             frontiers[masses_J.tobytes()] = PchipInterpolator(
                 np.sqrt(budgets_Q), np.maximum.accumulate(solved)  # W - 1/2 starts like sqrt(KL)
             )(np.sqrt(fine))
-    win_PQ = np.array([frontiers[level_masses(row).tobytes()] for row in base_rewards_PM])
+    win_PQ = np.array([frontiers[level_masses(row).tobytes()] for row in rows])
 
     def spent(log_slope: float) -> tuple[float, float]:
         best = np.argmax(win_PQ - np.exp(log_slope) * fine, axis=1)

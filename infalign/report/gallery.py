@@ -88,10 +88,11 @@ def _of_evaluation(found: Findings, objective: Objective | None) -> Iterator[Plo
 def _limit_caption(point: Point) -> str:
     aimed = ""
     if point.aim is not None:
-        aimed = (
-            f" The diamond is where the trained transform's exact optimum lies ({point.aim[0]:.2f} nats, "
-            f"{point.aim[1]:.1%}); a point left of it has not used the KL that β allows."
-        ).replace("%", " %")
+        place = f"({point.aim[0]:.2f} nats, {100 * point.aim[1]:.1f} %)"
+        aimed = f" The trained transform's exact optimum lies beyond the plot {place}"
+        if point.shows_aim:
+            aimed = f" The diamond is where the trained transform's exact optimum lies {place}"
+        aimed += "; a point left of it has not used the KL that β allows."
     tied = " The orange mark is the limit with this reward's ties." if point.tie_limit is not None else ""
     return (
         "Up is better, left is cheaper. The solid curve is the most that any method reaches at a KL; dashed and dotted "
@@ -104,7 +105,7 @@ def _of_training(found: Findings) -> Iterator[Plot]:
         target = (found.recipe or {}).get("target_kl")
         caption = (
             "On training prompts unless said otherwise. A calibrated reward of ½ (dashed) is the base policy; its mean "
-            "is the win rate of single samples. The KL is that of whole completions: training has settled when it is flat."
+            "is the win rate of single samples. The KL is that of whole completions: flat means that training settled."
         )
         yield Plot("training", "training", caption, to_png(draw_training(found.log, target)), wide=True)
 
@@ -123,7 +124,7 @@ def _of_calibration(found: Findings, seed: int) -> Iterator[Plot]:
     if ranks is not None:
         caption = (
             "Each prompt's second half of base samples, ranked among its first half (ties in random order). Flat is "
-            f"right; a slope or a bow means that the halves were not drawn alike. {COVERAGE:.0%} of bars end in the grey "
-            f"band when nothing is wrong. {ranks.values} samples, {ranks.prompts} prompts."
+            f"right; a slope or a bow means that the halves were not drawn alike. {COVERAGE:.0%} of bars end in the "
+            f"grey band when nothing is wrong. {ranks.values} samples, {ranks.prompts} prompts."
         ).replace("%", " %")
         yield Plot("calibration", "objective", caption, to_png(draw_calibration(ranks)))

@@ -42,6 +42,11 @@ class Point:
     tie_limit: float | None = None
     aim: tuple[float, float] | None = None
 
+    @property
+    def shows_aim(self) -> bool:
+        """True when `aim` lies within the plot."""
+        return self.aim is not None and self.aim[0] <= kl_grid(self.kl, self.aim[0])[-1]
+
 
 @styled()
 def draw_limit(procedure: Procedure, point: Point) -> Figure:
@@ -61,7 +66,7 @@ def draw_limit(procedure: Procedure, point: Point) -> Figure:
     return figure
 
 
-def kl_grid(kl: float, aim: float = 0.0, count: int = 60) -> Floats:
+def kl_grid(kl: float, aim: float = 0.0, count: int = 40) -> Floats:
     """KLs from 0 to twice `kl` (at least 0.1 nats; a little more where that shows `aim`), denser near 0.
 
     >>> kl_grid(0.01, count=3).round(3).tolist()
@@ -99,7 +104,7 @@ def _tilted_win_rate(transform: Any, procedure: Procedure, kl: float) -> float:
 
 def _draw_point(axes: Axes, point: Point) -> None:
     down, up = max(point.win_rate - point.low, 0.0), max(point.high - point.win_rate, 0.0)
-    bars = {} if np.isnan(down + up) else {"yerr": [[down], [up]]}
+    bars: dict[str, Any] = {} if np.isnan(down + up) else {"yerr": [[down], [up]]}
     if np.isfinite(point.kl_half_width):
         bars["xerr"] = [[point.kl_half_width]]
     axes.errorbar(
@@ -116,7 +121,7 @@ def _draw_point(axes: Axes, point: Point) -> None:
             zorder=6,
             label="limit with this reward's ties",
         )
-    if point.aim is not None and point.aim[0] <= axes.get_xlim()[1]:
+    if point.aim is not None and point.shows_aim:
         style: dict[str, Any] = {"color": "white", "markeredgecolor": POLICY, "markersize": 7, "zorder": 4}
         axes.plot(*point.aim, "D", label="aim of training", **style)
 

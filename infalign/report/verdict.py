@@ -57,7 +57,8 @@ def remarks(evaluation: Mapping[str, Any]) -> list[str]:
     main = evaluation["main"]
     found = [
         f"{100 * evaluation['confidence']:g} % intervals over {evaluation['prompts']} held-out prompts, "
-        f"{evaluation['samples']} samples a prompt and side; both sides are decoded by the same procedure and ties count one half."
+        f"{evaluation['samples']} samples a prompt and side; "
+        "both sides are decoded by the same procedure and ties count one half."
     ]
     if main["tie_rate"] >= 0.005 and not math.isnan(main["tie_attainment"]):
         found.append(

@@ -11,7 +11,6 @@ Theory: derived in our notes (section 3) from InfAlign's coupled equations (arXi
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +18,7 @@ from scipy.linalg import lapack
 
 from infalign.theory.frontier import Solution
 from infalign.theory.hermite import Curve
+from infalign.theory.mesh import State, monotone_cubic, with_beta
 from infalign.theory.procedures import Procedure
 from infalign.types import InputError
 
@@ -26,22 +26,6 @@ Floats = NDArray[np.float64]
 
 COARSE, FINE = 160, 1600
 LOWEST_LOG_BETA = -600.0
-
-
-@dataclass(frozen=True)
-class State:
-    """A policy on mesh nodes: quantile u and distance 1 - u, Q, L = log q (all (Q,)) and log beta."""
-
-    u: Floats
-    top: Floats
-    cdf: Floats
-    log_q: Floats
-    log_beta: float
-
-    @property
-    def widths(self) -> Floats:
-        """Cell widths, accurate relative to themselves at both ends: (Q-1,)."""
-        return np.where(self.u[1:] < 0.5, np.diff(self.u), -np.diff(self.top))
 
 
 def solve_general(procedure: Procedure, log_beta: float | None, kl: float | None) -> Solution:
@@ -81,7 +65,7 @@ class _Problem:
 
     def measures(self, state: State) -> tuple[float, float]:
         """Win rate and KL by Simpson's rule on the mesh."""
-        middle, q = self._middle(state), np.exp(state.log_q)
+        middle, q = self._middle(state, self._pull(state.u, state.cdf, state.log_beta)[0]), np.exp(state.log_q)
         q_middle, h = np.exp(middle.log_q), state.widths / 6
         lost, lost_middle = self._lost(state), self._lost(middle)
         kl = h @ (q[:-1] * state.log_q[:-1] + 4 * q_middle * middle.log_q + q[1:] * state.log_q[1:])
@@ -98,10 +82,9 @@ class _Problem:
         weight = self.sign * self.procedure.density(u) * math.exp(-log_beta)
         return weight * self.procedure.density(cdf), weight * self.procedure.slope(cdf)
 
-    def _middle(self, state: State) -> State:
-        """The collocation polynomial's values at the cells' middles."""
+    def _middle(self, state: State, pull: Floats) -> State:
+        """The collocation polynomial's values at the cells' middles, for L' = pull on the nodes."""
         h, q = state.widths, np.exp(state.log_q)
-        pull, _ = self._pull(state.u, state.cdf, state.log_beta)
         cdf = (state.cdf[1:] + state.cdf[:-1]) / 2 - h / 8 * np.diff(q)
         log_q = (state.log_q[1:] + state.log_q[:-1]) / 2 - h / 8 * np.diff(pull)
         u = np.where(state.u[1:] < 0.5, state.u[:-1] + h / 2, 1 - (state.top[1:] + h / 2))
@@ -126,8 +109,9 @@ class _Problem:
 
     def _step(self, state: State, kl: float | None) -> tuple[Floats, Floats, float]:
         """The full Newton step in Q, L and log beta (0 unless kl is given)."""
-        h, q, middle = state.widths, np.exp(state.log_q), self._middle(state)
+        h, q = state.widths, np.exp(state.log_q)
         pull, pull_q = self._pull(state.u, state.cdf, state.log_beta)
+        middle = self._middle(state, pull)
         pull_m, pull_mq = self._pull(middle.u, middle.cdf, state.log_beta)
         q_m = np.exp(middle.log_q)
         right = np.zeros((2 * len(state.u), 2))
@@ -140,23 +124,25 @@ class _Problem:
         right[1:-1:2, 1] = h / 6 * 4 * q_m * bent
         right[2:-1:2, 1] = -total
         band = self._band(h, (q, q_m), (pull_q, pull_mq))
-        solution, info = lapack.dgbsv(2, 2, band, right)[2:]
+        solution, info = lapack.dgbsv(2, 2, band, right)[2:]  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
         if info != 0:
             return np.full_like(q, np.nan), np.full_like(q, np.nan), math.nan
         plain, along = solution[:, 0], solution[:, 1]
         step_beta = 0.0
         if kl is not None:
-            step_beta = self._bordering(state, middle, h, plain, along, kl)
+            step_beta = self._bordering((state, middle), (pull, pull_q), plain, along, kl)
         step = plain + step_beta * along
         return step[0::2], step[1::2], step_beta
 
-    def _bordering(self, state: State, middle: State, h: Floats, plain: Floats, along: Floats, kl: float) -> float:
+    @staticmethod
+    def _bordering(
+        states: tuple[State, State], pulls: tuple[Floats, Floats], plain: Floats, along: Floats, kl: float
+    ) -> float:
         """The step in log beta that meets the KL to first order; KL by Simpson's rule, as in `measures`."""
-        q, q_m = np.exp(state.log_q), np.exp(middle.log_q)
+        (state, middle), (pull, pull_q) = states, pulls
+        h, q, q_m = state.widths, np.exp(state.log_q), np.exp(middle.log_q)
         value = h @ (q[:-1] * state.log_q[:-1] + 4 * q_m * middle.log_q + q[1:] * state.log_q[1:]) / 6
         slope, slope_m = q * (state.log_q + 1), q_m * (middle.log_q + 1)
-        _, pull_q = self._pull(state.u, state.cdf, state.log_beta)
-        pull, _ = self._pull(state.u, state.cdf, state.log_beta)
 
         def change(step: Floats, bent: Floats) -> float:
             d_l, d_pull = step[1::2], pull_q * step[0::2]
@@ -211,8 +197,8 @@ class _Problem:
         u, top = np.where(low, u, 1 - top), np.where(low, 1 - u, top)
         with np.errstate(over="ignore", invalid="ignore"):
             pull, _ = self._pull(state.u, state.cdf, state.log_beta)
-        new_cdf = _cubic(state.cdf, np.exp(state.log_q), cell, part, h)
-        log_q = _cubic(state.log_q, pull, cell, part, h)
+        new_cdf = monotone_cubic(state.cdf, np.exp(state.log_q), cell, part, h)
+        log_q = monotone_cubic(state.log_q, pull, cell, part, h)
         ends = [np.array([0.0, 1.0]), np.array([1.0, 0.0]), state.cdf[[0, -1]], state.log_q[[0, -1]]]
         columns = [
             np.concatenate([end[:1], inner, end[1:]]) for end, inner in zip(ends, (u, top, new_cdf, log_q), strict=True)
@@ -272,7 +258,7 @@ class _Problem:
                 share = (state.log_beta - log_beta) / (state.log_beta - found.log_beta)
                 rise = share * (target - reached)
                 close = self._next(state, reached + rise, rise, drift) or found
-                final = self.newton(_with_beta(close, log_beta), None)
+                final = self.newton(with_beta(close, log_beta), None)
                 if final is not None:
                     return final
                 found = None
@@ -357,18 +343,3 @@ class _Problem:
             Curve(top, np.maximum(log_q, -1e4), np.where(seen, -pull, 0.0), np.where(seen, bend, 0.0), True),
             Curve(top, cdf, -q, q * pull, True),
         )
-
-
-def _with_beta(state: State, log_beta: float) -> State:
-    """The same policy at another beta."""
-    return State(state.u, state.top, state.cdf, state.log_q, log_beta)
-
-
-def _cubic(value: Floats, slope: Floats, cell: NDArray[np.intp], part: Floats, h: Floats) -> Floats:
-    """Cubic Hermite interpolation of a monotone function at `part` of each cell, slopes limited so that it stays so."""
-    left, right = value[cell], value[cell + 1]
-    rise = right - left
-    lowest, highest = np.minimum(3 * rise, 0.0), np.maximum(3 * rise, 0.0)
-    d0, d1 = (np.clip(np.nan_to_num(slope[end]) * h, lowest, highest) for end in (cell, cell + 1))
-    inner = left + part * (d0 + part * (3 * rise - 2 * d0 - d1 + part * (d0 + d1 - 2 * rise)))
-    return inner

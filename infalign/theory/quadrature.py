@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
-_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(16)
-_NODES, _WEIGHTS = (1 + _NODES) / 2, _WEIGHTS / 2
+_SYMMETRIC = np.polynomial.legendre.leggauss(16)
+_NODES, _WEIGHTS = (1 + _SYMMETRIC[0]) / 2, _SYMMETRIC[1] / 2
 _MOST_PANELS = 20_000
 _BELOW_ONE = float(np.nextafter(1.0, 0.0))
 

@@ -266,7 +266,7 @@ class _Blocks:
         diagonal[0::2], diagonal[1::2] = -mass_J, -coupling * slope
         right = np.zeros((size, 2))
         right[1::2, 0], right[1::2, 1] = pull - np.diff(log_ratio_J), -pull
-        solution, info = lapack.dgtsv(sub, diagonal, sup, right)[3:]
+        solution, info = lapack.dgtsv(sub, diagonal, sup, right)[3:]  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
         if info != 0:
             return np.full_like(mass_J, np.nan), math.nan
         plain_J, along_J = solution[0::2, 0], solution[0::2, 1]

@@ -32,7 +32,7 @@ def test_without_ties_it_is_the_continuous_limit(procedure):
     rewards = np.random.default_rng(0).normal(size=(2, 64))
     found = tie_limit(procedure, list(rewards), 0.5)
     exact = float(win_rate_limit(procedure, 0.5))
-    assert found <= exact + 1e-6
+    assert found <= exact + 1e-4
     assert found == pytest.approx(exact, abs=0.01)
 
 

@@ -164,6 +164,16 @@ def test_policy_and_evaluation_of_different_transforms_contradict(tmp_path):
     assert not (tmp_path / "report" / "limit.png").exists()
 
 
+def test_objective_that_cannot_be_made_is_a_note(tmp_path):
+    write_run(tmp_path, steps=4, prompts=4)
+    record = json.loads((tmp_path / "recipe.json").read_text())
+    record["recipe"]["transform"] = "mine.py:phi"
+    (tmp_path / "recipe.json").write_text(json.dumps(record))
+    text = page_of(tmp_path)
+    assert "No limit and transform plots: transform 'mine.py'" in text
+    assert "regret ratio" in text
+
+
 def test_single_prompt_has_no_interval_and_no_verdict(tmp_path):
     write_recipe(tmp_path)
     result = write_evaluation(tmp_path)

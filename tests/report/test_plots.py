@@ -70,6 +70,14 @@ def test_limit_plot_draws_the_measured_point(procedure):
     draw_limit(procedure, Point(0.0, float("nan"), 0.5, float("nan"), float("nan")))
 
 
+def test_aim_beyond_the_plot_is_not_drawn():
+    assert Point(0.4, 0.05, 0.7, 0.6, 0.78, aim=(0.8, 0.9)).shows_aim
+    beyond = Point(0.05, 0.01, 0.6, 0.5, 0.7, aim=(1.3, 0.96))
+    assert not beyond.shows_aim
+    drawn = [line.get_xydata().tolist() for line in draw_limit(BestOfN(4), beyond).axes[0].get_lines()]
+    assert [[1.3, 0.96]] not in drawn
+
+
 def test_win_rates_are_ordered_by_decoder_and_n():
     rows = [
         {"label": label, "kind": kind, "n": n, "judge": "reward", "mean": 0.6, "low": 0.5, "high": 0.7, "limit": 0.8}
