@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infalign.calibration.diagnostics import Diagnostics, duplicate_rate, expected_cost, tie_rate, uniformity
-from infalign.calibration.quantile import calibrate as quantiles
 from infalign.calibration.table import SampleTable, Wanted
 from infalign.runtime.artifacts import fingerprint, write_manifest
 from infalign.runtime.console import notice, say
@@ -118,18 +117,10 @@ def describe(
         ties=tie_rate(rows),
         clipped=float(np.mean([not sample.finished for sample in flat])),
         unscored=float(np.mean([np.isnan(row).mean() for row in rows])),
-        uniformity=uniformity(rows, seed=experiment.recipe.seed if isinstance(experiment.recipe.seed, int) else 0),
+        uniformity=uniformity(rows, seed=experiment.recipe.seed),
         cost=cost,
         cost_kl=kl,
     )
-
-
-def held_out_quantiles(rewards_PK: list[NDArray[np.float64]]) -> NDArray[np.float64]:
-    """Quantiles of each prompt's second half of reference rewards among its first: flat when calibration is right."""
-    halves = [(row[: row.size // 2], row[row.size // 2 :]) for row in rewards_PK if row.size >= 2]
-    scored = [(first, second) for first, second in halves if not np.isnan(first).all()]
-    values = np.concatenate([quantiles([second], [first])[0] for first, second in scored])
-    return values[~np.isnan(values)]
 
 
 def _tell(diagnostics: Diagnostics, drawn: int) -> None:

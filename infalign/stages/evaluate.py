@@ -192,7 +192,8 @@ def _judges(experiment: Experiment) -> list[str]:
 
 def _row(measured: Measured, procedure: Procedure, kl: float, recipe: Recipe, judge: str) -> dict[str, Any]:
     found = _win_rate(measured, procedure, recipe, judge)
-    limit = float(win_rate_limit(procedure, max(kl, 0.0)))
+    bounded = judge == "reward"  # a gold judge is not what decodes: the limit does not hold for it
+    limit = float(win_rate_limit(procedure, max(kl, 0.0))) if bounded else float("nan")
     return {
         "label": repr(procedure),
         "kind": procedure.name,

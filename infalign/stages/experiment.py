@@ -268,11 +268,8 @@ class Experiment:
         elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise InputError(f"output_dir {folder} is not empty and is not infalign's: give another --output_dir")
         if is_main():
-            values = {
-                one.name: getattr(self.recipe, one.name)
-                for one in dataclasses.fields(self.recipe)
-                if one.name not in ("base_dir", "overwrite")
-            }
+            names = [one.name for one in dataclasses.fields(self.recipe) if one.name != "overwrite"]
+            values = {name: getattr(self.recipe, name) for name in names}
             write_json(path, {"identity": identity, "fingerprint": fingerprint(identity), "recipe": values})
 
     def _identity(self) -> dict[str, Any]:

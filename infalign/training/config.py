@@ -17,6 +17,9 @@ class CTRLConfig(RLOOConfig):
     Args:
         beta: KL coefficient, in units of the transformed reward per nat of sequence KL. None takes the transform's own
             (an optimal transform depends on its beta).
+        beta_start: start from this larger KL coefficient and come down to `beta` geometrically over the first 60 % of the
+            steps. A small beta from the start lets the policy collapse on what it finds first, from which it recovers
+            slowly: worth it for Worst-of-N, whose betas are small. None: constant.
         num_generations: G, rollouts a prompt; the leave-one-out baseline is over them.
         kl_budget: stop when the rollouts' sequence KL, averaged over three logs, exceeds this many nats.
         shared_prefix: compute each prompt once and repeat its KV cache (exact); False takes TRL's plain path.
@@ -26,6 +29,7 @@ class CTRLConfig(RLOOConfig):
     """
 
     beta: float | None = field(default=None, metadata={"help": "KL coefficient; None: the optimal transform's own."})
+    beta_start: float | None = field(default=None, metadata={"help": "KL coefficient at step 0; None: beta."})
     num_generations: int | None = field(default=8, metadata={"help": "Rollouts per prompt (G)."})
     kl_budget: float | None = field(default=None, metadata={"help": "Stop above this sequence KL (nats)."})
     shared_prefix: bool = field(default=True, metadata={"help": "Compute each prompt once (exact)."})
@@ -38,6 +42,8 @@ class CTRLConfig(RLOOConfig):
             self.bf16 = False
         if self.beta is not None and self.beta <= 0:
             raise InputError(f"beta must be above 0 for KL-regularised training, got {self.beta}")
+        if self.beta_start is not None and self.beta_start <= 0:
+            raise InputError(f"beta_start must be above 0, got {self.beta_start}")
         if self.normalize_advantages:
             raise InputError("normalize_advantages: true rescales the transform away: leave it false")
         if self.top_p != 1.0 or self.top_k != 0 or self.min_p or self.repetition_penalty != 1.0:

@@ -42,6 +42,7 @@ from infalign.training.rollouts import rollout_uniforms, shuffled_groups
 from infalign.types import InputError, SamplingSettings
 
 TESTED_TRL = ("1.16",)
+ANNEAL = 0.6  # share of the steps over which beta comes down from beta_start
 
 Render = Callable[[Any], list[int]]
 
@@ -137,12 +138,21 @@ class CTRLTrainer(RLOOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self._scored_logps = []
+        self.beta = self._beta_now()
         try:
             batch = super()._generate_and_score_completions(inputs)
             self._log_rollouts(batch, inputs)
         finally:
             self._scored_logps = self._sampled_logps = None
         return batch
+
+    def _beta_now(self) -> float:
+        """The KL coefficient of this step: geometric from `beta_start` to `beta` over the first 60 % of the steps."""
+        start, end = self.args.beta_start, self.args.beta
+        if start is None or not self.state.max_steps:
+            return end
+        progress = min(1.0, self.state.global_step / (ANNEAL * self.state.max_steps))
+        return float(start * (end / start) ** progress)
 
     def _log_rollouts(self, batch: dict[str, Any], inputs: list[dict[str, Any]]) -> None:
         """Log the sequence KL (k1, nats) with its standard error; at step 0, check it and the calibration."""
@@ -153,6 +163,7 @@ class CTRLTrainer(RLOOTrainer):
         kl = self.accelerator.gather(kl_B).cpu().numpy()
         metrics = self._metrics["train" if self.model.training else "eval"]
         metrics["kl_seq"].append(float(kl.mean()))
+        metrics["beta"].append(self.beta)
         metrics["kl_seq_error"].append(float(kl.std(ddof=1) / np.sqrt(kl.size)) if kl.size > 1 else 0.0)
         if self.state.global_step == 0 and self.ctrl_reward is not None and self._step == 0:
             name = getattr(self.model.config, "_name_or_path", "the model")
