@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -78,7 +79,7 @@ def read_findings(folder: Path) -> Findings:
     """
     recipe = _json(folder / "recipe.json", "the recipe record")
     calibration = read_manifest(folder / "calibration", "calibration")
-    evaluation = _json(folder / "evaluation.json", "the evaluation")
+    evaluation = _numbers(_json(folder / "evaluation.json", "the evaluation"))
     return Findings(
         recipe=None if recipe is None else recipe["recipe"],
         calibration=calibration,
@@ -88,6 +89,15 @@ def read_findings(folder: Path) -> Findings:
         references=None if calibration is None else _references(folder / "calibration", calibration),
         rewards=None if evaluation is None else _evaluation_rewards(folder / "evaluation", evaluation, calibration),
     )
+
+
+def _numbers(evaluation: Any) -> Any:
+    """The evaluation with NaN where JSON, which has none, says null."""
+    if evaluation is None:
+        return None
+    rows = [{name: math.nan if one is None else one for name, one in row.items()} for row in evaluation["win_rates"]]
+    parts = {part: {n: math.nan if v is None else v for n, v in evaluation[part].items()} for part in ("main", "kl")}
+    return {**evaluation, "win_rates": rows, **parts}
 
 
 def _json(path: Path, what: str) -> Any:

@@ -18,7 +18,7 @@ from infalign.calibration.table import SampleTable, Wanted
 from infalign.evaluation.limits import Estimate, attainment, cluster_mean, regret_ratio, tie_limit
 from infalign.evaluation.winrate import WinRate, judged_win_rate, win_rate
 from infalign.generation.likelihood import sequence_kl
-from infalign.runtime.artifacts import fingerprint, write_json, write_whole
+from infalign.runtime.artifacts import fingerprint, without_nan, write_json, write_whole
 from infalign.runtime.console import Progress, notice, say
 from infalign.runtime.distributed import barrier, is_main
 from infalign.stages.experiment import Experiment
@@ -62,7 +62,7 @@ def evaluate(recipe: Recipe, experiment: Experiment | None = None) -> dict[str, 
     kl, log_ratio = _measure_kl(experiment, policy, prompts)
     measured = _scored(experiment, base, policy, prompts)
     result = summarise(experiment, measured, kl, log_ratio)
-    result |= _sample_facts(experiment, base, policy, prompts, measured)
+    result = without_nan(result | _sample_facts(experiment, base, policy, prompts, measured))
     if is_main():
         write_json(recipe.output / "evaluation.json", result)
     barrier()
@@ -167,7 +167,7 @@ def summarise(experiment: Experiment, measured: Measured, kl: Estimate, log_rati
     return {
         "procedure": repr(procedure),
         "transform": repr(experiment.transform),
-        "beta": experiment.beta,
+        "beta": float(f"{experiment.beta:.6g}"),
         "target_kl": recipe.target_kl,
         "reward": experiment.reward.name,
         "gold_reward": experiment.gold.name if experiment.gold else None,
@@ -260,22 +260,29 @@ def _example(
 def tell(result: Mapping[str, Any]) -> None:
     """Print the final table: what was measured, with intervals, the limit at the measured KL, and attainment."""
     kl, main = result["kl"], result["main"]
+    interval = f"{100 * result['confidence']:g} % interval"
     say()
     say(f"{result['procedure']}, reward {result['reward']}: policy against base on {result['prompts']} held-out prompts")
-    say(f"  sequence KL {kl['mean']:.3f} ± {kl['error']:.3f} nats (k1 {kl['k1']:.3f} ± {kl['k1_error']:.3f})")
+    say(f"  sequence KL {kl['mean']:.3f} ± {kl['error']:.3f} nats (from log-ratios alone {kl['k1']:.3f} ± {kl['k1_error']:.3f})")
     say()
-    say(f"  {'decoder':<14}{'judge':<8}{'win rate':<10}{'95 % interval' if result['confidence'] == 0.95 else 'interval':<18}"
-        f"{'limit':<8}{'attainment':<12}{'regret ratio':<12}")
+    heads = ("judge", "win rate", interval, "limit", "attainment", "regret ratio")
+    say(f"  {'decoder':<16}" + "".join(f"{head:<{width}}" for head, width in zip(heads, _WIDTHS, strict=True)).rstrip())
     for row in result["win_rates"]:
         mark = "*" if row["label"] == result["procedure"] else " "
-        say(
-            f"{mark} {row['label']:<14}{row['judge']:<8}{row['mean']:<10.3f}[{row['low']:.3f}, {row['high']:.3f}]    "
-            f"{row['limit']:<8.3f}{row['attainment']:<12.2f}{row['regret_ratio']:<12.1f}"
-        )
+        between = f"[{row['low']:.3f}, {row['high']:.3f}]"
+        bounds = (_shown(row["limit"], 3), _shown(row["attainment"], 2), _shown(row["regret_ratio"], 1))
+        cells = (row["judge"], f"{row['mean']:.3f}", between, *bounds)
+        say(f"{mark} {row['label']:<16}" + "".join(f"{cell:<{width}}" for cell, width in zip(cells, _WIDTHS, strict=True)).rstrip())
     say()
-    say(f"  * the procedure trained for. limit: the most that any method reaches at this KL with a continuous reward;"
-        f" with this reward's ties ({main['tie_rate']:.0%}) it is {main['tie_limit']:.3f} (attainment"
-        f" {main['tie_attainment']:.2f}).")
+    say("  * the decoder trained for. limit: the most that any method reaches at this KL with a reward that never ties;")
+    say(f"    with this reward's ties ({main['tie_rate']:.0%}): {main['tie_limit']:.3f}, attainment {_shown(main['tie_attainment'], 2)}.")
+
+
+_WIDTHS = (9, 10, 18, 8, 12, 12)
+
+
+def _shown(value: float | None, digits: int) -> str:
+    return "-" if value is None or value != value else f"{value:.{digits}f}"
 
 
 def read_evaluation(folder: Path) -> dict[str, Any] | None:

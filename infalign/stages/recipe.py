@@ -139,7 +139,9 @@ def load_recipe(
         values, base_dir = read_yaml(path), path.parent
     hints = {name: hint for name, hint in field_hints(Recipe).items() if name not in ("training", "base_dir")}
     own = set(hints)
-    checked = check(values, flags or {}, {**_training_hints(), **hints})
+    if not own >= {*values, *(flags or {})}:  # TRL takes seconds to import: only when a key of its is there
+        hints = {**_training_hints(), **hints}
+    checked = check(values, flags or {}, hints)
     training = {name: value for name, value in checked.items() if name not in own}
     recipe = Recipe(**{name: value for name, value in checked.items() if name in own}, training=training, base_dir=base_dir)
     recipe = _with_trl_names(recipe)

@@ -70,7 +70,7 @@ def training_parts(experiment: Experiment) -> dict[str, Any]:
         **{f"calibration {name}": value for name, value in calibration_parts(experiment).items()},
         "procedure": repr(experiment.procedure),
         "transform": repr(experiment.transform),
-        "beta": experiment.beta,
+        "beta": float(f"{experiment.beta:.6g}"),
         "calibration_method": recipe.calibration_method,
         **training,
     }

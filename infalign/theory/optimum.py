@@ -33,7 +33,7 @@ SMALLEST_BETA, LARGEST_BETA, LARGEST_KL = 1e-8, 1e8, 20.0
 LARGEST_RESIDUAL = 1e-5
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class OptimalTransform:
     """Phi* of a procedure at a beta, as a callable u -> Phi*(u) with Phi*(0) = 0.
 
@@ -46,8 +46,11 @@ class OptimalTransform:
     kl: float
     win_rate: float
     residual: float
-    _solution: Solution = field(repr=False, compare=False)
-    name: str = field(default="optimal", init=False, repr=False)
+    _solution: Solution = field(compare=False)
+    name: str = field(default="optimal", init=False)
+
+    def __repr__(self) -> str:
+        return f"OptimalTransform({self.procedure!r}, log_beta={self.log_beta:.6g})"
 
     @property
     def beta(self) -> float:
