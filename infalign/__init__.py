@@ -41,7 +41,27 @@ _HOME = {
 }
 _MODULES = {"transforms": "infalign.theory.transforms"}
 
-__all__ = [*_HOME, *_MODULES]  # noqa: PLE0604 - the literal keys above are the public names
+__all__ = [
+    "BestOfN",
+    "CTRLConfig",
+    "CTRLReward",
+    "CTRLTrainer",
+    "InputError",
+    "KthOfN",
+    "Procedure",
+    "RandomN",
+    "RewardError",
+    "SoftBestOfN",
+    "WinRate",
+    "WorstOfN",
+    "calibrate",
+    "optimal_transform",
+    "run",
+    "tilt",
+    "transforms",
+    "win_rate",
+    "win_rate_limit",
+]
 
 if TYPE_CHECKING:
     from infalign.calibration.quantile import calibrate

@@ -154,7 +154,9 @@ def _verb_help(verb: str) -> str:
 
 def _theory(words: list[str]) -> int:
     parser = _Parser(prog="infalign theory", description=VERBS["theory"], allow_abbrev=False)
-    parser.add_argument("--procedure", default="best_of_n", help="best_of_n, worst_of_n, kth_of_n, random_n, soft_best_of_n")
+    parser.add_argument(
+        "--procedure", default="best_of_n", help="best_of_n, worst_of_n, kth_of_n, random_n, soft_best_of_n"
+    )
     parser.add_argument("--n", type=int, default=4, help="candidates drawn")
     parser.add_argument("--k", type=int, help="for kth_of_n: the k-th best")
     parser.add_argument("--tilt", type=float, help="for soft_best_of_n")
@@ -171,7 +173,8 @@ def _theory(words: list[str]) -> int:
         from infalign.runtime.config import nearest  # noqa: PLC0415
 
         raise InputError(
-            f"procedure {given.procedure!r} is unknown{nearest(given.procedure, BUILT_IN)} (one of {', '.join(BUILT_IN)})"
+            f"procedure {given.procedure!r} is unknown{nearest(given.procedure, BUILT_IN)} "
+            f"(one of {', '.join(BUILT_IN)})"
         )
     arguments = {name: getattr(given, name) for name in ("k", "tilt", "pmf") if getattr(given, name) is not None}
     if given.procedure != "random_n":

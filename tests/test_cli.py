@@ -51,7 +51,10 @@ def test_theory_as_json_and_plot(capsys, tmp_path):
         (["trian"], "unknown verb 'trian': did you mean 'train'?"),
         (["run"], "give a recipe: infalign run --config RECIPE.yaml"),
         (["run", "--config", "nowhere.yaml"], "no recipe at nowhere.yaml"),
-        (["theory", "--procedure", "best_of", "--kl", "1"], "procedure 'best_of' is unknown: did you mean 'best_of_n'?"),
+        (
+            ["theory", "--procedure", "best_of", "--kl", "1"],
+            "procedure 'best_of' is unknown: did you mean 'best_of_n'?",
+        ),
         (["theory", "--kl", "1", "--beta", "1"], "give exactly one of"),
         (["theory"], "give exactly one of"),
         (["theory", "--kl", "-1"], "kl"),

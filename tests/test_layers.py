@@ -49,7 +49,9 @@ def imported(path: Path) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            found |= {f"{node.module}.{alias.name}" if node.module == "infalign" else str(node.module) for alias in node.names}
+            found |= {
+                f"{node.module}.{alias.name}" if node.module == "infalign" else str(node.module) for alias in node.names
+            }
     return found
 
 
@@ -81,7 +83,9 @@ def test_rooms_use_only_their_packages(path):
 def test_pure_rooms_know_no_files_and_no_runtime(name):
     paths = [ROOT / name] if name.endswith(".py") else sorted((ROOT / name).rglob("*.py"))
     for path in paths:
-        assert not {"infalign.runtime", "pathlib", "os"} & {n for full in imported(path) for n in (full, full.rpartition(".")[0])}
+        assert not {"infalign.runtime", "pathlib", "os"} & {
+            n for full in imported(path) for n in (full, full.rpartition(".")[0])
+        }
 
 
 def test_only_the_list_of_rooms_is_there():

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import brentq
 
 from infalign.calibration.quantile import calibrate, clip_to_open
@@ -101,7 +102,12 @@ def _split_quantiles(rows: Sequence[Array]) -> Array:
 
 
 def expected_cost(
-    transform: Callable[[Array], Array], procedure: Procedure, count: int, kl: float, draws: int = 200, seed: int = 0
+    transform: Callable[[ArrayLike], Array],
+    procedure: Procedure,
+    count: int,
+    kl: float,
+    draws: int = 200,
+    seed: int = 0,
 ) -> float:
     """The win rate that calibrating with `count` samples loses against exact calibration, at mean KL `kl`.
 
@@ -123,7 +129,7 @@ def expected_cost(
         masses_DJ = np.maximum(masses(log_rate), 1e-300)
         return float((masses_DJ * np.log(masses_DJ / np.maximum(widths_DJ, 1e-300))).sum(1).mean()) - kl
 
-    log_rate = brentq(excess, -8.0, 12.0, xtol=1e-6) if excess(12.0) > 0 else 12.0
+    log_rate: Any = brentq(excess, -8.0, 12.0, xtol=1e-6) if excess(12.0) > 0 else 12.0
     found = _mean_win_rate(procedure, widths_DJ, masses(float(log_rate)))
     return tilt(transform, kl=kl).win_rate(procedure) - found
 

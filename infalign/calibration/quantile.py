@@ -94,7 +94,7 @@ def _tail_scale(ascending_K: NDArray[np.float64]) -> float:
     top = max(1, int(np.sqrt(ascending_K.size)))
     if ascending_K.size <= top:
         return 0.0
-    return float(np.mean(ascending_K[-top:] - ascending_K[-top - 1]))
+    return float((ascending_K[-top:] - ascending_K[-top - 1]).mean())
 
 
 def _decay(distance: NDArray[np.float64], scale: float) -> NDArray[np.float64]:

@@ -5,8 +5,8 @@
     segment-000/00007.parquet          the samples of its batch 7
     scores-<fingerprint>/000-00007-0.parquet their rewards by one reward
 
-A shard is written whole or not at all and a segment's batches follow from the plan alone, so a killed run continues where
-it stopped and ends with the table that it would have had. More prompts or a larger K make a new segment of what is
+A shard is written whole or not at all and a segment's batches follow from the plan alone, so a killed run continues
+where it stopped and ends with the table it would have had. More prompts or a larger K make a new segment of what is
 missing; another reward makes new scores and no samples. The table never forgets: what it holds is what was drawn.
 """
 
@@ -91,7 +91,9 @@ class SampleTable:
                 "use another output_dir, or --overwrite to draw them anew"
             )
         table.segments = [
-            Segment(number, tuple((key, first, end) for key, first, end in segment["rows"]), segment["tokens_per_batch"])
+            Segment(
+                number, tuple((key, first, end) for key, first, end in segment["rows"]), segment["tokens_per_batch"]
+            )
             for number, segment in enumerate(plan["segments"])
         ]
         return table
@@ -259,5 +261,3 @@ def _read(path: Path) -> pa.Table:
         return pq.read_table(path)
     except (pa.ArrowInvalid, OSError) as error:
         raise InputError(f"{path} is not a whole Parquet file ({error}): delete it and run again") from error
-
-

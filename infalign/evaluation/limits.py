@@ -88,7 +88,8 @@ def tie_limit(procedure: Procedure, base_rewards_PM: Sequence[Array], kl: float)
         if masses_J.tobytes() not in frontiers:
             solved = [0.5 if budget == 0.0 else tied_limit(procedure, masses_J, float(budget)) for budget in budgets_Q]
             frontiers[masses_J.tobytes()] = PchipInterpolator(
-                np.sqrt(budgets_Q), np.maximum.accumulate(solved)  # W - 1/2 starts like sqrt(KL)
+                np.sqrt(budgets_Q),
+                np.maximum.accumulate(solved),  # W - 1/2 starts like sqrt(KL)
             )(np.sqrt(fine))
     win_PQ = np.array([frontiers[level_masses(row).tobytes()] for row in rows])
 

@@ -1,9 +1,9 @@
 """Inference-time win rates from M samples a side: unbiased, ties counted half, intervals by bootstrap over prompts.
 
 theory: `W^T(pi1 > pi2 | x) = E_{y ~ T(pi1), z ~ T(pi2)} 1[r(y) > r(z)] + 1/2 1[r(y) = r(z)]` (InfAlign,
-arXiv:2412.19792). With each side sorted ascending, `W = sum_ij a_i b_j (1[r_(i) > s_(j)] + 1/2 1[=])` equals the average
-over all subsets of n samples, for the order weights a, b of the procedure (theory.md section 8). One table of samples so
-gives every N, best and worst.
+arXiv:2412.19792). With each side sorted ascending, `W = sum_ij a_i b_j (1[r_(i) > s_(j)] + 1/2 1[=])` equals the
+average over all subsets of n samples, for the order weights a, b of the procedure. So one table of samples gives every
+N, best and worst.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class WinRate:
-    """A win rate with its interval: `mean` over prompts, `low` and `high` (NaN for a single prompt), `per_prompt` (P,)."""
+    """A win rate with its interval: `mean` over prompts, `low`, `high` (NaN for a single prompt), `per_prompt` (P,)."""
 
     mean: float
     low: float
@@ -63,7 +63,9 @@ def win_rate(
     """
     policy, base = _rows(policy_rewards_PM, "policy", procedure), _rows(base_rewards_PM, "base", procedure)
     _check_same(len(policy), len(base))
-    values = [_prompt_win_rate(np.sort(ours), np.sort(theirs), procedure) for ours, theirs in zip(policy, base, strict=True)]
+    values = [
+        _prompt_win_rate(np.sort(ours), np.sort(theirs), procedure) for ours, theirs in zip(policy, base, strict=True)
+    ]
     return summarise(np.array(values), confidence, seed)
 
 

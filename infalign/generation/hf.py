@@ -174,7 +174,7 @@ def _drop_finished(state: dict[str, Any], active: Tensor, chosen: Tensor, going:
     return active[keep], chosen[keep]
 
 
-def _processors(settings: SamplingSettings) -> LogitsProcessorList:
+def _processors(settings: SamplingSettings) -> Any:
     """transformers' own warpers for the fields that are not at their neutral value."""
     found = LogitsProcessorList()
     if settings.repetition_penalty != 1.0:

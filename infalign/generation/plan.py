@@ -1,7 +1,7 @@
 """What is to be sampled, and in which batches.
 
 The plan follows from the requests and the token budget alone, never from free memory, restarts or the number of
-processes: a killed run redoes a batch with the same neighbours, hence with the same rounding, and gets the same samples.
+processes: a killed run redoes a batch with the same neighbours, hence the same rounding, and gets the same samples.
 """
 
 from __future__ import annotations

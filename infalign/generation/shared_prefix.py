@@ -1,8 +1,9 @@
 """Each prompt is computed once and its KV cache repeated for all of its completions.
 
 Rows of a batch that share a prompt share everything a causal model computes on it, so this is exact, gradients included
-(plain autograd runs through the cache). What is saved is about K(P+R)/(P+KR) of the tokens, for K completions of R tokens
-on a prompt of P. The prompt's last token is left out of the shared part: it is the first input of every continuation.
+(plain autograd runs through the cache). It saves a factor of about K(P+R)/(P+KR) in tokens, for K completions of R
+tokens on a prompt of P. The prompt's last token is left out of the shared part: it is the first input of every
+continuation.
 
 Caches that are not plain (sliding windows, recurrent states) cannot be repeated row by row: `is_shareable` says so and
 callers then take the plain path.
@@ -86,7 +87,7 @@ def continuation(prefix: SharedPrefix, rows_B: Tensor, ids_BT: Tensor, mask_BT: 
     The prefix' cache is consumed: it is repeated to B rows in place.
     """
     mask = torch.cat([prefix.mask_UP[rows_B], mask_BT], dim=1)
-    inputs = {
+    inputs: dict[str, Any] = {
         "input_ids": ids_BT,
         "attention_mask": mask,
         "position_ids": positions(mask)[:, -ids_BT.shape[1] :],

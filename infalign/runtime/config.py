@@ -56,7 +56,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"no recipe at {path}: give --config the path of a YAML file")
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -186,7 +186,8 @@ def _coerce_scalar(value: Any, hint: Any) -> Any:
         return _expect(isinstance(value, int) and not isinstance(value, bool), value, value, "an integer")
     if hint is Path:
         return _expect(isinstance(value, str), value, value, "a path")
-    return _expect(isinstance(value, hint), value, value, {str: "text", bool: "true or false"}.get(hint, hint.__name__))
+    named: str = {str: "text", bool: "true or false"}.get(hint) or str(hint.__name__)
+    return _expect(isinstance(value, hint), value, value, named)
 
 
 def _coerce_union(value: Any, members: tuple[Any, ...]) -> Any:
@@ -206,7 +207,7 @@ def _coerce_union(value: Any, members: tuple[Any, ...]) -> Any:
 
 def _coerce_items(value: Any, hint: Any) -> Any:
     _expect(isinstance(value, (list, tuple)), value, value, "a list")
-    members = get_args(hint)
+    members: Any = get_args(hint)
     if not members:
         return list(value)
     if get_origin(hint) is tuple and len(members) > 1 and members[1] is not Ellipsis:

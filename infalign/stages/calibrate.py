@@ -95,7 +95,14 @@ def reference_rewards(experiment: Experiment, table: SampleTable) -> dict[str, N
             f"{len(missing)} of {len(prompts)} prompts lack calibration samples in {table.folder} "
             f"(first: {str(missing[0].content)[:80]!r}): run `infalign calibrate` with this recipe"
         )
-    return {prompt.key: rewards[prompt.key][:count] for prompt in prompts}
+    found = {prompt.key: rewards[prompt.key][:count] for prompt in prompts}
+    silent = [prompt for prompt in prompts if np.isnan(found[prompt.key]).all()]
+    if silent:
+        raise InputError(
+            f"reward {experiment.reward.name!r} gave no score to any sample of {len(silent)} of {len(prompts)} prompts "
+            f"(first: {str(silent[0].content)[:80]!r}): mend the reward, or leave these prompts out"
+        )
+    return found
 
 
 def describe(

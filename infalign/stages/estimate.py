@@ -1,4 +1,4 @@
-"""`infalign run --dry_run`: check everything, show one prompt as the model sees it, estimate tokens, memory and time."""
+"""`infalign run --dry_run`: check everything, show one prompt as the model sees it, estimate tokens, memory, time."""
 
 from __future__ import annotations
 
@@ -35,14 +35,19 @@ def dry_run(experiment: Experiment) -> dict[str, Any]:
     rate = _flops()
     seconds = {stage: 2.0 * parameters * count / rate for stage, count in tokens.items()}
     first = splits.train[0]
-    say(f"recipe is valid: {len(splits.train)} train, {len(splits.validation)} validation, {len(splits.test)} test prompts")
+    say(
+        f"recipe is valid: {len(splits.train)} train, {len(splits.validation)} validation, "
+        f"{len(splits.test)} test prompts"
+    )
     say(f"  {experiment.procedure}, transform {transform!r}, beta {beta:.4g}, reward {reward.name}")
     say("  one prompt as the model sees it:")
     say("    " + repr(experiment.tokenizer.decode(experiment.prompt_ids[first.key])))
     say(f"  {parameters / 1e6:.0f} M parameters; this machine multiplies at {rate / 1e9:.0f} GFLOP/s")
     for stage, count in tokens.items():
         say(f"  {stage:<10} {count:>12,} tokens   about {clock(seconds[stage])}")
-    say("  (time: 2 x parameters x tokens at that rate; decoding is slower than that on an accelerator, by its bandwidth)")
+    say(
+        "  (time: 2 x parameters x tokens at that rate; decoding on an accelerator is slower: it is bound by bandwidth)"
+    )
     for name, size in held.items():
         say(f"  {name:<16} {size / GIB:.2f} GiB")
     return {"tokens": tokens, "bytes": held, "seconds": seconds, "drawn": 0}

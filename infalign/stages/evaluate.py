@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from infalign.calibration.diagnostics import duplicate_rate, tie_rate
 from infalign.calibration.table import SampleTable, Wanted
 from infalign.evaluation.limits import Estimate, attainment, cluster_mean, regret_ratio, tie_limit
-from infalign.evaluation.winrate import WinRate, judged_win_rate, win_rate
+from infalign.evaluation.winrate import WinRate, judged_win_rate, tied_weights, win_rate
 from infalign.generation.likelihood import sequence_kl
 from infalign.runtime.artifacts import fingerprint, without_nan, write_json, write_whole
 from infalign.runtime.console import Progress, notice, say
@@ -56,9 +56,10 @@ def evaluate(recipe: Recipe, experiment: Experiment | None = None) -> dict[str, 
     experiment = experiment or Experiment(recipe)
     _check_samples(recipe, experiment.procedure)
     experiment.claim_output()
+    judged = experiment.judged_path
     prompts = list(experiment.splits.test)
     base, drawn_base = _sample(experiment, experiment.base_path, "base", prompts)
-    policy, drawn_policy = _sample(experiment, experiment.judged_path, "policy", prompts)
+    policy, drawn_policy = _sample(experiment, judged, "policy", prompts)
     kl, log_ratio = _measure_kl(experiment, policy, prompts)
     measured = _scored(experiment, base, policy, prompts)
     result = summarise(experiment, measured, kl, log_ratio)
@@ -205,7 +206,20 @@ def _row(measured: Measured, procedure: Procedure, kl: float, recipe: Recipe, ju
         "limit": limit,
         "attainment": attainment(found.mean, limit, kl),
         "regret_ratio": regret_ratio(found.mean, limit),
+        "policy_reward": _decoded_reward(measured, "policy", judge, procedure),
+        "base_reward": _decoded_reward(measured, "base", judge, procedure),
     }
+
+
+def _decoded_reward(measured: Measured, side: str, judge: str, procedure: Procedure) -> float:
+    """The mean reward of what the decoder picks; with a binary reward and Best-of-N this is pass@N, unbiased."""
+    proxy: Mapping[str, NDArray[np.float64]] = getattr(measured, side)
+    judged: Mapping[str, NDArray[np.float64]] = proxy if judge == "reward" else getattr(measured, f"{side}_gold")
+    means = []
+    for key in measured.keys:
+        scored = np.isfinite(proxy[key]) & np.isfinite(judged[key])
+        means.append(float(tied_weights(proxy[key][scored], procedure) @ judged[key][scored]))
+    return float(np.mean(means))
 
 
 def _win_rate(measured: Measured, procedure: Procedure, recipe: Recipe, judge: str) -> WinRate:
@@ -262,23 +276,37 @@ def tell(result: Mapping[str, Any]) -> None:
     kl, main = result["kl"], result["main"]
     interval = f"{100 * result['confidence']:g} % interval"
     say()
-    say(f"{result['procedure']}, reward {result['reward']}: policy against base on {result['prompts']} held-out prompts")
-    say(f"  sequence KL {kl['mean']:.3f} ± {kl['error']:.3f} nats (from log-ratios alone {kl['k1']:.3f} ± {kl['k1_error']:.3f})")
+    say(
+        f"{result['procedure']}, reward {result['reward']}: policy against base on {result['prompts']} held-out prompts"
+    )
+    say(
+        f"  sequence KL {kl['mean']:.3f} ± {kl['error']:.3f} nats "
+        f"(from log-ratios alone {kl['k1']:.3f} ± {kl['k1_error']:.3f})"
+    )
     say()
-    heads = ("judge", "win rate", interval, "limit", "attainment", "regret ratio")
+    heads = ("judge", "win rate", interval, "limit", "attainment", "regret ratio", "decoded reward")
     say(f"  {'decoder':<16}" + "".join(f"{head:<{width}}" for head, width in zip(heads, _WIDTHS, strict=True)).rstrip())
     for row in result["win_rates"]:
         mark = "*" if row["label"] == result["procedure"] else " "
         between = f"[{row['low']:.3f}, {row['high']:.3f}]"
         bounds = (_shown(row["limit"], 3), _shown(row["attainment"], 2), _shown(row["regret_ratio"], 1))
-        cells = (row["judge"], f"{row['mean']:.3f}", between, *bounds)
-        say(f"{mark} {row['label']:<16}" + "".join(f"{cell:<{width}}" for cell, width in zip(cells, _WIDTHS, strict=True)).rstrip())
+        rewards = f"{row['base_reward']:.3f} -> {row['policy_reward']:.3f}"
+        cells = (row["judge"], f"{row['mean']:.3f}", between, *bounds, rewards)
+        say(
+            f"{mark} {row['label']:<16}"
+            + "".join(f"{cell:<{width}}" for cell, width in zip(cells, _WIDTHS, strict=True)).rstrip()
+        )
     say()
-    say("  * the decoder trained for. limit: the most that any method reaches at this KL with a reward that never ties;")
-    say(f"    with this reward's ties ({main['tie_rate']:.0%}): {main['tie_limit']:.3f}, attainment {_shown(main['tie_attainment'], 2)}.")
+    say(
+        "  * the decoder trained for. limit: the most that any method reaches at this KL with a reward that never ties;"
+    )
+    say(
+        f"    with this reward's ties ({main['tie_rate']:.0%}): {main['tie_limit']:.3f}, "
+        f"attainment {_shown(main['tie_attainment'], 2)}."
+    )
 
 
-_WIDTHS = (9, 10, 18, 8, 12, 12)
+_WIDTHS = (9, 10, 18, 8, 12, 14, 18)
 
 
 def _shown(value: float | None, digits: int) -> str:

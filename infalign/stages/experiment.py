@@ -22,7 +22,7 @@ from infalign.generation.hf import HFSampler
 from infalign.rewards.loader import Reward, load_reward
 from infalign.runtime.artifacts import differences, fingerprint, read_json, write_json
 from infalign.runtime.console import notice
-from infalign.runtime.distributed import is_main
+from infalign.runtime.distributed import is_main, join
 from infalign.runtime.models import (
     choose_device,
     context_length,
@@ -51,6 +51,7 @@ class Experiment:
     """
 
     def __init__(self, recipe: Recipe) -> None:
+        join(recipe.use_cpu)
         self.recipe = recipe
         self._models: dict[str, Any] = {}
 
@@ -139,7 +140,9 @@ class Experiment:
         test = self._load(recipe.dataset_test_split) if recipe.dataset_test_split else None
         for loaded in (train, test):
             if loaded is not None and loaded.duplicates:
-                notice(f"{loaded.duplicates} duplicate prompts merged ({loaded.rows} rows, {len(loaded.prompts)} prompts)")
+                notice(
+                    f"{loaded.duplicates} duplicate prompts merged ({loaded.rows} rows, {len(loaded.prompts)} prompts)"
+                )
         splits = split_prompts(
             self.with_system_prompt(train.prompts),
             None if test is None else self.with_system_prompt(test.prompts),
@@ -275,5 +278,3 @@ class Experiment:
     def _identity(self) -> dict[str, Any]:
         names = ("model_name_or_path", "model_revision", "dataset_name", "dataset_config", "dataset_data_dir")
         return {name: getattr(self.recipe, name) for name in (*names, "datasets", "seed")}
-
-

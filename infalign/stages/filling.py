@@ -1,4 +1,4 @@
-"""Fill a table: draw what is missing, score what is unscored, batch by batch, so that a kill loses one batch at most."""
+"""Fill a table: draw what is missing, score what is unscored, batch by batch; a kill loses one batch at most."""
 
 from __future__ import annotations
 

@@ -73,16 +73,23 @@ def _catalogue_transform(recipe: Recipe) -> Any:
     if found is None:
         known = ["optimal", *CATALOGUE]
         raise InputError(
-            f"transform {name!r} is unknown{nearest(name, known)} (one of {', '.join(known)}, or path.py:name for your own)"
+            f"transform {name!r} is unknown{nearest(name, known)} "
+            f"(one of {', '.join(known)}, or path.py:name for your own)"
         )
-    transform = _called(found.value, recipe.transform_kwargs, "transform", name) if recipe.transform_kwargs else found.value
+    transform = (
+        _called(found.value, recipe.transform_kwargs, "transform", name) if recipe.transform_kwargs else found.value
+    )
     probe = np.linspace(0.01, 0.99, 9)
     try:
         values = np.asarray(transform(probe), dtype=np.float64)
     except Exception as error:  # a user's function may raise anything
-        raise InputError(f"transform {name!r} fails on an array of 9 quantiles: {type(error).__name__}: {error}") from error
+        raise InputError(
+            f"transform {name!r} fails on an array of 9 quantiles: {type(error).__name__}: {error}"
+        ) from error
     if values.shape != probe.shape or not np.isfinite(values).all():
-        raise InputError(f"transform {name!r} must map an array of quantiles in (0, 1) to finite values of the same shape")
+        raise InputError(
+            f"transform {name!r} must map an array of quantiles in (0, 1) to finite values of the same shape"
+        )
     return transform
 
 

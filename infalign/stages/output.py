@@ -36,7 +36,8 @@ def reusable(folder: Path, kind: str, parts: Mapping[str, Any], overwrite: bool)
     if not overwrite:
         found = "; ".join(differences(manifest["parts"], parts))
         raise InputError(
-            f"{folder} was made with other settings ({found}): give another --output_dir, or --overwrite to make it anew"
+            f"{folder} was made with other settings ({found}): give another --output_dir, "
+            "or --overwrite to make it anew"
         )
     _remove(folder)
     return False

@@ -73,7 +73,9 @@ class Recipe:
     beta: float | None = key(None, "KL coefficient; give exactly one of beta and target_kl", "ctrl")
     target_kl: float | None = key(None, "sequence KL in nats at the optimum; beta follows from it", "ctrl")
     num_calibration_samples: int = key(100, "K, base samples per prompt", "ctrl")
-    calibration_method: Literal["midrank", "interpolated"] = key("midrank", "interpolated: for K below about 32", "ctrl")
+    calibration_method: Literal["midrank", "interpolated"] = key(
+        "midrank", "interpolated: for K below about 32", "ctrl"
+    )
 
     max_completion_length: int = key(256, "tokens, end token included", "sampling")
     temperature: float = key(1.0, "of base samples, rollouts and evaluation alike", "sampling")
@@ -118,9 +120,7 @@ def own_keys() -> list[dataclasses.Field]:
     return [one for one in dataclasses.fields(Recipe) if one.name not in ("training", "base_dir")]
 
 
-def load_recipe(
-    config: str | Path | Mapping[str, Any] | None = None, flags: Mapping[str, Any] | None = None
-) -> Recipe:
+def load_recipe(config: str | Path | Mapping[str, Any] | None = None, flags: Mapping[str, Any] | None = None) -> Recipe:
     """A checked recipe from a YAML path or a mapping, with flags on top.
 
     Args:
@@ -143,7 +143,9 @@ def load_recipe(
         hints = {**_training_hints(), **hints}
     checked = check(values, flags or {}, hints)
     training = {name: value for name, value in checked.items() if name not in own}
-    recipe = Recipe(**{name: value for name, value in checked.items() if name in own}, training=training, base_dir=base_dir)
+    recipe = Recipe(
+        **{name: value for name, value in checked.items() if name in own}, training=training, base_dir=base_dir
+    )
     recipe = _with_trl_names(recipe)
     _check_together(recipe)
     return recipe
@@ -184,11 +186,12 @@ def _with_trl_names(recipe: Recipe) -> Recipe:
 def _check_together(recipe: Recipe) -> None:
     """What no single key shows; all problems at once."""
     counts = ("n", "num_calibration_samples", "max_completion_length", "tokens_per_batch", "eval_samples", "kl_samples")
-    problems = [
-        f"{name} must be at least 1, got {value}" for name in counts if (value := getattr(recipe, name)) < 1
+    problems = [f"{name} must be at least 1, got {value}" for name in counts if (value := getattr(recipe, name)) < 1]
+    problems += [
+        f"{name} must be at least 0, got {getattr(recipe, name)}"
+        for name in ("num_validation_prompts",)
+        if getattr(recipe, name) < 0
     ]
-    problems += [f"{name} must be at least 0, got {getattr(recipe, name)}" for name in ("num_validation_prompts",)
-                 if getattr(recipe, name) < 0]
     if not recipe.temperature > 0:
         problems.append(f"temperature must be above 0, got {recipe.temperature}: greedy decoding has no distribution")
     if not 0 < recipe.confidence < 1:

@@ -67,7 +67,9 @@ def label(transform: Any) -> str:
 
 
 def _row(name: str, transform: Any, policy: Any, procedure: Procedure) -> dict[str, Any]:
-    standard = tilt(transform, beta=policy.beta).win_rate(BestOfN(1)) if name == "optimal" else policy.win_rate(BestOfN(1))
+    standard = (
+        tilt(transform, beta=policy.beta).win_rate(BestOfN(1)) if name == "optimal" else policy.win_rate(BestOfN(1))
+    )
     mine = policy.win_rate if name == "optimal" else policy.win_rate(procedure)
     return {
         "transform": name,

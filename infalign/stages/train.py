@@ -26,8 +26,20 @@ from infalign.training.reward import CTRLReward
 from infalign.training.trainer import CTRLTrainer
 from infalign.types import InputError, Prompt
 
-_REPORTING = {"report_to", "run_name", "project", "logging_steps", "logging_first_step", "log_completions",
-              "log_level", "disable_tqdm", "save_steps", "save_total_limit", "save_strategy", "resume_from_checkpoint"}
+_REPORTING = {
+    "report_to",
+    "run_name",
+    "project",
+    "logging_steps",
+    "logging_first_step",
+    "log_completions",
+    "log_level",
+    "disable_tqdm",
+    "save_steps",
+    "save_total_limit",
+    "save_strategy",
+    "resume_from_checkpoint",
+}
 
 
 def train(recipe: Recipe, experiment: Experiment | None = None) -> dict[str, Any]:

@@ -9,6 +9,9 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
+FAINTEST = 1e-100
+"""The smallest Q that g(Q) is evaluated at: less mass moves neither a KL nor a win rate."""
+
 
 @dataclass(frozen=True)
 class State:

@@ -21,8 +21,8 @@ from numpy.typing import ArrayLike, NDArray
 from infalign.theory.bvp import solve_general
 from infalign.theory.frontier import Solution, solve_extreme
 from infalign.theory.hermite import Curve
+from infalign.theory.mesh import FAINTEST
 from infalign.theory.procedures import BestOfN, Procedure, WorstOfN, check_procedure
-from infalign.theory.quadrature import panel_nodes
 from infalign.theory.tilted import one_of, tilt
 from infalign.theory.transforms import identity
 from infalign.types import InputError
@@ -31,6 +31,8 @@ Floats = NDArray[np.float64]
 
 SMALLEST_BETA, LARGEST_BETA, LARGEST_KL = 1e-8, 1e8, 20.0
 LARGEST_RESIDUAL = 1e-5
+_GAUSS = np.polynomial.legendre.leggauss(5)
+_NODES, _WEIGHTS = (1 + _GAUSS[0]) / 2, _GAUSS[1] / 2
 
 
 @dataclass(frozen=True, repr=False)
@@ -148,14 +150,21 @@ def _residual(procedure: Procedure, solution: Solution) -> float:
     node = solution.phi.node
     middle = (node[1:] + node[:-1]) / 2
     places = [np.stack([node[:-1], middle], 1).ravel(), np.stack([middle, node[1:]], 1).ravel()]
-    at, weights = panel_nodes(places[0], places[1])
+    width = (places[1] - places[0])[:, None]
+    at, weights = places[0][:, None] + width * _NODES, width * _WEIGHTS
     mass = (np.exp(solution.log_density.at_place(at)) * weights).sum(-1)
-    share = np.cumsum(mass)[::2] / mass.sum()
+    share, rest = np.cumsum(mass)[::2] / mass.sum(), np.cumsum(mass[::-1])[::-1][1::2] / mass.sum()
     from_top = solution.phi.from_top
-    u, cdf = (1 - middle, 1 - share) if from_top else (middle, share)
-    wanted = procedure.density(u) * procedure.density(np.clip(cdf, 0.0, 1.0))
-    slope = solution.phi.slope_at_place(middle) * (-1 if from_top else 1)
-    return float(np.max(np.abs(slope - wanted)) / np.max(wanted))
+    u, cdf = (1 - middle, rest) if from_top else (middle, share)
+    log_g = procedure.log_density(u)[0]
+    if from_top and procedure.monotone == "neither":
+        log_g = np.where(middle < 0.1, procedure.mirror.log_density(middle)[0], log_g)
+    wanted = log_g + procedure.log_density(np.clip(cdf + FAINTEST, 0.0, 1.0))[0]
+    largest = float(wanted.max())
+    slope = solution.phi.slope_at_place(middle) * math.exp(-largest) if largest > -690 else (
+        solution.log_density.slope_at_place(middle) * math.exp(solution.log_beta - largest)
+    )
+    return float(np.max(np.abs(slope * (-1 if from_top else 1) - np.exp(wanted - largest))))
 
 
 def _within(u: ArrayLike) -> Floats:

@@ -129,6 +129,16 @@ class Procedure:
         """
         return _evaluate(self, p, 1)
 
+    def log_density(self, p: ArrayLike) -> tuple[Floats, Floats]:
+        """log g(p) and its derivative g'/g: finite where g(p) underflows, if one rank is kept; InputError as `density`.
+
+        Where g(p) = 0 they are -inf and 0.
+
+        >>> float(KthOfN(2, 1024).log_density(1e-3)[0].round(1))
+        -7045.7
+        """
+        return _log_evaluate(self, p)
+
     def order_weights(self, m: int) -> Floats:
         """Unbiased weights a_i of m samples sorted ascending, (m,), sum 1.
 
@@ -341,6 +351,24 @@ def _evaluate(procedure: Procedure, p: ArrayLike, order: int) -> Floats:
             else:
                 total = total + component.probability * weight * _beta(rank, component.n, p, order)
     return total + _powers(power_shares, p, order) if power_shares.any() else total
+
+
+def _log_evaluate(procedure: Procedure, p: ArrayLike) -> tuple[Floats, Floats]:
+    """log g and g'/g at p: in closed form for one kept rank, from g and g' otherwise."""
+    first = procedure.components[0]
+    single = len(procedure.components) == 1 and len(first.picks) == 1 and first.tilt is None
+    p = np.asarray(p, dtype=float)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        if not single:
+            density = procedure.density(p)
+            return np.log(density), np.where(density > 0, procedure.slope(p) / density, 0.0)
+        below, above = first.picks[0][0] - 1, first.n - first.picks[0][0]
+        value, slope = np.full_like(p, -special.betaln(below + 1, above + 1)), np.zeros_like(p)
+        if below:
+            value, slope = value + below * np.log(p), slope + below / p
+        if above:
+            value, slope = value + above * np.log1p(-p), slope - above / (1 - p)
+        return value, np.where(np.isfinite(slope), slope, 0.0)
 
 
 def _powers(shares: Floats, p: Floats, order: int) -> Floats:

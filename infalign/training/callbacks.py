@@ -39,6 +39,8 @@ class GRPOCheck(TrainerCallback):
             InputError: naming the setting and its right value.
         """
         if getattr(args, "scale_rewards", "none") not in ("none", False):
-            raise InputError(f'scale_rewards={args.scale_rewards!r} divides the transform away: use scale_rewards="none"')
+            raise InputError(
+                f'scale_rewards={args.scale_rewards!r} divides the transform away: use scale_rewards="none"'
+            )
         if not args.beta:
             raise InputError("beta is 0: CTRL is KL-regularised; use the beta of optimal_transform or tilt")

@@ -46,7 +46,7 @@ def check_calibration_at_start(mean: float, rollouts: int, prompts: int, referen
     spread = math.sqrt((1.0 / rollouts + 1.0 / (prompts * references)) / 12.0)
     if abs(mean - 0.5) > SIGMAS * spread:
         raise InputError(
-            f"at step 0 the mean calibrated reward is {mean:.3f} and must be 0.5 ± {SIGMAS * spread:.3f}: the calibration "
-            "was not sampled from this policy with these prompts, template, temperature and length limit, or the reward "
-            "is not the one it was scored with: run `infalign calibrate` again"
+            f"at step 0 the mean calibrated reward is {mean:.3f} and must be 0.5 ± {SIGMAS * spread:.3f}: the "
+            "calibration was not sampled from this policy with these prompts, template, temperature and length limit, "
+            "or the reward is not the one it was scored with: run `infalign calibrate` again"
         )

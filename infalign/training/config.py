@@ -17,9 +17,9 @@ class CTRLConfig(RLOOConfig):
     Args:
         beta: KL coefficient, in units of the transformed reward per nat of sequence KL. None takes the transform's own
             (an optimal transform depends on its beta).
-        beta_start: start from this larger KL coefficient and come down to `beta` geometrically over the first 60 % of the
-            steps. A small beta from the start lets the policy collapse on what it finds first, from which it recovers
-            slowly: worth it for Worst-of-N, whose betas are small. None: constant.
+        beta_start: start from this larger KL coefficient and come down to `beta` geometrically over the first 60 % of
+            the steps. A small beta from the start lets the policy collapse on what it finds first, from which it
+            recovers slowly: worth it for Worst-of-N, whose betas are small. None: constant.
         num_generations: G, rollouts a prompt; the leave-one-out baseline is over them.
         kl_budget: stop when the rollouts' sequence KL, averaged over three logs, exceeds this many nats.
         shared_prefix: compute each prompt once and repeat its KV cache (exact); False takes TRL's plain path.
@@ -28,7 +28,9 @@ class CTRLConfig(RLOOConfig):
         bf16: None means bf16 on an accelerator and float32 on the CPU.
     """
 
-    beta: float | None = field(default=None, metadata={"help": "KL coefficient; None: the optimal transform's own."})
+    beta: float | None = field(  # pyright: ignore[reportIncompatibleVariableOverride]  # wider than TRL's
+        default=None, metadata={"help": "KL coefficient; None: the optimal transform's own."}
+    )
     beta_start: float | None = field(default=None, metadata={"help": "KL coefficient at step 0; None: beta."})
     num_generations: int | None = field(default=8, metadata={"help": "Rollouts per prompt (G)."})
     kl_budget: float | None = field(default=None, metadata={"help": "Stop above this sequence KL (nats)."})

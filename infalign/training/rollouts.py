@@ -29,9 +29,7 @@ def rollout_uniforms(
         count: T, tokens at most.
     """
     names = [fingerprint(list(ids)) for ids in prompt_ids]
-    rows = [
-        uniforms(seed, f"rollout-{generation}-{name}", first_row + row, count) for row, name in enumerate(names)
-    ]
+    rows = [uniforms(seed, f"rollout-{generation}-{name}", first_row + row, count) for row, name in enumerate(names)]
     return np.stack(rows)
 
 

@@ -12,6 +12,10 @@ The algorithm stays TRL's: leave-one-out advantages of `Phi(C(x, y)) - beta * su
 The first four are active for TRL versions in `TESTED_TRL`; for another version TRL's own path runs, with a warning.
 """
 
+# TRL and transformers type their attributes as unions of everything that they may ever hold.
+# pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false, reportArgumentType=false
+# pyright: reportIncompatibleMethodOverride=false, reportIncompatibleVariableOverride=false, reportOperatorIssue=false
+
 from __future__ import annotations
 
 import contextlib
@@ -112,7 +116,9 @@ class CTRLTrainer(RLOOTrainer):
             self._sampled_logps = torch.tensor(padded, device=self.accelerator.device)
         return [ids for ids, _ in rows]
 
-    def _decode(self, prompt_ids: Sequence[Sequence[int]], uniforms_BT: np.ndarray) -> list[tuple[list[int], list[float]]]:
+    def _decode(
+        self, prompt_ids: Sequence[Sequence[int]], uniforms_BT: np.ndarray
+    ) -> list[tuple[list[int], list[float]]]:
         """Decode with the current policy (gathered where it is sharded), in eval mode."""
         settings = SamplingSettings(max_tokens=uniforms_BT.shape[1], temperature=self.temperature)
         with (
@@ -231,7 +237,7 @@ class CTRLTrainer(RLOOTrainer):
     def _shared_logps(
         self, model: Any, input_ids: Tensor, attention_mask: Tensor, kept: int, batch_size: int | None
     ) -> tuple[Tensor, Tensor | None]:
-        first, of_row = unique_rows(input_ids[:, :-kept], attention_mask[:, :-kept])
+        _, of_row = unique_rows(input_ids[:, :-kept], attention_mask[:, :-kept])
         order = of_row.argsort(stable=True)
         logps, entropies = [], []
         for rows in order.split(batch_size or len(order)):
@@ -262,7 +268,11 @@ class CTRLTrainer(RLOOTrainer):
         shareable = not sharded and is_shareable(_causal_model(self.accelerator.unwrap_model(model)))
         if not shareable and "prefix" not in self._warned:
             self._warned.add("prefix")
-            why = "parameters are sharded" if sharded else "gradient checkpointing, or a cache with sliding windows or states"
+            why = (
+                "parameters are sharded"
+                if sharded
+                else "gradient checkpointing, or a cache with sliding windows or states"
+            )
             notice(f"prompts are computed once per rollout, not once per group: {why}")
         return shareable
 
@@ -303,7 +313,9 @@ class CTRLTrainer(RLOOTrainer):
         texts = self.processing_class.batch_decode([ids for ids, _ in rows], skip_special_tokens=True)
         chat = isinstance(row["prompt"], list)
         completions = [[{"role": "assistant", "content": text}] for text in texts] if chat else texts
-        columns = {name: [value] * count for name, value in row.items() if name not in ("prompt", self.ctrl_reward.column)}
+        columns = {
+            name: [value] * count for name, value in row.items() if name not in ("prompt", self.ctrl_reward.column)
+        }
         rewards = self.ctrl_reward.raw(
             prompts=[row["prompt"]] * count,
             completions=completions,
@@ -330,7 +342,9 @@ class CTRLTrainer(RLOOTrainer):
         device = self.accelerator.device
         width = max(len(ids) for ids, _ in rows)
         ids = torch.tensor([list(prompt) + ids + [0] * (width - len(ids)) for ids, _ in rows], device=device)
-        mask = torch.tensor([[1] * (len(prompt) + len(ids)) + [0] * (width - len(ids)) for ids, _ in rows], device=device)
+        mask = torch.tensor(
+            [[1] * (len(prompt) + len(ids)) + [0] * (width - len(ids)) for ids, _ in rows], device=device
+        )
         with torch.no_grad(), self._reference_model() as reference:
             logps, _, _ = self._get_per_token_logps_and_entropies(
                 reference, ids, mask, width, batch_size=self.args.per_device_eval_batch_size

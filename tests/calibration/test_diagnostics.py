@@ -28,7 +28,9 @@ def test_more_samples_cost_less():
 
 def test_uniformity_is_a_p_value():
     rng = np.random.default_rng(0)
-    found = np.array([uniformity([rng.integers(0, 4, 10).astype(float) for _ in range(20)], 39, seed) for seed in range(200)])
+    found = np.array(
+        [uniformity([rng.integers(0, 4, 10).astype(float) for _ in range(20)], 39, seed) for seed in range(200)]
+    )
     assert 0.01 <= np.mean(found <= 0.05) <= 0.11
     assert found.min() >= 1 / 40
 

@@ -47,7 +47,10 @@ def test_it_is_uniform_under_the_reference():
 def test_its_mean_over_a_policy_is_the_standard_win_rate():
     rng = np.random.default_rng(2)
     policy, base = rng.normal(0.5, 1, (3, 50)).round(1), rng.normal(0, 1, (3, 60)).round(1)
-    wins = [np.mean([(y > z) + 0.5 * (y == z) for y in ours for z in theirs]) for ours, theirs in zip(policy, base, strict=True)]
+    wins = [
+        np.mean([(y > z) + 0.5 * (y == z) for y in ours for z in theirs])
+        for ours, theirs in zip(policy, base, strict=True)
+    ]
     np.testing.assert_allclose(calibrate(policy, base).mean(1), wins, atol=1e-12)
 
 

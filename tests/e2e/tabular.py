@@ -1,4 +1,4 @@
-"""A policy that is a table: two tokens over a small vocabulary, the same for every prompt, with 400 distinct rewards."""
+"""A policy that is a table: two tokens over a small vocabulary, one for all prompts, with 400 distinct rewards."""
 
 from __future__ import annotations
 

@@ -41,13 +41,15 @@ def test_the_evaluation_says_what_it_measured(finished):
     folder, _, result = finished
     written = json.loads((folder / "out" / "evaluation.json").read_text())
     rows = {(row["label"], row["judge"]): row for row in written["win_rates"]}
-    assert set(rows) == {(f"{kind}({n})", judge) for kind in ("BestOfN", "WorstOfN") for n in (1, 2) for judge in ("reward", "gold")} - {
-        ("WorstOfN(1)", judge) for judge in ("reward", "gold")
-    }
+    assert set(rows) == {
+        (f"{kind}({n})", judge) for kind in ("BestOfN", "WorstOfN") for n in (1, 2) for judge in ("reward", "gold")
+    } - {("WorstOfN(1)", judge) for judge in ("reward", "gold")}
     main_row = rows["BestOfN(2)", "reward"]
     assert written["main"]["mean"] == main_row["mean"] == result["evaluation"]["main"]["mean"]
     assert 0 <= main_row["low"] <= main_row["mean"] <= main_row["high"] <= 1
-    assert main_row["limit"] == pytest.approx(float(infalign.win_rate_limit(infalign.BestOfN(2), written["kl"]["mean"])))
+    assert main_row["limit"] == pytest.approx(
+        float(infalign.win_rate_limit(infalign.BestOfN(2), written["kl"]["mean"]))
+    )
     assert rows["BestOfN(2)", "gold"]["limit"] is None
 
 
@@ -117,7 +119,9 @@ def test_another_reward_draws_nothing(finished, tmp_path):
 def test_more_evaluation_samples_append(finished, tmp_path):
     folder, keys, _ = finished
     shutil.copytree(folder / "out", tmp_path / "out")
-    found = evaluate(load_recipe({**keys, "output_dir": str(tmp_path / "out"), "eval_samples": 10, "eval_n": [1, 2, 8]}))
+    found = evaluate(
+        load_recipe({**keys, "output_dir": str(tmp_path / "out"), "eval_samples": 10, "eval_n": [1, 2, 8]})
+    )
     assert found["drawn"] == 2 * 4 * 2
     assert {row["n"] for row in found["win_rates"]} == {1, 2, 8}
 
@@ -166,10 +170,14 @@ def test_validation_and_best_checkpoint(tmp_path):
     assert found["trained"]
     log = json.loads((tmp_path / "out" / "policy" / "training_log.json").read_text())
     assert [row["step"] for row in log if "eval_winrate" in row] == [1, 2]
-    assert not list((tmp_path / "out" / "policy").glob("checkpoint-*")) or True
+    best = max((row for row in log if "eval_winrate" in row), key=lambda row: row["eval_winrate"])
+    state = json.loads((tmp_path / "out" / "policy" / "checkpoint-2" / "trainer_state.json").read_text())
+    assert state["best_metric"] == best["eval_winrate"]
 
 
 def test_a_reward_that_sometimes_gives_none(tmp_path):
     keys = tiny_experiment(tmp_path)
-    found = infalign.run({**keys, "reward": f"{tmp_path / 'score.py'}:sometimes", "reward_on_error": "mask", "eval_samples": 16})
+    found = infalign.run(
+        {**keys, "reward": f"{tmp_path / 'score.py'}:sometimes", "reward_on_error": "mask", "eval_samples": 16}
+    )
     assert 0 < found["evaluation"]["main"]["mean"] < 1

@@ -1,4 +1,4 @@
-"""The whole chain on a policy whose optimum is known: calibrate, transform, train, evaluate come near the exact limit."""
+"""The whole chain on a policy whose optimum is known: calibrate, transform, train, evaluate come near the limit."""
 
 from __future__ import annotations
 

@@ -27,9 +27,7 @@ def by_subsets(ours, theirs, procedure):
                     found.append((subset[rank - 1], component.probability * weight / len(subsets)))
         return found
 
-    return sum(
-        a * b * ((y > z) + 0.5 * (y == z)) for (y, a), (z, b) in product(decoded(ours), decoded(theirs))
-    )
+    return sum(a * b * ((y > z) + 0.5 * (y == z)) for (y, a), (z, b) in product(decoded(ours), decoded(theirs)))
 
 
 @pytest.mark.parametrize("procedure", PROCEDURES, ids=repr)
@@ -79,7 +77,9 @@ class TestJudged:
         rng = np.random.default_rng(4)
         ours, theirs = rng.integers(0, 4, (5, 7)).astype(float), rng.integers(0, 4, (5, 6)).astype(float)
         plain = win_rate(ours, theirs, BestOfN(3))
-        np.testing.assert_allclose(judged_win_rate((ours, ours), (theirs, theirs), BestOfN(3)).per_prompt, plain.per_prompt)
+        np.testing.assert_allclose(
+            judged_win_rate((ours, ours), (theirs, theirs), BestOfN(3)).per_prompt, plain.per_prompt
+        )
 
     def test_it_equals_decoding_all_subsets_by_the_proxy(self):
         proxy, gold = np.array([1.0, 2.0, 2.0, 0.0]), np.array([5.0, 1.0, 3.0, 9.0])
@@ -104,7 +104,7 @@ class TestJudged:
 
 class TestIntervals:
     def test_coverage(self):
-        """95 % +- 2 over 2,000 simulated evaluations of 100 prompts, M = 8, Best-of-4, prompts of unequal difficulty."""
+        """95 % +- 2 over 2,000 simulated evaluations: 100 prompts of unequal difficulty, M = 8, Best-of-4."""
         rng = np.random.default_rng(5)
         shifts = rng.normal(0.4, 0.5, 200_000)
         weights = BestOfN(4).order_weights(8)

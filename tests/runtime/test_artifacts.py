@@ -70,7 +70,7 @@ def test_manifest(tmp_path):
     with pytest.raises(InputError, match="has format 99"):
         read_manifest(tmp_path, "policy")
     (tmp_path / "manifest.json").write_text('{"half')
-    with pytest.raises(InputError, match="manifest .* is damaged"):
+    with pytest.raises(InputError, match=r"manifest .* is damaged"):
         read_manifest(tmp_path, "policy")
 
 

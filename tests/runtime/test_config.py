@@ -48,7 +48,10 @@ class TestYaml:
 class TestFlags:
     def test_shapes(self):
         assert read_flags(["--a=1", "--b-c", "x", "y", "--d", "--e", "-1"]) == {
-            "a": "1", "b_c": ["x", "y"], "d": True, "e": "-1",
+            "a": "1",
+            "b_c": ["x", "y"],
+            "d": True,
+            "e": "-1",
         }
 
     def test_refused(self):
@@ -58,7 +61,9 @@ class TestFlags:
             read_flags(["--n", "1", "--n", "2"])
 
     def test_text_stays_text_where_the_type_is_text(self):
-        recipe = load_recipe({**MINIMAL}, read_flags(["--output_dir", "7", "--eval_n", "2", "--beta", "1e-3", "--use_cpu"]))
+        recipe = load_recipe(
+            {**MINIMAL}, read_flags(["--output_dir", "7", "--eval_n", "2", "--beta", "1e-3", "--use_cpu"])
+        )
         assert (recipe.output_dir, recipe.eval_n, recipe.beta, recipe.use_cpu) == ("7", [2], 1e-3, True)
 
     def test_flags_win(self):
@@ -68,8 +73,9 @@ class TestFlags:
 @pytest.mark.parametrize(
     ("value", "hint"),
     [
-        (4.5, int), (True, int), ("4", int), (None, int), ("x", float), (True, float), (1, bool), ("yes", bool), (3, str),
-        ("b", Literal["a", "c"]), (["x"], list[int]), ("x", list[str]), (1, dict), ([1], dict), ((1, 2, 3), tuple[int, int]),
+        (4.5, int), (True, int), ("4", int), (None, int), ("x", float), (True, float), (1, bool), ("yes", bool),
+        (3, str), ("b", Literal["a", "c"]), (["x"], list[int]), ("x", list[str]), (1, dict), ([1], dict),
+        ((1, 2, 3), tuple[int, int]),
     ],
 )  # fmt: skip
 def test_wrong_types_are_refused(value, hint):
@@ -81,7 +87,8 @@ def test_wrong_types_are_refused(value, hint):
     ("value", "hint", "result"),
     [
         (4, float, 4.0), (None, int | None, None), ("a", Literal["a"], "a"), ([1, 2], tuple[int, ...], (1, 2)),
-        ({"a": 1}, dict[str, int] | str | None, {"a": 1}), ("x", dict | str | None, "x"), ([1, 2], list[float], [1.0, 2.0]),
+        ({"a": 1}, dict[str, int] | str | None, {"a": 1}), ("x", dict | str | None, "x"),
+        ([1, 2], list[float], [1.0, 2.0]),
     ],
 )  # fmt: skip
 def test_right_types_pass(value, hint, result):

@@ -67,7 +67,9 @@ def batch_of(subject):
     completions = [[4, 5, 6], [7, 8], [9], [10, 11, 12], [5, 6]]
     pad = subject._tokenizer.pad_token_id
     ids = [[pad] * (3 - len(p)) + p + c + [pad] * (3 - len(c)) for p, c in zip(prompts, completions, strict=True)]
-    mask = [[0] * (3 - len(p)) + [1] * len(p + c) + [0] * (3 - len(c)) for p, c in zip(prompts, completions, strict=True)]
+    mask = [
+        [0] * (3 - len(p)) + [1] * len(p + c) + [0] * (3 - len(c)) for p, c in zip(prompts, completions, strict=True)
+    ]
     return torch.tensor(ids), torch.tensor(mask)
 
 
@@ -154,7 +156,11 @@ def test_accumulation_draws_the_same_rollouts(llama, tmp_path):
             return [float(sum(ids)) for ids in completion_ids]
 
         subject = trainer(
-            llama, tmp_path, CTRLReward(spy, identity), per_device_train_batch_size=size, gradient_accumulation_steps=steps,
+            llama,
+            tmp_path,
+            CTRLReward(spy, identity),
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=steps,
             max_steps=1,
         )
         subject.train()
@@ -209,7 +215,9 @@ def test_kl_budget_stops(llama, tmp_path):
 
 def test_step_zero_refuses_a_calibration_that_does_not_fit(llama, tmp_path):
     with pytest.raises(InputError, match=r"mean calibrated reward is 1.000 and must be 0.5"):
-        trainer(llama, tmp_path, dataset=references(200, value=-5.0), per_device_train_batch_size=32, num_generations=16).train()
+        trainer(
+            llama, tmp_path, dataset=references(200, value=-5.0), per_device_train_batch_size=32, num_generations=16
+        ).train()
 
 
 def test_step_zero_refuses_another_reference(llama, tmp_path):
@@ -217,7 +225,7 @@ def test_step_zero_refuses_another_reference(llama, tmp_path):
     with torch.no_grad():
         for parameter in subject.ref_model.parameters():
             parameter.mul_(1.5)
-    with pytest.raises(InputError, match="sequence KL is .* must be 0: the policy"):
+    with pytest.raises(InputError, match=r"sequence KL is .* must be 0: the policy"):
         subject.train()
 
 

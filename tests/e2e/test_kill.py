@@ -1,0 +1,86 @@
+"""`calibrate` killed at random instants and run again ends with the table of an uninterrupted run.
+
+One process imports everything once and forks a child per attempt, so that kills land in the work and not in imports.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import yaml
+
+from infalign.calibration.table import SampleTable
+from tests.e2e.experiment import tiny_experiment
+
+HARNESS = """
+import os, random, signal, sys, time
+
+import torch
+
+torch.set_num_threads(1)
+from infalign.stages.calibrate import calibrate
+from infalign.stages.recipe import load_recipe
+
+path, wanted = sys.argv[1], int(sys.argv[2])
+rng, kills = random.Random(0), 0
+while True:
+    child = os.fork()
+    if child == 0:
+        calibrate(load_recipe(path))
+        os._exit(0)
+    limit = time.monotonic() + (rng.uniform(0.0, 0.5) if kills < wanted else 120.0)
+    while time.monotonic() < limit:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            break
+        time.sleep(0.002)
+    if done:
+        assert status == 0, status
+        break
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    kills += 1
+print("kills", kills)
+"""
+
+
+def table_of(folder: Path) -> tuple[list, list]:
+    """Samples and rewards of a finished calibration, row by row."""
+    plan = json.loads((folder / "calibration" / "plan.json").read_text())
+    table = SampleTable.open(folder / "calibration", plan["parts"])
+    manifest = json.loads((folder / "calibration" / "manifest.json").read_text())
+    reward = manifest["parts"]["reward"].split()[-1]
+    samples = [
+        (s.key, s.index, s.token_ids, s.token_logps.tolist(), s.text) for rows in table.samples().values() for s in rows
+    ]
+    rewards = [(key, row.tolist()) for key, row in sorted(table.rewards(reward).items())]
+    return sorted(samples), rewards
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wanted", [20])
+def test_kills_lose_and_double_nothing(wanted, tmp_path):
+    keys = {
+        **tiny_experiment(tmp_path),
+        "num_calibration_samples": 200,
+        "max_completion_length": 8,
+        "tokens_per_batch": 60,
+    }
+    recipe = tmp_path / "recipe.yaml"
+    found = {}
+    for name, kills in (("killed", wanted), ("whole", 0)):
+        recipe.write_text(yaml.safe_dump({**keys, "output_dir": str(tmp_path / name)}))
+        command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(HARNESS), str(recipe), str(kills)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        found[name] = (table_of(tmp_path / name), int(done.stdout.rsplit("kills", 1)[1]))
+    print(f"{found['killed'][1]} kills, {len(found['whole'][0][0])} samples")
+    assert found["killed"][1] >= 5, "too few kills landed to say anything"
+    assert len(found["whole"][0][0]) == 6 * 200
+    assert found["killed"][0] == found["whole"][0]
+    assert not list((tmp_path / "killed").rglob("*.tmp"))
