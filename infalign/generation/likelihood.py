@@ -50,7 +50,7 @@ def sequence_kl(
     completions: Sequence[Sequence[int]],
     *,
     temperature: float = 1.0,
-    tokens_per_batch: int = 2048,
+    tokens_per_batch: int = 512,
 ) -> tuple[Tensor, Tensor]:
     """Two estimates per completion of KL(policy || reference), in nats, at the sampling temperature.
 

@@ -30,6 +30,7 @@ from infalign.theory.procedures import BestOfN, Procedure, WorstOfN
 from infalign.types import InputError, Prompt, Sample
 
 EXAMPLES = 8
+KL_PROMPTS = 16  # prompts whose completions are compared at a time
 
 
 @dataclass(frozen=True)
@@ -119,20 +120,21 @@ def _write_kl(experiment: Experiment, policy: SampleTable, prompts: list[Prompt]
     ours, base = experiment.model(experiment.judged_path), experiment.model(experiment.base_path)
     rows: dict[str, list[Any]] = {"key": [], "index": [], "conditional": [], "log_ratio": []}
     with Progress("evaluate: KL", len(prompts), "prompts") as progress:
-        for prompt in prompts:
-            drawn = samples[prompt.key][:count]
+        for start in range(0, len(prompts), KL_PROMPTS):
+            group = prompts[start : start + KL_PROMPTS]
+            drawn = [sample for prompt in group for sample in samples[prompt.key][:count]]
             log_ratios, conditionals = sequence_kl(
                 ours,
                 base,
-                [experiment.prompt_ids[prompt.key]] * len(drawn),
+                [experiment.prompt_ids[sample.key] for sample in drawn],
                 [sample.token_ids for sample in drawn],
                 temperature=experiment.recipe.temperature,
             )
-            rows["key"] += [prompt.key] * len(drawn)
+            rows["key"] += [sample.key for sample in drawn]
             rows["index"] += [sample.index for sample in drawn]
             rows["conditional"] += conditionals.tolist()
             rows["log_ratio"] += log_ratios.tolist()
-            progress.advance()
+            progress.advance(len(group))
     write_whole(path, lambda temporary: pq.write_table(pa.table(rows), temporary))
 
 

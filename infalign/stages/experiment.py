@@ -22,7 +22,7 @@ from infalign.generation.hf import HFSampler
 from infalign.rewards.loader import Reward, load_reward
 from infalign.runtime.artifacts import differences, fingerprint, read_json, write_json
 from infalign.runtime.console import notice
-from infalign.runtime.distributed import is_main, join
+from infalign.runtime.distributed import barrier, is_main, join
 from infalign.runtime.models import (
     choose_device,
     context_length,
@@ -270,10 +270,12 @@ class Experiment:
                 )
         elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise InputError(f"output_dir {folder} is not empty and is not infalign's: give another --output_dir")
+        barrier()  # every rank has looked before rank 0 writes
         if is_main():
             names = [one.name for one in dataclasses.fields(self.recipe) if one.name != "overwrite"]
             values = {name: getattr(self.recipe, name) for name in names}
             write_json(path, {"identity": identity, "fingerprint": fingerprint(identity), "recipe": values})
+        barrier()
 
     def _identity(self) -> dict[str, Any]:
         names = ("model_name_or_path", "model_revision", "dataset_name", "dataset_config", "dataset_data_dir")

@@ -43,6 +43,7 @@ def fill(
         table.sweep()
         table.request(wanted, tokens_per_batch)
     barrier()
+    table.segments = SampleTable.open(table.folder, table.parts).segments  # as rank 0 has just planned them
     batches = my_share(_batches(table, max_tokens))
     by_key = {entry.prompt.key: entry.prompt for entry in wanted}
     missing = [batch for batch in batches if not table.shard(*batch[:2]).exists()]

@@ -44,7 +44,7 @@ def reusable(folder: Path, kind: str, parts: Mapping[str, Any], overwrite: bool)
 
 
 def _remove(folder: Path) -> None:
-    barrier()
+    barrier()  # every rank has seen that it is stale
     if is_main():
         say(f"removing stale {folder}")
         shutil.rmtree(folder)

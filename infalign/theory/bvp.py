@@ -25,16 +25,21 @@ Floats = NDArray[np.float64]
 COARSE, FINE = 160, 1600
 
 
+class Saturated(InputError):
+    """A KL whose optimum no float holds: 1 - W there is below e^-400."""
+
+
 def solve_general(procedure: Procedure, log_beta: float | None, kl: float | None) -> Solution:
     """The optimum of any procedure at log beta or at a KL in nats (exactly one given).
 
-    Raises InputError when Newton fails from every start and at every step size.
+    Raises Saturated when the KL needs masses below 1e-300, and InputError when Newton fails from every start.
     """
     search = _Search(procedure)
-    candidates = [search.continued(log_beta, kl), *search.restarted(log_beta, kl)]
+    first = search.continued(log_beta, kl)
+    candidates = [first, *search.restarted(log_beta, kl, first)]
     best = max((c for c in candidates if c is not None), key=lambda c: search.objective(c, log_beta), default=None)
-    for size in (FINE // 4, FINE):
-        best = None if best is None else search.newton(search.remeshed(best, size), kl)
+    for size, tolerance in ((FINE // 4, 1e-3), (FINE, 1e-6)):
+        best = None if best is None else search.newton(search.remeshed(best, size), kl, tolerance)
     if best is None:
         given = f"kl={kl}" if log_beta is None else f"beta={math.exp(log_beta):g}"
         raise InputError(f"no optimum of {procedure!r} found at {given}; ask for a smaller KL or a larger beta")
@@ -42,8 +47,14 @@ def solve_general(procedure: Procedure, log_beta: float | None, kl: float | None
 
 
 class _Search(Collocation):
+    """The ways to an optimum: directly at a beta, along growing KL, and from other starts."""
+
     def __init__(self, procedure: Procedure) -> None:
         super().__init__(procedure)
+        picks = [(c.n, rank) for c in procedure.components for rank, _ in c.picks]
+        self.name = repr(procedure)
+        self.single = len(picks) == 1
+        self.low = self.single and 8 * picks[0][1] <= picks[0][0]
 
     def objective(self, state: State, log_beta: float | None) -> float:
         """W - beta KL, or -log(1 - W) when the KL is given."""
@@ -83,16 +94,26 @@ class _Search(Collocation):
         """The optimum reached from the base along growing KL, on a coarse mesh; None where the path is lost."""
         flat = self._flat()
         if log_beta is not None:
-            near = self._tilted(flat, None, log_beta)
-            direct = self.newton(near, None) if self.kl(near) < 0.05 else None
-            if direct is not None:
-                return direct
+            found = self._direct(flat, log_beta)
+            if found is not None:
+                return found
         reached, state = (0.1 if kl is None else min(kl, 0.1)), None
         while reached > 1e-9 and (state is None or (log_beta is not None and state.log_beta <= log_beta)):
             state = self._from(self._fitted(flat, reached), reached)
             reached /= 10
         reached *= 10
         return None if state is None else self._along(state, reached, log_beta, kl)
+
+    def _direct(self, flat: State, log_beta: float) -> State | None:
+        """The optimum at log beta by Newton from fitted tilts, the likelier start first."""
+        shapes = [flat.u] if self.monotone != "neither" else [1 - flat.top**4, flat.u]
+        for shape in reversed(shapes) if self.low else shapes:
+            state = self._tilted(State(flat.u, flat.top, shape, flat.log_q, 0.0), None, log_beta)
+            state = self.remeshed(self._tilted(self.remeshed(state, COARSE), None, log_beta), COARSE)
+            found = self.newton(state, None)
+            if found is not None:
+                return found
+        return None
 
     def _along(self, state: State, reached: float, log_beta: float | None, kl: float | None) -> State | None:
         """Continue an optimum of KL `reached` to kl, or until log beta is passed, then Newton at log beta."""
@@ -110,6 +131,11 @@ class _Search(Collocation):
                 found = None
             if found is None:
                 step /= 2
+                if step < 1e-4 and self.win_rate(state) == 1.0 and state.log_beta < -400:
+                    raise Saturated(
+                        f"{self.name} needs a beta below e^{state.log_beta:.0f} beyond kl={reached:.3g}, where its win "
+                        f"rate is 1 to e^{self.log_lost(state):.0f}; ask for a smaller kl"
+                    )
                 if step < 1e-4:
                     return None
                 continue
@@ -152,18 +178,22 @@ class _Search(Collocation):
             state = self.remeshed(self._tilted(state, kl, None), COARSE)
         return state
 
-    def restarted(self, log_beta: float | None, kl: float | None) -> list[State | None]:
-        """Optima from other starts, where g is not monotone: tilts fitted to bottom-heavy and top-heavy policies."""
-        if self.monotone != "neither":
+    def restarted(self, log_beta: float | None, kl: float | None, known: State | None) -> list[State | None]:
+        """Optima from other starts, where g is not monotone: tilts fitted to bottom-heavy and top-heavy policies.
+
+        Every start that converges finds the same optimum for a k-th of n, which is spared.
+        A start whose fit comes as close as 0.02 in Q to the `known` optimum leads back there and is dropped.
+        """
+        if self.monotone != "neither" or (self.single and known is not None):
             return []
         found: list[State | None] = []
         flat = self._flat()
         for shape in (flat.u**4, 1 - flat.top**4):
-            start = State(flat.u, flat.top, shape, flat.log_q, flat.log_beta)
-            state = self._tilted(start, kl, log_beta)
+            state = self._tilted(State(flat.u, flat.top, shape, flat.log_q, flat.log_beta), kl, log_beta)
             for _ in range(3):
                 state = self.remeshed(self._tilted(state, kl, log_beta), COARSE)
-            found.append(self.newton(state, kl))
+            if known is None or np.max(np.abs(np.interp(state.u, known.u, known.cdf) - state.cdf)) > 0.02:
+                found.append(self.newton(state, kl))
         return found
 
 
@@ -172,7 +202,8 @@ def _solution(search: Collocation, state: State) -> Solution:
     procedure = search.procedure
     beta = math.exp(max(state.log_beta, -745.0)) if state.log_beta > -745 else 0.0
     q, cdf = np.exp(state.log_q), np.clip(state.cdf, 0.0, 1.0)
-    steep = procedure.log_density(state.u)[1]
+    near_top = (state.top < 0.1) & (procedure.monotone == "neither")
+    steep = np.where(near_top, -procedure.mirror.log_density(state.top)[1], procedure.log_density(state.u)[1])
     pull, pull_q = search.pull(search.log_g(state.u, state.top), cdf, state.log_beta)
     bend = pull * steep + pull_q * q
     if search.turned:  # u already is the distance from the top

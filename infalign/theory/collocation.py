@@ -5,6 +5,10 @@ scipy's solve_bvp) on a mesh that follows the solution; each Newton step is one 
 the KL is given. g and beta enter through their logarithms only: near Worst-of-N beta is as small as e^{-N KL}.
 """
 
+# scipy ships no type stubs: what it returns is unknown to pyright.
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportUnknownLambdaType=false
+
 from __future__ import annotations
 
 import math
@@ -56,13 +60,13 @@ class Collocation:
 
     def pull(self, log_g: Floats, cdf: Floats, log_beta: float) -> tuple[Floats, Floats]:
         """L' = g(u) g(Q)/beta, at most e^600, and its derivative in Q, given log g(u)."""
-        log_g_cdf, steep = self.procedure.log_density(np.clip(np.maximum(cdf, 0.0) + FAINTEST, 0.0, 1.0))
+        log_g_cdf, steep = self.procedure.log_density(np.clip(cdf, FAINTEST, 1.0))
         pull = self.sign * np.exp(np.minimum(log_g + log_g_cdf - log_beta, 600.0))
         return pull, pull * steep
 
     def log_reward_slope(self, state: State) -> Floats:
         """log(g(u) g(Q)) at the nodes."""
-        return self.log_g(state.u, state.top) + self.procedure.log_density(np.clip(np.maximum(state.cdf, 0.0) + FAINTEST, 0.0, 1.0))[0]
+        return self.log_g(state.u, state.top) + self.procedure.log_density(np.clip(state.cdf, FAINTEST, 1.0))[0]
 
     def log_g(self, u: Floats, top: Floats) -> Floats:
         """log g(u), from 1 - u near u = 1 where g may vanish there."""
@@ -71,14 +75,14 @@ class Collocation:
             log_g = np.where(top < 0.1, self.procedure.mirror.log_density(top)[0], log_g)
         return log_g
 
-    def newton(self, state: State, kl: float | None) -> State | None:
+    def newton(self, state: State, kl: float | None, tolerance: float = 1e-3) -> State | None:
         """Newton steps, damped to 1.5 in L where q is seen; None when they do not converge."""
         mesh = _Mesh(
             self.log_g(state.u, state.top),
             self.log_g(*_middles(state)),
             state.widths,
         )
-        floor = -40.0 if self.turned else math.log(FAINTEST) - 20
+        floor = -40.0 if self.turned else math.log(FAINTEST)
         for _ in range(MOST_STEPS):
             with np.errstate(over="ignore", invalid="ignore"):
                 step = self._step(state, mesh, kl)
@@ -93,7 +97,7 @@ class Collocation:
                 log_q=state.log_q + damping * step.log_q,
                 log_beta=state.log_beta + damping * step.log_beta,
             )
-            if size < 1e-6:
+            if size < tolerance:
                 sane = np.isfinite(state.log_q).all() and state.cdf.min() > -1e-6 and state.cdf.max() < 1 + 1e-6
                 return state if sane and state.log_q.max() < 600 else None
             if size > 0.5:
@@ -122,7 +126,7 @@ class Collocation:
         bent = h / 8 * np.diff(pull)
         right[1:-1:2, 1] = h / 6 * 4 * q_m * bent
         right[2:-1:2, 1] = -total
-        solution, info = lapack.dgbsv(2, 2, _band(h, (q, q_m), (pull_q, pull_mq)), right)[2:]
+        solution, info = lapack.dgbsv(2, 2, _band(h, (q, q_m), (pull_q, pull_mq)), right)[2:]  # pyright: ignore[reportAttributeAccessIssue]
         if info != 0:
             return _Step(np.full_like(q, np.nan), np.full_like(q, np.nan), math.nan)
         plain, along = solution[:, 0], solution[:, 1]
@@ -160,7 +164,7 @@ class Collocation:
 
     def log_lost(self, state: State) -> float:
         """log(1 - W) where 1 - W may underflow: by the trapezoid rule, with G(Q) ~ Q g/(1 + Q g'/g) where tiny."""
-        cdf = np.clip(state.cdf, 1e-300, 1.0)
+        cdf = np.clip(state.cdf, FAINTEST, 1.0)
         log_g, steep = self.procedure.log_density(cdf)
         with np.errstate(divide="ignore"):
             tail = log_g + np.log(cdf) - np.log(np.maximum(1 + cdf * steep, 1.0))
@@ -172,13 +176,16 @@ class Collocation:
 
     def remeshed(self, state: State, size: int) -> State:
         """The state on `size` cells that share evenly what u, Q, G(u), G(Q), the pull and L (where seen) change by."""
-        h, cdf = state.widths, np.clip(np.maximum(state.cdf, 0.0) + FAINTEST, 0.0, 1.0)
-        log_g, (log_g_cdf, steep) = self.log_g(state.u, state.top), self.procedure.log_density(cdf)
+        h, cdf = state.widths, np.clip(state.cdf, FAINTEST, 1.0)
+        log_g, (log_g_cdf, steep) = (
+            self.log_g(state.u, state.top),
+            self.procedure.log_density(np.clip(cdf, FAINTEST, 1.0)),
+        )
         level = np.maximum(state.log_q, -40.0)
-        elastic = 0.0 if self.turned else np.clip(cdf * np.abs(steep), 0, 1) * (cdf > 1.5 * FAINTEST)
+        elastic = 0.0 if self.turned else np.clip(cdf * np.abs(steep), 0, 1)
         felt = np.where(state.log_q > -40, 1.0, elastic)
         rise = float((np.abs(np.diff(state.log_q)) * np.minimum(felt[1:], felt[:-1])).sum())
-        size = int(min(size * (1 + max(rise - 40, 0) / 40), max(size, 5000)))
+        size = int(min(size * (1 + max(rise - 40, 0) / 40), max(size, 5000), 4 * size))
         change = h + np.abs(np.diff(cdf)) + 0.1 * np.abs(np.diff(state.log_q)) * np.minimum(felt[1:], felt[:-1])
         change = change + 0.1 * np.abs(np.diff(np.log1p(np.abs(state.log_q))))
         for log_shape, width in ((log_g, h), (log_g_cdf, np.abs(np.diff(cdf))), (log_g + log_g_cdf, h)):
@@ -188,7 +195,9 @@ class Collocation:
         with np.errstate(over="ignore", invalid="ignore"):
             pull, _ = self.pull(log_g, state.cdf, state.log_beta)
         strength = np.tanh((log_g + log_g_cdf - state.log_beta - 1.0).clip(-60, 60) / 4)
-        change = change + 0.2 * np.abs(np.diff(strength)) * np.exp(np.minimum(level[1:], level[:-1]).clip(-40, 0) / 8 * (felt[1:] < 1))
+        change = change + 0.6 * np.abs(np.diff(strength)) * np.exp(
+            np.minimum(level[1:], level[:-1]).clip(-40, 0) / 8 * (felt[1:] < 1)
+        )
         change = np.convolve(np.pad(change, 1, mode="edge"), [0.25, 0.5, 0.25], mode="valid") + 1e-6
         total = np.append(0.0, np.cumsum(change))
         wanted = np.linspace(0.0, total[-1], size + 1)[1:-1]

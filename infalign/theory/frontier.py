@@ -10,6 +10,10 @@ Best is carried as d = 1 - W, v = 1 + w (1-d)/N, Worst as lam = log v + w/N, so 
 Theory: derived in our notes (section 3) from InfAlign's coupled equations (arXiv:2412.19792).
 """
 
+# scipy ships no type stubs: what it returns is unknown to pyright.
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportUnknownLambdaType=false
+
 from __future__ import annotations
 
 import math
@@ -82,7 +86,11 @@ class Frontier:
         high = self.last
         while self.worst and self.kl(high) < kl:
             high += 10.0 + self.n * kl
-        return float(optimize.brentq(lambda x: math.log(max(self.kl(x), 1e-300) / kl), -12.0, high, xtol=1e-13))
+
+        def excess(log_w: float) -> float:
+            return math.log(max(self.kl(log_w), 1e-300) / kl)
+
+        return float(optimize.brentq(excess, -12.0, high, xtol=1e-13))  # pyright: ignore[reportArgumentType]
 
 
 def solve_extreme(n: int, worst: bool, log_beta: float | None, kl: float | None) -> Solution:

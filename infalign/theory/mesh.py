@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
-FAINTEST = 1e-100
-"""The smallest Q that g(Q) is evaluated at: less mass moves neither a KL nor a win rate."""
+FAINTEST = 1e-300
+"""The smallest policy mass Q that g(Q) is evaluated at."""
 
 
 @dataclass(frozen=True)

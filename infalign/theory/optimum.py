@@ -18,7 +18,7 @@ from typing import overload
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from infalign.theory.bvp import solve_general
+from infalign.theory.bvp import Saturated, solve_general
 from infalign.theory.frontier import Solution, solve_extreme
 from infalign.theory.hermite import Curve
 from infalign.theory.mesh import FAINTEST
@@ -76,9 +76,9 @@ class OptimalTransform:
 def optimal_transform(procedure: Procedure, beta: float | None = None, kl: float | None = None) -> OptimalTransform:
     """Phi* with Phi*'(u) = g(u) g(Q(u)), q ~ exp(Phi*/beta), at `beta` or at the beta that gives `kl` nats.
 
-    Give exactly one. beta in [1e-8, 1e8], kl in [1e-9, 20]. For Worst-of-N and large KL beta may underflow: `cdf` and
-    `density` stay right, but no trainer can use such a pair. Raises InputError for both or neither, values out of
-    range, or a KL that needs a beta below 1e-260 (or, for Best-of-N, none that a float holds).
+    Give exactly one. beta in [1e-8, 1e8], kl in [1e-9, 20]. Near Worst-of-N and for large N the beta of a large KL may
+    underflow: `cdf` and `density` stay right, but no trainer can use such a pair. Raises InputError for both or
+    neither, values out of range, or a KL whose optimum no float holds (its win rate is 1 to e^-400).
 
     >>> from infalign.theory.procedures import BestOfN
     >>> best = optimal_transform(BestOfN(4), kl=1.0)
@@ -108,8 +108,16 @@ def win_rate_limit(procedure: Procedure, kl: ArrayLike) -> float | Floats:
     [0.5, 0.941123]
     """
     kl_array = np.asarray(kl, dtype=float)
-    limits = [0.5 if value == 0 else optimal_transform(procedure, kl=value).win_rate for value in kl_array.ravel()]
+    limits = [_limit(procedure, float(value)) for value in kl_array.ravel()]
     return limits[0] if kl_array.ndim == 0 else np.array(limits).reshape(kl_array.shape)
+
+
+def _limit(procedure: Procedure, kl: float) -> float:
+    """W* at one KL; 1 where the optimum itself is beyond floats."""
+    try:
+        return 0.5 if kl == 0 else optimal_transform(procedure, kl=kl).win_rate
+    except Saturated:
+        return 1.0
 
 
 @lru_cache(maxsize=512)
@@ -159,10 +167,12 @@ def _residual(procedure: Procedure, solution: Solution) -> float:
     log_g = procedure.log_density(u)[0]
     if from_top and procedure.monotone == "neither":
         log_g = np.where(middle < 0.1, procedure.mirror.log_density(middle)[0], log_g)
-    wanted = log_g + procedure.log_density(np.clip(cdf + FAINTEST, 0.0, 1.0))[0]
+    wanted = log_g + procedure.log_density(np.clip(cdf, FAINTEST, 1.0))[0]
     largest = float(wanted.max())
-    slope = solution.phi.slope_at_place(middle) * math.exp(-largest) if largest > -690 else (
-        solution.log_density.slope_at_place(middle) * math.exp(solution.log_beta - largest)
+    slope = (
+        solution.phi.slope_at_place(middle) * math.exp(-largest)
+        if largest > -690
+        else (solution.log_density.slope_at_place(middle) * math.exp(solution.log_beta - largest))
     )
     return float(np.max(np.abs(slope * (-1 if from_top else 1) - np.exp(wanted - largest))))
 

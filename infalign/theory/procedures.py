@@ -7,6 +7,10 @@ weights a of any m >= n; the frequencies of `select` equal the weights. Add a pr
 Theory: InfAlign (arXiv:2412.19792), calibrated procedures; the polynomial form is derived in our notes.
 """
 
+# scipy ships no type stubs: what it returns is unknown to pyright.
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportUnknownLambdaType=false
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -378,7 +382,7 @@ def _powers(shares: Floats, p: Floats, order: int) -> Floats:
     exponents = np.flatnonzero(coefficients)
     if len(exponents) <= 2:
         return sum((coefficients[e] * p**e for e in exponents), start=np.zeros_like(p))
-    return np.polynomial.polynomial.polyval(p, coefficients)
+    return np.asarray(np.polynomial.polynomial.polyval(p, coefficients), dtype=float)
 
 
 def _beta(rank: int, n: int, p: Floats, order: int) -> Floats:

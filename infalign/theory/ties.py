@@ -9,6 +9,10 @@ A coarse reward can be far from the continuous limit: binary p = .5 with Best-of
 Theory: derived in our notes from InfAlign's definitions (arXiv:2412.19792).
 """
 
+# scipy ships no type stubs: what it returns is unknown to pyright.
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportUnknownLambdaType=false
+
 from __future__ import annotations
 
 import math
@@ -266,7 +270,7 @@ class _Blocks:
         diagonal[0::2], diagonal[1::2] = -mass_J, -coupling * slope
         right = np.zeros((size, 2))
         right[1::2, 0], right[1::2, 1] = pull - np.diff(log_ratio_J), -pull
-        solution, info = lapack.dgtsv(sub, diagonal, sup, right)[3:]  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
+        solution, info = lapack.dgtsv(sub, diagonal, sup, right)[3:]  # pyright: ignore[reportAttributeAccessIssue]
         if info != 0:
             return np.full_like(mass_J, np.nan), math.nan
         plain_J, along_J = solution[0::2, 0], solution[0::2, 1]

@@ -6,6 +6,10 @@ Without ties, KL and win rates depend on neither the reward, the base policy nor
 Theory: InfAlign (arXiv:2412.19792); closed forms derived in our notes.
 """
 
+# scipy ships no type stubs: what it returns is unknown to pyright.
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportUnknownLambdaType=false
+
 from __future__ import annotations
 
 import math
@@ -106,7 +110,13 @@ def _quantiles(u: ArrayLike) -> Floats:
 
 def _at(transform: Callable[[ArrayLike], Floats], inverse: float) -> TiltedPolicy:
     """The tilted policy at 1/beta = inverse, by a closed form where there is one."""
-    closed = {Identity: _identity, Log: _log, LogMirror: _log_mirror, NormalIcdf: _normal}.get(type(transform))
+    laws: dict[type, Callable[[float], tuple[float, float, Function, Function]]] = {
+        Identity: _identity,
+        Log: _log,
+        LogMirror: _log_mirror,
+        NormalIcdf: _normal,
+    }
+    closed = laws.get(type(transform))
     if closed is not None:
         return TiltedPolicy(transform, 1 / inverse, *closed(inverse))
     if isinstance(transform, Exponential) and 1e-3 <= abs(transform.t) <= 500 and inverse > 1e-80:
@@ -134,7 +144,9 @@ def _reaching(transform: Callable[[ArrayLike], Floats], kl: float) -> TiltedPoli
                 raise InputError(f"its KL stays near {policy(high).kl:.6g}")
     except InputError as error:
         raise InputError(f"transform {transform!r} reaches no KL of {kl:g} nats: {error}; lower kl") from error
-    return policy(float(optimize.brentq(excess, low, high, xtol=1e-14, rtol=1e-14)) if high > low else low)
+    if high <= low:
+        return policy(low)
+    return policy(float(optimize.brentq(excess, low, high, xtol=1e-14, rtol=1e-14)))  # pyright: ignore[reportArgumentType]
 
 
 def _identity(l: float) -> tuple[float, float, Function, Function]:  # noqa: E741

@@ -37,6 +37,7 @@ class CTRLConfig(RLOOConfig):
     shared_prefix: bool = field(default=True, metadata={"help": "Compute each prompt once (exact)."})
     disable_dropout: bool = field(default=True, metadata={"help": "Disable dropout."})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Trade compute for memory."})
+    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Look for unused parameters."})
     logging_steps: float = field(default=1, metadata={"help": "Log every so many steps."})
 
     def __post_init__(self) -> None:
