@@ -24,7 +24,7 @@ def dry_run(experiment: Experiment) -> dict[str, Any]:
         holds them, `seconds` by stage at the matrix-product rate measured on the spot.
     """
     splits = experiment.splits
-    transform, beta, reward = experiment.transform, experiment.beta, experiment.reward
+    beta, reward = experiment.beta, experiment.reward
     arguments = training_arguments(experiment)
     parameters, cache_bytes = _shape(experiment)
     tokens = _tokens(experiment, arguments)
@@ -39,7 +39,7 @@ def dry_run(experiment: Experiment) -> dict[str, Any]:
         f"recipe is valid: {len(splits.train)} train, {len(splits.validation)} validation, "
         f"{len(splits.test)} test prompts"
     )
-    say(f"  {experiment.procedure}, transform {transform!r}, beta {beta:.4g}, reward {reward.name}")
+    say(f"  {experiment.procedure}, transform {experiment.recipe.transform}, beta {beta:.4g}, reward {reward.name}")
     say("  one prompt as the model sees it:")
     say("    " + repr(experiment.tokenizer.decode(experiment.prompt_ids[first.key])))
     say(f"  {parameters / 1e6:.0f} M parameters; this machine multiplies at {rate / 1e9:.0f} GFLOP/s")

@@ -136,7 +136,11 @@ def training_arguments(experiment: Experiment) -> CTRLConfig:
         | ({"attn_implementation": recipe.attn_implementation} if recipe.attn_implementation else {})
         | (ours.get("model_init_kwargs") or {}),
     }
-    defaults: dict[str, Any] = {"save_total_limit": 1, "bf16": None}
+    defaults: dict[str, Any] = {
+        "save_total_limit": 1,
+        "bf16": None,
+        "dataloader_pin_memory": torch.cuda.is_available() and not recipe.use_cpu,
+    }
     try:
         return CTRLConfig(**{**defaults, **ours, **shared})
     except InputError:

@@ -4,7 +4,7 @@
 - `transforms`: identity, log, normal_icdf, exponential; `tilted`: KL and win rate of the policies they make
 - `optimum`: the optimal transformation of a procedure and the win-rate limit W*(KL), by `frontier` (Best-of-N and
   Worst-of-N, exactly) and `bvp` (any procedure); `ties`: all of it when rewards tie
-- `quadrature`, `hermite`, `mesh`: the numerics underneath
+- `collocation`, `mesh`, `quadrature`, `hermite`, `order_statistics`: the numerics underneath
 
 Laws, tested: G' = g; sum_i a_i Beta(i, m-i+1) = g for the order weights a; `select` has the weights' frequencies;
 Phi*' = g(u) g(Q(u)); dW*/dKL = beta; no transformation beats the optimum at equal KL.

@@ -131,7 +131,7 @@ class _Search(Collocation):
                 found = None
             if found is None:
                 step /= 2
-                if step < 1e-4 and self.win_rate(state) == 1.0 and state.log_beta < -400:
+                if step < 1e-4 and self.win_rate(state) > 1 - 1e-12 and state.log_beta < -400:
                     raise Saturated(
                         f"{self.name} needs a beta below e^{state.log_beta:.0f} beyond kl={reached:.3g}, where its win "
                         f"rate is 1 to e^{self.log_lost(state):.0f}; ask for a smaller kl"
@@ -166,11 +166,10 @@ class _Search(Collocation):
 
     def _from(self, state: State, kl: float) -> State | None:
         """The optimum at kl by Newton from a policy, or from the tilt of its own reward where g falls."""
-        if self.monotone != "increasing":
-            found = self.newton(self._fitted(state, kl), kl)
-            if found is not None:
-                return found
-        return self.newton(self.remeshed(state, COARSE), kl)
+        warm = self.newton(self.remeshed(state, COARSE), kl)
+        if warm is not None or self.monotone == "increasing":
+            return warm
+        return self.newton(self._fitted(state, kl), kl)
 
     def _fitted(self, state: State, kl: float) -> State:
         """A policy with the given KL near its own reward's tilt: iterates ascend W where g is non-increasing."""

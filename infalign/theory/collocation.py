@@ -160,7 +160,7 @@ class Collocation:
         lost = np.exp(self.log_g(state.u, state.top)) * self.procedure.cdf(np.clip(state.cdf, 0, 1))
         lost_m = np.exp(self.log_g(*_middles(state))) * self.procedure.cdf(np.clip(cdf_m, 0, 1))
         share = float(state.widths @ (lost[:-1] + 4 * lost_m + lost[1:])) / 6
-        return share if self.turned else 1.0 - share
+        return min(share, 1.0) if self.turned else 1.0 - max(share, 0.0)
 
     def log_lost(self, state: State) -> float:
         """log(1 - W) where 1 - W may underflow: by the trapezoid rule, with G(Q) ~ Q g/(1 + Q g'/g) where tiny."""

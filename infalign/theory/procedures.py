@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
+from infalign.theory.order_statistics import beta_law, powers_law, soft_law
 from infalign.types import InputError
 
 Floats = NDArray[np.float64]
@@ -139,7 +140,7 @@ class Procedure:
         Where g(p) = 0 they are -inf and 0.
 
         >>> float(KthOfN(2, 1024).log_density(1e-3)[0].round(1))
-        -7045.7
+        -7045.9
         """
         return _log_evaluate(self, p)
 
@@ -347,14 +348,14 @@ def _evaluate(procedure: Procedure, p: ArrayLike, order: int) -> Floats:
     total, power_shares = np.zeros_like(p), np.zeros(procedure.n + 1)
     for component in procedure.components:
         if component.tilt is not None:
-            total = total + component.probability * _soft(component.n, component.tilt, p, order)
+            total = total + component.probability * soft_law(component.n, component.tilt, p, order)
             continue
         for rank, weight in component.picks:
             if rank == component.n:
                 power_shares[rank] += component.probability * weight
             else:
-                total = total + component.probability * weight * _beta(rank, component.n, p, order)
-    return total + _powers(power_shares, p, order) if power_shares.any() else total
+                total = total + component.probability * weight * beta_law(rank, component.n, p, order)
+    return total + powers_law(power_shares, p, order) if power_shares.any() else total
 
 
 def _log_evaluate(procedure: Procedure, p: ArrayLike) -> tuple[Floats, Floats]:
@@ -373,44 +374,3 @@ def _log_evaluate(procedure: Procedure, p: ArrayLike) -> tuple[Floats, Floats]:
         if above:
             value, slope = value + above * np.log1p(-p), slope - above / (1 - p)
         return value, np.where(np.isfinite(slope), slope, 0.0)
-
-
-def _powers(shares: Floats, p: Floats, order: int) -> Floats:
-    """sum_k shares[k] p^k, or a derivative: no cancellation, since all coefficients are >= 0 and p is in [0, 1]."""
-    k = np.arange(len(shares))
-    coefficients = (shares, shares * k, shares * k * (k - 1))[order + 1][order + 1 :]
-    exponents = np.flatnonzero(coefficients)
-    if len(exponents) <= 2:
-        return sum((coefficients[e] * p**e for e in exponents), start=np.zeros_like(p))
-    return np.asarray(np.polynomial.polynomial.polyval(p, coefficients), dtype=float)
-
-
-def _beta(rank: int, n: int, p: Floats, order: int) -> Floats:
-    """CDF (order -1), density (0) or its derivative (1) of Beta(rank, n-rank+1), the rank-th of n uniforms."""
-    if order == -1:
-        return -np.expm1(special.xlog1py(n, -p)) if rank == 1 else special.betainc(rank, n - rank + 1, p)
-    if order == 1:
-        below = _beta(rank - 1, n - 1, p, 0) if rank > 1 else np.zeros_like(p)
-        return n * (below - (_beta(rank, n - 1, p, 0) if rank < n else 0.0))
-    if rank == 1:
-        return n * (1 - p) ** (n - 1)
-    log_scale = np.log(n) + special.gammaln(n) - special.gammaln(rank) - special.gammaln(n - rank + 1)
-    return np.exp(log_scale + special.xlogy(rank - 1, p) + special.xlog1py(n - rank, -p))
-
-
-def _soft(n: int, tilt: float, p: Floats, order: int) -> Floats:
-    """CDF, density or its derivative of the soft Best-of-n; exponents are shifted so that nothing overflows."""
-    if tilt == 0:
-        return (p, np.ones_like(p), np.zeros_like(p))[order + 1]
-    growth = np.expm1(tilt / n)
-    with np.errstate(divide="ignore"):
-        log_base = np.log1p(p * growth)
-    shift = max(tilt, 0.0)
-    norm = -np.expm1(-abs(tilt)) * np.sign(tilt)
-    if order == -1:
-        if tilt < 0:
-            return np.expm1(n * log_base) / norm
-        return np.exp(n * log_base - shift) * -np.expm1(-n * log_base) / norm
-    if order == 0:
-        return n * growth * np.exp((n - 1) * log_base - shift) / norm
-    return n * (n - 1) * growth**2 * np.exp((n - 2) * log_base - shift) / norm

@@ -230,6 +230,7 @@ def test_interface() -> None:
     assert np.isnan(best([0.5, np.nan])).tolist() == [False, True]
     assert optimal_transform(KthOfN(1, 4), kl=1.0).win_rate == best.win_rate
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(best))(U), best(U))
+    assert win_rate_limit(KthOfN(1023, 1024), 5.0) == 1.0
     limits = win_rate_limit(BestOfN(4), [[0.0, 0.1], [1.0, 2.0]])
     assert limits.shape == (2, 2) and limits[0, 0] == 0.5 and limits[1, 0] == best.win_rate
     assert win_rate_limit(BestOfN(4), 0.0) == 0.5 and isinstance(win_rate_limit(BestOfN(4), 1.0), float)
@@ -248,12 +249,58 @@ def test_interface() -> None:
         (lambda: optimal_transform(BestOfN(4), kl=1.0)(1.1), r"u must lie in \[0, 1\]"),
         (lambda: optimal_transform(BestOfN(4), kl=1.0).cdf(-0.1), r"u must lie in \[0, 1\]"),
         (lambda: optimal_transform(BestOfN(4), kl=1.0).density(np.nan), r"u must lie in \[0, 1\]"),
-        (lambda: optimal_transform(KthOfN(1000, 1024), kl=5.0), "ask for a smaller KL|no accurate optimum"),
+        (lambda: optimal_transform(KthOfN(1023, 1024), kl=5.0), "where its win rate is 1 to e.*ask for a smaller kl"),
     ],
 )
 def test_mistakes(make: Callable[[], object], message: str) -> None:
     with pytest.raises(InputError, match=message):
         make()
+
+
+GEOMETRIC = (0.9 ** np.arange(64) / (0.9 ** np.arange(64)).sum()).tolist()
+WIDE = [
+    *(KthOfN(k, n) for n in (4, 8, 32) for k in sorted({2, n // 4, n // 2, 3 * n // 4, n - 1} - {1})),
+    *(SoftBestOfN(n, tilt) for n in (2, 32) for tilt in (-50.0, -8.0, -1.0, 1.0, 8.0, 50.0)),
+    RandomN([0.5, *[0.0] * 30, 0.5]),
+    RandomN([0.01, *[0.0] * 30, 0.99]),
+    RandomN([0.99, *[0.0] * 30, 0.01]),
+    RandomN([1 / 32] * 32),
+    RandomN(GEOMETRIC),
+]
+LARGE = [KthOfN(k, n) for n in (128, 1024) for k in (2, n // 4, n // 2, 3 * n // 4, n - 1)]
+
+
+def check_converged(procedure: Procedure, beta: float | None, kl: float | None) -> None:
+    best = optimal_transform(procedure, beta, kl)
+    assert best.residual < 2e-6 and 0.5 < best.win_rate <= 1
+    if kl is not None:
+        assert best.kl == pytest.approx(kl, rel=1e-6)
+
+
+@pytest.mark.parametrize("procedure", WIDE, ids=repr)
+def test_general_solver_converges_over_the_whole_range(procedure: Procedure) -> None:
+    for beta in (1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0):
+        check_converged(procedure, beta, None)
+    for kl in (0.001, 0.01, 0.1, 0.5, 1.0, 2.0, 5.0):
+        check_converged(procedure, None, kl)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("procedure", LARGE, ids=repr)
+def test_general_solver_converges_for_large_n(procedure: Procedure) -> None:
+    for beta in (1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0):
+        check_converged(procedure, beta, None)
+    for kl in (0.001, 0.01, 0.1, 0.5, 1.0, 2.0, 5.0):
+        if procedure != KthOfN(1023, 1024) or kl <= 0.5:  # beyond, Q falls below 1e-300
+            check_converged(procedure, None, kl)
+
+
+def test_near_worst_of_n_finds_one_optimum_from_either_side() -> None:
+    for beta in (0.1, 0.01):
+        by_beta = optimal_transform(KthOfN(31, 32), beta=beta)
+        by_kl = optimal_transform(KthOfN(31, 32), kl=by_beta.kl)
+        assert by_kl.win_rate == pytest.approx(by_beta.win_rate, abs=1e-9)
+        assert by_kl.beta == pytest.approx(beta, rel=1e-6)
 
 
 FAST = [
@@ -263,13 +310,18 @@ FAST = [
     WorstOfN(32),
     KthOfN(2, 4),
     KthOfN(16, 32),
+    KthOfN(31, 32),
     RandomN([0.5, 0.5]),
+    RandomN([1 / 32] * 32),
     SoftBestOfN(8, 4.0),
+    SoftBestOfN(32, -50.0),
 ]
 
 
 @pytest.mark.parametrize("procedure", FAST, ids=repr)
-@pytest.mark.parametrize(("given", "seconds"), [({"beta": 0.1}, 0.05), ({"kl": 1.0}, 0.25)])
+@pytest.mark.parametrize(
+    ("given", "seconds"), [({"beta": 0.1}, 0.05), ({"beta": 1e-3}, 0.05), ({"kl": 1.0}, 0.25)], ids=str
+)
 def test_is_fast(procedure: Procedure, given: dict[str, float], seconds: float) -> None:
     times = []
     for _ in range(6):
