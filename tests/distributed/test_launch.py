@@ -55,5 +55,5 @@ def test_two_processes_run_the_recipe(tmp_path):
     assert first[0]["reward/calibrated"] == pytest.approx(first[1]["reward/calibrated"], abs=1e-6)
     kls = [json.loads((tmp_path / name / "evaluation.json").read_text())["kl"]["mean"] for name in ("two", "one")]
     np.testing.assert_allclose(kls[0], kls[1], atol=0.05)
-    prompts_seen = [row["num_tokens"] for row in logs[0] if "num_tokens" in row][0]
-    assert prompts_seen == [row["num_tokens"] for row in logs[1] if "num_tokens" in row][0], "world size is not 2"
+    prompts_seen = next(row["num_tokens"] for row in logs[0] if "num_tokens" in row)
+    assert prompts_seen == next(row["num_tokens"] for row in logs[1] if "num_tokens" in row), "world size is not 2"
