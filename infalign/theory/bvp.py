@@ -26,13 +26,14 @@ COARSE, FINE = 160, 1600
 
 
 class Saturated(InputError):
-    """A KL whose optimum no float holds: 1 - W there is below e^-400."""
+    """A KL at which 1 - W* and beta are below e^-400 and Newton gets no further; the optimum exists."""
 
 
 def solve_general(procedure: Procedure, log_beta: float | None, kl: float | None) -> Solution:
     """The optimum of any procedure at log beta or at a KL in nats (exactly one given).
 
-    Raises Saturated when the KL needs masses below 1e-300, and InputError when Newton fails from every start.
+    Raises Saturated when continuation ends where beta and 1 - W are below e^-400, and InputError when
+    Newton fails from every start.
     """
     search = _Search(procedure)
     first = search.continued(log_beta, kl)

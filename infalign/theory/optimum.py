@@ -78,7 +78,8 @@ def optimal_transform(procedure: Procedure, beta: float | None = None, kl: float
 
     Give exactly one. beta in [1e-8, 1e8], kl in [1e-9, 20]. Near Worst-of-N and for large N the beta of a large KL may
     underflow: `cdf` and `density` stay right, but no trainer can use such a pair. Raises InputError for both or
-    neither, values out of range, or a KL whose optimum no float holds (its win rate is 1 to e^-400).
+    neither, values out of range, or a KL so large that the optimum's 1 - W is below e^-400 and
+    the solver gets no further (k-th of 1024 near the worst: KL > 0.6).
 
     >>> from infalign.theory.procedures import BestOfN
     >>> best = optimal_transform(BestOfN(4), kl=1.0)
@@ -113,7 +114,7 @@ def win_rate_limit(procedure: Procedure, kl: ArrayLike) -> float | Floats:
 
 
 def _limit(procedure: Procedure, kl: float) -> float:
-    """W* at one KL; 1 where the optimum itself is beyond floats."""
+    """W* at one KL; 1 where 1 - W* is below e^-400 and the optimum is not found."""
     try:
         return 0.5 if kl == 0 else optimal_transform(procedure, kl=kl).win_rate
     except Saturated:

@@ -258,7 +258,6 @@ class CTRLTrainer(RLOOTrainer):
             ids = torch.cat([ids_BP[:, -1:], input_ids[:, -kept:]], dim=1)
             mask = torch.cat([mask_BP[:, -1:], attention_mask[:, -kept:]], dim=1)
             labels = ids.masked_fill(mask == 0, -100)
-            labels[:, 0] = -100
             return model(**continuation(prefix, of_row, ids, mask), labels=labels, fused_lm_head=True)
 
     def _can_share(self, model: Any) -> bool:

@@ -63,8 +63,8 @@ def llama(tmp_path_factory):
 
 def batch_of(subject):
     """A padded batch with shared prompts, as TRL lays it out: prompts left, completions right."""
-    prompts = [[5, 6, 7], [8], [5, 6, 7], [8], [9, 10]]
-    completions = [[4, 5, 6], [7, 8], [9], [10, 11, 12], [5, 6]]
+    prompts = [[5, 6, 7], [8], [9, 10], [5, 6, 7], [8]]
+    completions = [[4, 5, 6], [7, 8], [5, 6], [9], [10, 11, 12]]
     pad = subject._tokenizer.pad_token_id
     ids = [[pad] * (3 - len(p)) + p + c + [pad] * (3 - len(c)) for p, c in zip(prompts, completions, strict=True)]
     mask = [
