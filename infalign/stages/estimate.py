@@ -96,9 +96,10 @@ def _flops() -> float:
     """Matrix-product FLOP/s of this machine, measured for about a tenth of a second."""
     size, device = 1024, choose_device()
     left = torch.randn(size, size, device=device)
-    left @ left
+    warm = left @ left
     start, count = time.perf_counter(), 0
     while time.perf_counter() - start < 0.1:
-        (left @ left)[0, 0].item()
+        warm = left @ left
+        warm[0, 0].item()
         count += 1
     return count * 2.0 * size**3 / (time.perf_counter() - start)

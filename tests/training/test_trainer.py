@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from trl import RLOOConfig, RLOOTrainer
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from infalign.theory.procedures import BestOfN
 from infalign.theory.transforms import identity
+from infalign.training.callbacks import GRPOCheck
 from infalign.training.config import CTRLConfig
 from infalign.training.reward import CTRLReward
 from infalign.training.trainer import CTRLTrainer
@@ -188,6 +189,35 @@ def test_ctrl_reward_trains_in_an_unmodified_rloo_trainer(llama, tmp_path):
     subject.train()
     logged = [row for row in subject.state.log_history if "rewards/ctrl/mean" in row]
     assert logged and all(0 <= row["rewards/ctrl/mean"] <= 1 for row in logged)
+
+
+def grpo(model, folder, **changes):
+    keys = config(folder, bf16=False, gradient_checkpointing=False, **changes)
+    return GRPOTrainer(
+        model,
+        CTRLReward(token_sum, identity),
+        GRPOConfig(**keys),
+        train_dataset=references(),
+        callbacks=[GRPOCheck()],
+    )
+
+
+def test_ctrl_reward_trains_in_grpo_without_scaling(llama, tmp_path):
+    subject = grpo(llama, tmp_path, scale_rewards="none")
+    subject.train()
+    assert subject.state.global_step == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, 'divides the transform away: use scale_rewards="none"'),
+        ({"scale_rewards": "none", "beta": 0.0}, "beta is 0"),
+    ],
+)
+def test_grpo_set_ups_that_erase_the_method(change, message, llama, tmp_path):
+    with pytest.raises(InputError, match=message):
+        grpo(llama, tmp_path, **change).train()
 
 
 def test_held_out_evaluation(llama, tmp_path):
