@@ -55,6 +55,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"infalign: error: {error}", file=sys.stderr)
         return 2
+    except (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+        if debug or not error.filename:
+            raise
+        print(f"infalign: error: {error.filename}: {error.strerror}: give another path", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("infalign: interrupted; run the same command again to continue", file=sys.stderr)
         return 130
@@ -97,6 +102,8 @@ def _recipe_verb(verb: str, words: list[str]) -> int:
 
     flags = read_flags(words)
     config = flags.pop("config", None)
+    if config is not None and not isinstance(config, str):
+        raise InputError("--config takes one path, e.g. --config recipe.yaml")
     if config is None and verb != "report":
         raise InputError(f"give a recipe: infalign {verb} --config RECIPE.yaml (or --config quickstart)")
     options = {name: flags.pop(name) for name in _OPTIONS.get(verb, {}) if name in flags}
@@ -105,6 +112,9 @@ def _recipe_verb(verb: str, words: list[str]) -> int:
     if verb == "run":
         stage(recipe, dry=_as_bool("dry_run", options.get("dry_run", False)))
     elif verb == "generate":
+        for name, value in options.items():
+            if not isinstance(value, str):
+                raise InputError(f"--{name} takes one path, got {value!r}")
         stage(recipe, **options)
     elif verb == "report":
         print(f"report: {stage(recipe)}")
@@ -183,7 +193,7 @@ def _theory(words: list[str]) -> int:
     try:
         procedure = BUILT_IN[given.procedure](**arguments)
     except TypeError as error:
-        raise InputError(f"procedure {given.procedure}: {error}") from error
+        raise InputError(f"procedure {given.procedure}: {error}: give --k, --tilt or --pmf") from error
     if given.plot and Path(given.plot).suffix.lower() != ".png":
         raise InputError(f"--plot writes a PNG, got {given.plot!r}: name it FILE.png")
     theory(procedure, kl=given.kl, beta=given.beta, as_json=given.json, plot=given.plot)

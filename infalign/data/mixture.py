@@ -78,6 +78,8 @@ def _read_entry(entry: Mapping[str, Any], prompt_column: str, base_dir: Path | N
     kept = entry.get("columns")
     if kept is None or not rows:
         return rows
+    if not isinstance(kept, (list, tuple)):
+        raise InputError(f"{entry['path']}: columns must be a list of names, got {kept!r}")
     missing = [name for name in kept if name not in rows[0]]
     if missing:
         raise InputError(f"{entry['path']}: no column {missing[0]!r}; the columns are {', '.join(map(repr, rows[0]))}")

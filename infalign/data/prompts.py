@@ -168,6 +168,8 @@ def _from_prompt(value: Any) -> str | Messages:
     if isinstance(value, str):
         if not value.strip():
             raise InputError("the prompt is empty")
+        if any("\ud800" <= letter <= "\udfff" for letter in value):
+            raise InputError("the prompt holds half a surrogate pair, which is no text")
         return value
     if not isinstance(value, (list, tuple)):
         raise InputError(f"the prompt is {value!r:.40}, neither text nor a chat")

@@ -94,7 +94,7 @@ def read_file(path: Path, text_column: str = "prompt") -> list[Row]:
     except (OSError, EOFError, ValueError, zlib.error) as error:  # pyarrow's and the decoder's errors are ValueErrors
         raise InputError(f"{path}: cannot be read ({_first_line(error)})") from error
     if suffix == ".txt":
-        return [{text_column: line} for line in text.splitlines() if line.strip()]
+        return [{text_column: line} for line in text.replace("\r\n", "\n").split("\n") if line.strip()]
     if suffix == ".csv":
         return _read_csv(text, path)
     return _read_jsonl(text, path) if suffix == ".jsonl" else _read_json(text, path)

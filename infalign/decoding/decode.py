@@ -18,17 +18,20 @@ Scorer = Callable[[Sequence[Prompt], Sequence[Sample]], NDArray[np.float64]]
 
 @dataclass(frozen=True)
 class Decoded:
-    """The chosen completion of a prompt, with all its candidates and their rewards (NaN: no score)."""
+    """The chosen completion of a prompt, with all its candidates and their rewards (NaN: no score).
+
+    `chosen` is None when no candidate has a score.
+    """
 
     prompt: Prompt
-    chosen: int
+    chosen: int | None
     candidates: tuple[Sample, ...]
     rewards_N: NDArray[np.float64]
 
     @property
-    def text(self) -> str:
+    def text(self) -> str | None:
         """The chosen completion."""
-        return self.candidates[self.chosen].text
+        return None if self.chosen is None else self.candidates[self.chosen].text
 
 
 def decode(
@@ -61,6 +64,7 @@ def decode(
         rewards_PN = score([by_key[sample.key] for sample in samples], samples).reshape(len(batch), procedure.n)
         for row, head in enumerate(batch):
             rng = stream(seed, "decode", head.key)
-            chosen = int(procedure.select(rewards_PN[row : row + 1], rng)[0])
+            scored = not np.isnan(rewards_PN[row]).all()
+            chosen = int(procedure.select(rewards_PN[row : row + 1], rng)[0]) if scored else None
             candidates = tuple(samples[row * procedure.n : (row + 1) * procedure.n])
             yield Decoded(by_key[head.key], chosen, candidates, rewards_PN[row])

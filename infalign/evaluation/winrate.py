@@ -172,6 +172,8 @@ def _cross(policy_M: Array, weights_M: Array, base_M: Array, base_weights_M: Arr
 
 
 def _rows(rewards_PM: Rewards, name: str, procedure: Procedure) -> list[Array]:
+    if not hasattr(procedure, "order_weights"):
+        raise InputError(f"procedure must be a Procedure such as BestOfN(4), got {procedure!r}")
     rows = [np.asarray(row, dtype=np.float64) for row in rewards_PM]
     rows = [row[~np.isnan(row)] for row in rows]
     _check_counts(rows, name, procedure)

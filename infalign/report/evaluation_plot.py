@@ -65,6 +65,9 @@ def _draw_rows(axes: Axes, rows: Sequence[Row], places: Sequence[float], color: 
     axes.plot([row["mean"] for row in rows], places, "o", color=color, markersize=7, label=label)
 
 
+_LARGEST = 1e100  # a larger reward is drawn at this one: bins of more overflow
+
+
 @styled()
 def draw_rewards(base: Floats, policy: Floats, reward: str) -> Figure:
     """Two histograms of raw rewards on the same bins.
@@ -74,7 +77,9 @@ def draw_rewards(base: Floats, policy: Floats, reward: str) -> Figure:
         reward: its name.
     """
     figure, (axes,) = new_figure()
-    edges = np.histogram_bin_edges(np.concatenate([base, policy]), bins=_bin_count(base, policy))
+    shown = np.clip(np.concatenate([base, policy]), -_LARGEST, _LARGEST)
+    base, policy = shown[: base.size], shown[base.size :]
+    edges = np.histogram_bin_edges(shown, bins=_bin_count(base, policy))
     for values, color, name in ((base, BASE, "base"), (policy, POLICY, "policy")):
         share = np.histogram(values, bins=edges)[0] / values.size
         axes.stairs(share, edges, fill=True, color=color, alpha=0.25)

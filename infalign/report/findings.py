@@ -81,7 +81,7 @@ def read_findings(folder: Path) -> Findings:
     calibration = read_manifest(folder / "calibration", "calibration")
     evaluation = _numbers(_json(folder / "evaluation.json", "the evaluation"))
     return Findings(
-        recipe=None if recipe is None else recipe["recipe"],
+        recipe=None if recipe is None else recipe.get("recipe"),
         calibration=calibration,
         policy=read_manifest(folder / "policy", "policy"),
         log=_json(folder / "policy" / "training_log.json", "the training log"),

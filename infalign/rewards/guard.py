@@ -121,13 +121,13 @@ class GuardedReward:
         return {p.name: arguments[p.name] for p in named if p.name in arguments}
 
     def _attempts(self, arguments: dict[str, Any]) -> Any:
-        cause: Exception | None = None
+        cause: BaseException | None = None
         for attempt in range(self.retries + 1):
             try:
                 return self._call(arguments)
             except (RewardError, InputError):
                 raise
-            except Exception as error:  # a reward is foreign code: anything it raises may be passing trouble
+            except (Exception, SystemExit) as error:  # foreign code: anything it raises may be passing trouble
                 self.counts["timeouts"] += isinstance(error, TimeoutError)
                 cause = error
             if attempt < self.retries:

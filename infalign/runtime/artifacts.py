@@ -134,6 +134,8 @@ def read_manifest(folder: Path, kind: str) -> dict[str, Any] | None:
     if not path.exists():
         return None
     manifest = read_json(path, "the manifest")
+    if "kind" not in manifest or "parts" not in manifest:
+        raise InputError(f"the manifest {path} is damaged: delete it and run again to make it anew")
     if manifest.get("kind") != kind:
         raise InputError(f"{folder} holds a {manifest.get('kind')!r}, not a {kind!r}: use another output_dir")
     if manifest.get("format") != FORMAT:

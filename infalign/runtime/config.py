@@ -13,13 +13,15 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import enum
+import os
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
+import numpy as np
 import yaml
 
 from infalign.types import InputError
@@ -34,6 +36,8 @@ class _StrictLoader(yaml.SafeLoader):
         seen: set[object] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                raise InputError(f"line {key_node.start_mark.line + 1}: a key must be a word, got {key!r}")
             if key in seen:
                 raise InputError(f"line {key_node.start_mark.line + 1}: the key {key!r} is given twice: keep one")
             seen.add(key)
@@ -80,7 +84,7 @@ def read_flags(argv: Sequence[str]) -> dict[str, Any]:
     while words:
         word = words.pop(0)
         if not word.startswith("--"):
-            raise InputError(f"{word!r} belongs to no flag: flags look like --name value")
+            raise InputError(f"{word!r} belongs to no flag: flags start with two dashes, --name value")
         name, given, inline = word[2:].partition("=")
         values = [inline] if given else []
         while words and not given and not words[0].startswith("--"):
@@ -139,7 +143,7 @@ def check(values: Mapping[str, Any], flags: Mapping[str, Any], hints: Hints) -> 
 def _from_text(value: Any, hint: Any) -> Any:
     """A flag's text as the type asks: first as a YAML scalar, then as the text itself, then as a list of one."""
     words = value if isinstance(value, list) else [value]
-    read = [yaml.load(word, Loader=_StrictLoader) if isinstance(word, str) else word for word in words]
+    read = [_scalar(word) if isinstance(word, str) else word for word in words]
     attempts = [read, words] if isinstance(value, list) else [read[0], value, read, words]
     error = TypeError("no value")
     for attempt in attempts:
@@ -148,6 +152,14 @@ def _from_text(value: Any, hint: Any) -> Any:
         except TypeError as problem:
             error = problem if attempt is attempts[0] else error
     raise error
+
+
+def _scalar(word: str) -> Any:
+    """A word as YAML reads it; as it stands where it is no YAML (`--system_prompt "Answer: yes: no"`)."""
+    try:
+        return yaml.load(word, Loader=_StrictLoader)
+    except (yaml.YAMLError, InputError):
+        return word
 
 
 def coerce(value: Any, hint: Any) -> Any:
@@ -179,6 +191,12 @@ def coerce(value: Any, hint: Any) -> Any:
 def _coerce_scalar(value: Any, hint: Any) -> Any:
     if hint in (None, type(None)):
         return _expect(value is None, None, value, "nothing")
+    if isinstance(value, np.generic):  # from a notebook
+        value = value.item()
+    if hint is str and isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if hint is str and isinstance(value, str) and not _is_text(value):
+        raise TypeError(f"expected text, got {value!r}, which holds half a surrogate pair")
     if hint is float:
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         return _expect(number, float(value) if number else None, value, "a number")
@@ -188,6 +206,14 @@ def _coerce_scalar(value: Any, hint: Any) -> Any:
         return _expect(isinstance(value, str), value, value, "a path")
     named: str = {str: "text", bool: "true or false"}.get(hint) or str(hint.__name__)
     return _expect(isinstance(value, hint), value, value, named)
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _coerce_union(value: Any, members: tuple[Any, ...]) -> Any:

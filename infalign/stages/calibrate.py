@@ -52,6 +52,7 @@ def calibrate(recipe: Recipe, experiment: Experiment | None = None) -> dict[str,
     if is_main():
         more = {"diagnostics": dataclasses.asdict(diagnostics), "prompts": len(prompts), "samples_per_prompt": count}
         write_manifest(table.folder, "calibration", parts, **more)
+        experiment.record()
         _tell(diagnostics, drawn)
     return {"drawn": drawn, "diagnostics": diagnostics, "folder": table.folder}
 

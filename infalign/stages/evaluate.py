@@ -18,11 +18,12 @@ from infalign.calibration.table import SampleTable, Wanted
 from infalign.evaluation.limits import Estimate, attainment, cluster_mean, regret_ratio, tie_limit
 from infalign.evaluation.winrate import WinRate, judged_win_rate, tied_weights, win_rate
 from infalign.generation.likelihood import sequence_kl
-from infalign.runtime.artifacts import fingerprint, without_nan, write_json, write_whole
+from infalign.runtime.artifacts import differences, fingerprint, read_manifest, without_nan, write_json, write_whole
 from infalign.runtime.console import Progress, notice, say
 from infalign.runtime.distributed import barrier, is_main
 from infalign.stages.experiment import Experiment
 from infalign.stages.filling import fill
+from infalign.stages.objective import describe_transform
 from infalign.stages.output import clear_if_stale
 from infalign.stages.recipe import Recipe, require_plain
 from infalign.theory.optimum import win_rate_limit
@@ -55,23 +56,51 @@ def evaluate(recipe: Recipe, experiment: Experiment | None = None) -> dict[str, 
     """
     require_plain(recipe)
     experiment = experiment or Experiment(recipe)
-    _check_samples(recipe, experiment.procedure)
+    check_samples(recipe, experiment.procedure)
     experiment.claim_output()
     judged = experiment.judged_path
+    _check_trained_for(experiment)
     prompts = list(experiment.splits.test)
     base, drawn_base = _sample(experiment, experiment.base_path, "base", prompts)
     policy, drawn_policy = _sample(experiment, judged, "policy", prompts)
     kl, log_ratio = _measure_kl(experiment, policy, prompts)
     measured = _scored(experiment, base, policy, prompts)
-    result = summarise(experiment, measured, kl, log_ratio)
-    result = without_nan(result | _sample_facts(experiment, base, policy, prompts, measured))
+    with np.errstate(over="ignore"):  # rewards near the largest float: their mean is infinite, and shown as absent
+        result = summarise(experiment, measured, kl, log_ratio)
+        result = without_nan(result | _sample_facts(experiment, base, policy, prompts, measured))
     if is_main():
         write_json(recipe.output / "evaluation.json", result)
+        experiment.record()
     barrier()
     return {**result, "drawn": drawn_base + drawn_policy}
 
 
-def _check_samples(recipe: Recipe, procedure: Procedure) -> None:
+def _check_trained_for(experiment: Experiment) -> None:
+    """The folder's own policy is judged by what it was trained for; `eval_n` gives further N beside it."""
+    if experiment.recipe.policy_name_or_path:
+        return
+    manifest = read_manifest(experiment.policy_path, "policy") or {"parts": {}}
+    now = {
+        "procedure": repr(experiment.procedure),
+        "transform": describe_transform(experiment.recipe, experiment.transform),
+        "beta": float(f"{experiment.beta:.6g}"),
+    }
+    found = differences({name: manifest["parts"].get(name) for name in now}, now)
+    if found:
+        raise InputError(
+            f"{experiment.policy_path} was trained for something else ({'; '.join(found)}): evaluate it with its own "
+            "recipe (other N: eval_n), or name it with --policy_name_or_path"
+        )
+
+
+def check_samples(recipe: Recipe, procedure: Procedure) -> None:
+    """Enough samples and prompts for every decoder asked for.
+
+    Raises:
+        InputError: naming what to raise or lower.
+    """
+    if recipe.num_test_prompts < 1:
+        raise InputError(f"num_test_prompts must be at least 1 to evaluate, got {recipe.num_test_prompts}")
     needed = max([procedure.n, *recipe.eval_n])
     if recipe.eval_samples < needed:
         raise InputError(
@@ -169,7 +198,7 @@ def summarise(experiment: Experiment, measured: Measured, kl: Estimate, log_rati
     tied = tie_limit(procedure, base_rewards, kl.mean)
     return {
         "procedure": repr(procedure),
-        "transform": repr(experiment.transform),
+        "transform": describe_transform(recipe, experiment.transform),
         "beta": float(f"{experiment.beta:.6g}"),
         "target_kl": recipe.target_kl,
         "reward": experiment.reward.name,
@@ -299,9 +328,7 @@ def tell(result: Mapping[str, Any]) -> None:
             + "".join(f"{cell:<{width}}" for cell, width in zip(cells, _WIDTHS, strict=True)).rstrip()
         )
     say()
-    say(
-        "  * the decoder trained for. limit: the most that any method reaches at this KL with a reward that never ties;"
-    )
+    say("  * the recipe's decoder. limit: the most that any method reaches at this KL with a reward that never ties;")
     say(
         f"    with this reward's ties ({main['tie_rate']:.0%}): {main['tie_limit']:.3f}, "
         f"attainment {_shown(main['tie_attainment'], 2)}."

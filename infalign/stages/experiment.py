@@ -261,21 +261,32 @@ class Experiment:
         require(self.recipe, "output_dir")
         folder, path = self.recipe.output, self.recipe.output / "recipe.json"
         identity = self._identity()
-        if path.exists():
-            found = differences(read_json(path, "the recipe record")["identity"], identity)
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"output_dir {folder} is a file: give a folder")
+        held = read_json(path, "the recipe record") if path.exists() else None
+        if held is not None:
+            if "identity" not in held:
+                raise InputError(f"the recipe record {path} is damaged: delete it and run again")
+            found = differences(held["identity"], identity)
             if found and not self.recipe.overwrite:
                 raise InputError(
                     f"output_dir {folder} belongs to another recipe ({'; '.join(found)}): give another --output_dir, "
                     "or --overwrite to replace what it holds"
                 )
-        elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        elif folder.exists() and any(folder.iterdir()):
             raise InputError(f"output_dir {folder} is not empty and is not infalign's: give another --output_dir")
         barrier()  # every rank has looked before rank 0 writes
-        if is_main():
-            names = [one.name for one in dataclasses.fields(self.recipe) if one.name != "overwrite"]
-            values = {name: getattr(self.recipe, name) for name in names}
-            write_json(path, {"identity": identity, "fingerprint": fingerprint(identity), "recipe": values})
+        if is_main() and (held is None or self.recipe.overwrite):
+            self.record()
         barrier()
+
+    def record(self) -> None:
+        """Write down the recipe that the folder's artifacts were made with (rank 0 of a stage that succeeds)."""
+        identity = self._identity()
+        names = [one.name for one in dataclasses.fields(self.recipe) if one.name != "overwrite"]
+        values = {name: getattr(self.recipe, name) for name in names}
+        content = {"identity": identity, "fingerprint": fingerprint(identity), "recipe": values}
+        write_json(self.recipe.output / "recipe.json", content)
 
     def _identity(self) -> dict[str, Any]:
         names = ("model_name_or_path", "model_revision", "dataset_name", "dataset_config", "dataset_data_dir")

@@ -11,11 +11,11 @@ from infalign.data.templates import check_lengths
 from infalign.decoding.decode import Decoded, decode
 from infalign.rewards.scoring import score_samples
 from infalign.runtime.artifacts import write_whole
-from infalign.runtime.console import Progress, say
+from infalign.runtime.console import Progress, notice, say
 from infalign.runtime.models import context_length
 from infalign.stages.experiment import Experiment
 from infalign.stages.recipe import Recipe, require
-from infalign.types import Prompt
+from infalign.types import InputError, Prompt
 
 
 def generate(recipe: Recipe, *, prompts: str | None = None, output: str | None = None) -> Path:
@@ -35,8 +35,11 @@ def generate(recipe: Recipe, *, prompts: str | None = None, output: str | None =
     experiment = Experiment(recipe)
     if output is None:
         require(recipe, "output_dir")
-    chosen, ids = _prompts(experiment, prompts)
     path = Path(output) if output else recipe.output / "generations.jsonl"
+    if path.is_dir():
+        raise InputError(f"--output {path} is a folder: name a file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    chosen, ids = _prompts(experiment, prompts)
     model = experiment.judged_path
     decoded = decode(
         chosen,
@@ -53,6 +56,9 @@ def generate(recipe: Recipe, *, prompts: str | None = None, output: str | None =
         for one in decoded:
             rows[one.prompt.key] = _record(one)
             progress.advance()
+    unscored = sum(row["chosen"] is None for row in rows.values())
+    if unscored:
+        notice(f"{unscored} of {len(rows)} prompts have no scored candidate: their completion is null")
     lines = "".join(json.dumps(rows[prompt.key], ensure_ascii=False) + "\n" for prompt in chosen)
     write_whole(path, lambda temporary: temporary.write_text(lines, encoding="utf-8"))
     say(f"{len(rows)} completions by {experiment.procedure!r} in {path}")
@@ -64,9 +70,15 @@ def _prompts(experiment: Experiment, file: str | None) -> tuple[list[Prompt], li
     if file is None:
         test = list(experiment.splits.test)
         return test, [experiment.prompt_ids[prompt.key] for prompt in test]
+    if not any(candidate.exists() for candidate in (Path(file), recipe.base_dir / file)):
+        raise InputError(f"--prompts {file!r}: no such file")
     loaded = load_prompts(
         file, prompt_column=recipe.prompt_column, data_format=recipe.data_format, base_dir=recipe.base_dir
     )
+    if loaded.duplicates:
+        notice(
+            f"{loaded.duplicates} duplicate prompts merged: {len(loaded.prompts)} completions for {loaded.rows} rows"
+        )
     prompts = experiment.with_system_prompt(loaded.prompts)
     checked = check_lengths(
         {prompt.key: experiment.render(prompt.content) for prompt in prompts},
@@ -85,7 +97,7 @@ def _record(one: Decoded) -> dict[str, Any]:
     return {
         "prompt": one.prompt.content,
         "completion": one.text,
-        "reward": rewards[one.chosen],
+        "reward": None if one.chosen is None else rewards[one.chosen],
         "chosen": one.chosen,
         "candidates": [
             {"completion": sample.text, "reward": reward, "finished": sample.finished}

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from infalign.rewards.fingerprint import callable_digest, digest
 from infalign.rewards.lookup import find_object
 from infalign.runtime.config import nearest
 from infalign.stages.recipe import Recipe
@@ -90,11 +91,23 @@ def _catalogue_transform(recipe: Recipe) -> Any:
         raise InputError(
             f"transform {name!r} must map an array of quantiles in (0, 1) to finite values of the same shape"
         )
+    if not np.ptp(values) > 0:
+        raise InputError(f"transform {name!r} is constant: it must tell low quantiles from high ones")
     return transform
 
 
 def _called(build: Any, arguments: dict[str, Any], what: str, name: str) -> Any:
     try:
         return build(**arguments)
-    except TypeError as error:
-        raise InputError(f"{what} {name!r} does not take {what}_kwargs {arguments}: {error}") from error
+    except InputError:
+        raise
+    except (TypeError, ValueError) as error:
+        verb = "needs" if "missing" in str(error) else "does not take"
+        raise InputError(f"{what} {name!r} {verb} {what}_kwargs {arguments}: {error}") from error
+
+
+def describe_transform(recipe: Recipe, transform: Any) -> str:
+    """A transform in words that stay the same from run to run; one's own function by its name and source."""
+    if hasattr(transform, "name"):
+        return repr(transform)
+    return f"{recipe.transform} {recipe.transform_kwargs or ''} {digest(callable_digest(transform))}"

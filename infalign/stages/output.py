@@ -12,6 +12,8 @@ from infalign.runtime.console import say
 from infalign.runtime.distributed import barrier, is_main
 from infalign.types import InputError
 
+STARTED = "started.json"  # what a training was started with, until its manifest says that it is finished
+
 
 def clear_if_stale(folder: Path, parts: Mapping[str, Any], overwrite: bool) -> None:
     """With `overwrite`, remove a table that was sampled with other settings (opening it would refuse)."""
@@ -41,6 +43,23 @@ def reusable(folder: Path, kind: str, parts: Mapping[str, Any], overwrite: bool)
         )
     _remove(folder)
     return False
+
+
+def refuse_stale_start(folder: Path, parts: Mapping[str, Any], overwrite: bool) -> None:
+    """Checkpoints of a training that started with other settings are not continued; with `overwrite` they go.
+
+    Raises:
+        InputError: naming what differs.
+    """
+    started = folder / STARTED
+    found = differences(read_json(started, "the record")["parts"], parts) if started.exists() else []
+    if found and not overwrite:
+        raise InputError(
+            f"{folder} holds an unfinished training with other settings ({'; '.join(found)}): give another "
+            "--output_dir, or --overwrite to start anew"
+        )
+    if found:
+        _remove(folder)
 
 
 def _remove(folder: Path) -> None:

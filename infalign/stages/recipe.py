@@ -196,6 +196,15 @@ def _check_together(recipe: Recipe) -> None:
         problems.append(f"temperature must be above 0, got {recipe.temperature}: greedy decoding has no distribution")
     if not 0 < recipe.confidence < 1:
         problems.append(f"confidence must be between 0 and 1, got {recipe.confidence}")
+    if not 0 <= recipe.seed < 2**32:
+        problems.append(f"seed must be between 0 and 2**32 - 1, got {recipe.seed}")
+    if recipe.top_k < 0 or not 0 < recipe.top_p <= 1 or not recipe.repetition_penalty > 0:
+        problems.append(
+            f"top_k must be at least 0, top_p in (0, 1], repetition_penalty above 0; got top_k={recipe.top_k}, "
+            f"top_p={recipe.top_p}, repetition_penalty={recipe.repetition_penalty}"
+        )
+    if recipe.min_p is not None and not 0 <= recipe.min_p <= 1:
+        problems.append(f"min_p must be between 0 and 1, got {recipe.min_p}")
     if recipe.dataset_name and recipe.datasets:
         problems.append("dataset_name and datasets are both given: keep one")
     if any(one < 1 for one in recipe.eval_n):

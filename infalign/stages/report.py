@@ -9,7 +9,7 @@ from infalign.report.findings import Findings, agree, read_findings
 from infalign.report.gallery import Objective, draw_all
 from infalign.report.page import Page, Setting, render_page
 from infalign.runtime.artifacts import write_whole
-from infalign.stages.objective import load_procedure, load_transform
+from infalign.stages.objective import describe_transform, load_procedure, load_transform
 from infalign.stages.recipe import Recipe, own_keys, require
 from infalign.theory.optimum import OptimalTransform
 from infalign.theory.tilted import tilt
@@ -70,9 +70,10 @@ def load_objective(recipe: Recipe, found: Findings) -> tuple[Objective | None, s
     except InputError as error:
         return None, f"No limit and transform plots: {error}"
     used = found.evaluation or (found.policy or {}).get("parts", {})
-    for name, made in (("procedure", procedure), ("transform", transform)):
-        if name in used and not agree(used[name], repr(made)):
-            return None, f"No limit and transform plots: recipe.json gives {name} {made!r}, but {used[name]} was used."
+    described = (("procedure", repr(procedure)), ("transform", describe_transform(recipe, transform)))
+    for name, made in described:
+        if name in used and not agree(used[name], made):
+            return None, f"No limit and transform plots: recipe.json gives {name} {made}, but {used[name]} was used."
     return Objective(procedure, transform, aim.density, float(aim.kl), float(win_rate)), ""
 
 

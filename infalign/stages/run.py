@@ -9,11 +9,28 @@ from typing import Any
 from infalign.runtime.console import say
 from infalign.stages.calibrate import calibrate
 from infalign.stages.estimate import dry_run
-from infalign.stages.evaluate import evaluate, tell
+from infalign.stages.evaluate import check_samples, evaluate, tell
 from infalign.stages.experiment import Experiment
 from infalign.stages.recipe import Recipe, load_recipe, require, require_plain
 from infalign.stages.report import report
-from infalign.stages.train import train
+from infalign.stages.train import check_batch, train, training_arguments
+from infalign.types import InputError
+
+
+def preflight(experiment: Experiment) -> None:
+    """Everything that can be known before hours of work: all stages' settings, rewards and batch sizes.
+
+    Raises:
+        InputError: the first thing that does not fit.
+    """
+    recipe = experiment.recipe
+    if recipe.policy_name_or_path:
+        raise InputError(
+            "policy_name_or_path is for evaluate and generate: `run` trains a policy and evaluates that one"
+        )
+    check_samples(recipe, experiment.procedure)
+    _ = experiment.transform, experiment.reward, experiment.gold
+    check_batch(training_arguments(experiment), len(experiment.splits.train))
 
 
 def run(config: Recipe | Mapping[str, Any] | str | Path, *, dry: bool = False, **flags: Any) -> dict[str, Any]:
@@ -34,14 +51,15 @@ def run(config: Recipe | Mapping[str, Any] | str | Path, *, dry: bool = False, *
     require(recipe, "model_name_or_path", "reward", "output_dir")
     require_plain(recipe)
     experiment = Experiment(recipe)
+    preflight(experiment)
     if dry:
         return dry_run(experiment)
     say(f"infalign: {experiment.procedure}, transform {recipe.transform}, output in {recipe.output}")
     calibrated = calibrate(recipe, experiment)
     trained = train(recipe, experiment)
     evaluated = evaluate(recipe, experiment)
-    page = report(recipe)
     tell(evaluated)
+    page = report(recipe)
     say(f"\nreport: {page}")
     return {
         "drawn": calibrated["drawn"] + evaluated["drawn"],

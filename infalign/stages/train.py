@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import os
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from infalign.calibration.table import SampleTable
 from infalign.runtime.artifacts import write_json, write_manifest
-from infalign.runtime.console import say
+from infalign.runtime.console import notice, say
 from infalign.runtime.distributed import is_main
 from infalign.stages.calibrate import calibration_parts, open_table, reference_rewards
 from infalign.stages.experiment import Experiment
-from infalign.stages.output import reusable
+from infalign.stages.objective import describe_transform
+from infalign.stages.output import STARTED, refuse_stale_start, reusable
 from infalign.stages.recipe import Recipe, require_plain
 from infalign.stages.training_keys import split_training
 from infalign.training.config import CTRLConfig
@@ -62,14 +62,24 @@ def train(recipe: Recipe, experiment: Experiment | None = None) -> dict[str, Any
     table = open_table(experiment)
     reference_rewards(experiment, table)
     experiment.release_models()
-    trainer = make_trainer(experiment, table)
-    trainer.train(resume_from_checkpoint=_checkpoint(recipe, folder))
+    refuse_stale_start(folder, parts, recipe.overwrite)
+    checkpoint = _checkpoint(recipe, folder)
+    try:
+        trainer = make_trainer(experiment, table)
+    except InputError:
+        raise
+    except (ValueError, ImportError) as error:  # TRL's and transformers' own refusals of a combination of settings
+        raise InputError(f"the training keys do not fit: {' '.join(str(error).split())}") from error
+    if is_main():
+        write_json(folder / STARTED, {"parts": parts})
+    trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.state.global_step == 0:
         raise InputError("training made 0 steps: max_steps or num_train_epochs is 0, or there is too little data")
     trainer.save_model(str(folder))
     if is_main():
         write_json(folder / "training_log.json", trainer.state.log_history)
         write_manifest(folder, "policy", parts, steps=trainer.state.global_step)
+        experiment.record()
     trainer.accelerator.wait_for_everyone()
     return {"folder": folder, "trained": True, "steps": trainer.state.global_step}
 
@@ -81,7 +91,7 @@ def training_parts(experiment: Experiment) -> dict[str, Any]:
     return {
         **{f"calibration {name}": value for name, value in calibration_parts(experiment).items()},
         "procedure": repr(experiment.procedure),
-        "transform": repr(experiment.transform),
+        "transform": describe_transform(recipe, experiment.transform),
         "beta": float(f"{experiment.beta:.6g}"),
         "calibration_method": recipe.calibration_method,
         **training,
@@ -96,7 +106,7 @@ def make_trainer(experiment: Experiment, table: SampleTable) -> CTRLTrainer:
     _, adapter = split_training(recipe.training)
     model = ModelConfig(model_name_or_path=experiment.base_path, **adapter)
     splits = experiment.splits
-    _check_batch(arguments, len(splits.train))
+    check_batch(arguments, len(splits.train))
     trainer = CTRLTrainer(
         experiment.base_path,
         reward,
@@ -122,6 +132,10 @@ def training_arguments(experiment: Experiment) -> CTRLConfig:
     """
     recipe = experiment.recipe
     ours, _ = split_training(recipe.training)
+    if ours.get("max_steps") == 0:
+        raise InputError("training made 0 steps: max_steps is 0; leave it out to train num_train_epochs")
+    if recipe.dtype == "float16":
+        raise InputError("dtype float16 can't be trained in: its range is too small; use bfloat16 or float32")
     shared = {
         "output_dir": str(experiment.policy_path),
         "seed": recipe.seed,
@@ -149,7 +163,12 @@ def training_arguments(experiment: Experiment) -> CTRLConfig:
         raise InputError(f"the training keys do not fit: {' '.join(str(error).split())}") from error
 
 
-def _check_batch(arguments: CTRLConfig, prompts: int) -> None:
+def check_batch(arguments: CTRLConfig, prompts: int) -> None:
+    """A generation needs so many distinct prompts.
+
+    Raises:
+        InputError: there are fewer, or evaluation during training has no validation prompts.
+    """
     needed = int(arguments.generation_batch_size or 0) // int(arguments.num_generations or 1)
     if prompts < needed:
         raise InputError(
@@ -170,11 +189,36 @@ def _checkpoint(recipe: Recipe, folder: Path) -> str | None:
     """The newest checkpoint of a killed run, or the one that the recipe names."""
     named = recipe.training.get("resume_from_checkpoint")
     if isinstance(named, str) and named.lower() not in ("true", "false"):
+        if not (Path(named) / "trainer_state.json").is_file():
+            raise InputError(f"resume_from_checkpoint {named!r} is no whole checkpoint (trainer_state.json is missing)")
         return named
-    found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    if found is not None:
-        say(f"continuing from {os.path.basename(found)}")
-    return found
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    for path in found:
+        lacking = missing_from_checkpoint(path)
+        if not lacking:
+            say(f"continuing from {path.name}")
+            return str(path)
+        notice(f"{path.name} was not written whole (no {lacking}): it is passed over")
+    return None
+
+
+def missing_from_checkpoint(path: Path) -> str:
+    """What a checkpoint lacks, or "". The trainer writes trainer_state.json last."""
+    wanted = {
+        "weights": ("*.safetensors", "pytorch_model*", "global_step*"),
+        "optimizer": ("optimizer*", "global_step*"),
+        "scheduler.pt": ("scheduler.pt", "global_step*"),
+        "rng_state": ("rng_state*.pth",),
+        "trainer_state.json": ("trainer_state.json",),
+    }
+    for what, patterns in wanted.items():
+        if not any(any(path.glob(pattern)) for pattern in patterns):
+            return what
+    try:
+        json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+    except ValueError:
+        return "readable trainer_state.json"
+    return ""
 
 
 def memory_estimate(parameters: int, trainable: int, dtype: str) -> int:

@@ -44,6 +44,10 @@ class CTRLReward:
         column: str = "ref_rewards",
         on_error: Literal["error", "mask"] = "error",
     ) -> None:
+        if not callable(transform):
+            raise InputError(
+                f"transform must be a function of the quantile, got {transform!r}: e.g. optimal_transform(...)"
+            )
         self.raw = reward if isinstance(reward, Reward) else load_reward(reward, on_error=on_error)
         self.transform = transform
         self.method: Method = method
@@ -80,7 +84,8 @@ class CTRLReward:
             raise RewardError(f"the transform {self.transform!r} is not finite on (0, 1): bound it")
         if log_metric is not None and scored_B.any():
             for name, values in (("raw", raw_B), ("calibrated", calibrated_B), ("transformed", transformed_B)):
-                log_metric(f"reward/{name}", float(values[scored_B].mean()))
+                with np.errstate(over="ignore"):  # the mean of rewards near the largest float
+                    log_metric(f"reward/{name}", float(values[scored_B].mean()))
         if log_metric is not None:
             log_metric("reward/unscored", float(1.0 - scored_B.mean()))
         return [float(value) if scored else None for value, scored in zip(transformed_B, scored_B, strict=True)]

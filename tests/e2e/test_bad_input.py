@@ -74,6 +74,13 @@ CHANGES = {
     "too many prompts asked for": ({"num_train_prompts": 100}, "100"),
     "prompt too long": ({"max_prompt_length": 1}, "longer than 1 token"),
     "truncating sampling": ({"top_p": 0.9}, "log-probabilities and KL would be those of another distribution"),
+    "constant transform": ({"transform": "CONSTANT:flat"}, "is constant: it must tell"),
+    "k missing": ({"procedure": "kth_of_n"}, "needs procedure_kwargs"),
+    "pmf of words": ({"procedure": "random_n", "procedure_kwargs": {"pmf": "abc"}}, "procedure_kwargs {'pmf': 'abc'}"),
+    "seed out of range": ({"seed": -1}, "seed must be between 0 and 2**32 - 1, got -1"),
+    "top_p out of range": ({"top_p": 2.0}, "top_p in (0, 1]"),
+    "half a surrogate": ({"system_prompt": "\ud800"}, "system_prompt: expected text"),
+    "output_dir is a file": ({"output_dir": "FOLDER/score.py"}, "is a file: give a folder"),
     "a directory of something else": ({"output_dir": "FOLDER"}, "is not empty and is not infalign's"),
 }  # fmt: skip
 
@@ -82,7 +89,10 @@ CHANGES = {
 def test_recipes_that_do_not_fit(case, calibrated, tmp_path, capsys):
     folder, keys = calibrated
     change, message = CHANGES[case]
-    change = {name: str(folder) if value == "FOLDER" else value for name, value in change.items()}
+    (tmp_path / "flat.py").write_text("def flat(u):\n    return u * 0.0\n")
+    places = {"FOLDER": str(folder), "CONSTANT": str(tmp_path / "flat.py")}
+    for place, path in places.items():
+        change = {n: v.replace(place, path) if isinstance(v, str) else v for n, v in change.items()}
     work = tmp_path / "work"
     work.mkdir()
     line = refused(capsys, work, {**keys, "output_dir": str(tmp_path / "fresh"), **change})
@@ -194,6 +204,41 @@ class TestTraining:
         assert "normalize_advantages" in refused(capsys, work, {**keys, "normalize_advantages": True}, "train")
 
 
+class TestResume:
+    @pytest.fixture
+    def interrupted(self, copy):
+        """A training that was stopped after two checkpoints, before its manifest."""
+        work, keys = copy
+        keys = {**keys, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 5}
+        assert run_cli(work, keys, "train") == 0
+        policy = Path(keys["output_dir"]) / "policy"
+        for name in ("manifest.json", "model.safetensors", "training_log.json"):
+            (policy / name).unlink()
+        return work, keys, policy
+
+    def test_it_continues(self, interrupted, capsys):
+        work, keys, policy = interrupted
+        assert run_cli(work, {**keys, "max_steps": 3}, "train") == 2  # another recipe: refused
+        assert run_cli(work, keys, "train") == 0
+        assert "continuing from checkpoint-2" in capsys.readouterr().out
+        assert (policy / "manifest.json").is_file()
+
+    def test_a_half_written_checkpoint_is_passed_over(self, interrupted, capsys):
+        work, keys, policy = interrupted
+        (policy / "checkpoint-2" / "trainer_state.json").unlink()
+        assert run_cli(work, keys, "train") == 0
+        captured = capsys.readouterr()
+        assert "checkpoint-2 was not written whole (no trainer_state.json)" in captured.err
+        assert "continuing from checkpoint-1" in captured.out
+
+    def test_another_recipe_is_refused(self, interrupted, capsys):
+        work, keys, _policy = interrupted
+        line = refused(capsys, work, {**keys, "learning_rate": 1e-9, "procedure": "worst_of_n"}, "train")
+        assert "unfinished training with other settings" in line and "learning_rate: 0.001 -> 1e-09" in line
+        assert run_cli(work, {**keys, "learning_rate": 1e-9}, "train", "--overwrite") == 0
+        assert "continuing" not in capsys.readouterr().out
+
+
 class TestTables:
     @pytest.mark.parametrize(
         ("change", "message"),
@@ -261,6 +306,34 @@ class TestTables:
 
 
 class TestEvaluation:
+    def test_a_policy_trained_for_something_else(self, copy, capsys):
+        work, keys = copy
+        assert run_cli(work, keys, "train") == 0
+        line = refused(capsys, work, {**keys, "n": 3}, "evaluate")
+        assert "was trained for something else" in line and "BestOfN(2)" in line and "BestOfN(3)" in line
+        recorded = json.loads((Path(keys["output_dir"]) / "recipe.json").read_text())
+        assert recorded["recipe"]["n"] == 2, "a refused command must not rewrite the record"
+        policy = str(Path(keys["output_dir"]) / "policy")
+        assert run_cli(work, {**keys, "n": 3}, "evaluate", "--policy_name_or_path", policy) == 0
+
+    def test_a_huge_reward_does_not_cost_the_table(self, calibrated, tmp_path, capsys):
+        _folder, keys = calibrated
+        (tmp_path / "big.py").write_text(
+            "def big(completion_ids, **_):\n    return [1e308 if i[0] % 2 else 1.0 for i in completion_ids]\n"
+        )
+        changed = {**keys, "reward": str(tmp_path / "big.py") + ":big", "output_dir": str(tmp_path / "out")}
+        assert run_cli(tmp_path, changed, "run") == 0
+        assert "report: " in capsys.readouterr().out
+
+    def test_generate_with_unscored_candidates(self, calibrated, tmp_path, capsys):
+        folder, keys = calibrated
+        (tmp_path / "none.py").write_text("def none(completions, **_):\n    return [None] * len(completions)\n")
+        flags = ["--policy_name_or_path", str(folder / "model"), "--reward", str(tmp_path / "none.py") + ":none"]
+        assert run_cli(tmp_path, keys, "generate", *flags, "--output", str(tmp_path / "o.jsonl")) == 0
+        rows = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
+        assert [row["completion"] for row in rows] == [None] * 4
+        assert "4 of 4 prompts have no scored candidate" in capsys.readouterr().err
+
     def test_n_above_the_samples(self, copy, capsys):
         work, keys = copy
         line = refused(capsys, work, {**keys, "n": 16}, "evaluate")
@@ -274,6 +347,46 @@ class TestEvaluation:
     def test_nothing_to_report(self, tmp_path, capsys):
         assert main(["report", "--output_dir", str(tmp_path)]) == 2
         assert "holds nothing to report" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--eval_n", "1", "50"], "eval_samples is 8, but 50 candidates are drawn"),
+        (["--num_test_prompts", "0"], "num_test_prompts must be at least 1"),
+        (["--per_device_train_batch_size", "64"], "6 training prompts are fewer than the 16"),
+        (["--policy_name_or_path", "x"], "policy_name_or_path is for evaluate and generate"),
+        (["--max_steps", "0"], "max_steps is 0"),
+        (["--dtype", "float16"], "dtype float16 can't be trained in"),
+        (["--gold_reward", "nowhere.py:f"], "nowhere.py"),
+        (["--config", "a", "b"], "--config is given twice"),
+    ],
+)
+def test_run_and_dry_run_refuse_before_any_work(flags, message, calibrated, tmp_path, capsys):
+    _, keys = calibrated
+    fresh = {**keys, "output_dir": str(tmp_path / "fresh")}
+    for dry in ([], ["--dry_run"]):
+        assert message in refused(capsys, tmp_path, fresh, "run", *flags, *dry)
+    assert not (tmp_path / "fresh").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--report_to", "nonexist"], "the training keys do not fit: nonexist is not supported"),
+        (["--eval_strategy", "steps"], "the training keys do not fit"),
+        (["--resume_from_checkpoint", "nope"], "'nope' is no whole checkpoint"),
+    ],
+)
+def test_what_trl_refuses_is_one_line(flags, message, copy, capsys):
+    work, keys = copy
+    assert message in refused(capsys, work, keys, "train", *flags)
+
+
+def test_prose_in_a_flag_stays_prose(copy, capsys):
+    work, keys = copy
+    line = refused(capsys, work, keys, "calibrate", "--system_prompt", "Answer: yes: no", "--beta", "[x")
+    assert "--beta: expected a number" in line
 
 
 def test_an_unknown_flag(copy, capsys):
