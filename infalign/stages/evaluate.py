@@ -321,7 +321,7 @@ def tell(result: Mapping[str, Any]) -> None:
         mark = "*" if row["label"] == result["procedure"] else " "
         between = f"[{row['low']:.3f}, {row['high']:.3f}]"
         bounds = (_shown(row["limit"], 3), _shown(row["attainment"], 2), _shown(row["regret_ratio"], 1))
-        rewards = f"{row['base_reward']:.3f} -> {row['policy_reward']:.3f}"
+        rewards = f"{_shown(row['base_reward'], 3)} -> {_shown(row['policy_reward'], 3)}"
         cells = (row["judge"], f"{row['mean']:.3f}", between, *bounds, rewards)
         say(
             f"{mark} {row['label']:<16}"
