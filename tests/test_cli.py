@@ -42,6 +42,7 @@ def test_theory_as_json_and_plot(capsys, tmp_path):
     rows = {row["transform"]: row for row in json.loads(capsys.readouterr().out)["transforms"]}
     assert rows["optimal"]["win_rate"] == pytest.approx(0.992948, abs=1e-6)
     assert rows["identity"]["win_rate"] == pytest.approx(0.974457, abs=1e-6)
+    assert rows["log"]["win_rate"] == pytest.approx(0.985875, abs=1e-6)
     assert plot.read_bytes()[:4] == b"\x89PNG"
 
 

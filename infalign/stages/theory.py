@@ -53,11 +53,11 @@ def theory(
 
 
 def candidates(procedure: Procedure) -> Sequence[Any]:
-    """The catalogue, with both signs of the exponential and the mirror of log where low quantiles count."""
+    """The catalogue, with the falling sign of the exponential and the mirror of log where low quantiles count."""
     falling = procedure.monotone == "decreasing"
     signs = [-t if falling else t for t in TILTS]
-    first = transforms.log_mirror if falling else transforms.log
-    return [transforms.identity, first, transforms.normal_icdf, *(transforms.exponential(t) for t in signs)]
+    logs = [transforms.log, transforms.log_mirror] if falling else [transforms.log]
+    return [transforms.identity, *logs, transforms.normal_icdf, *(transforms.exponential(t) for t in signs)]
 
 
 def label(transform: Any) -> str:
