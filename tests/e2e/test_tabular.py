@@ -42,9 +42,9 @@ def test_worst_of_4_regret(tmp_path):
     found = chain(
         tmp_path,
         procedure="worst_of_n",
-        target_kl=0.8,
+        target_kl=0.78,
         beta_start=0.3,
-        max_steps=250,
+        max_steps=300,
         lr_scheduler_type="constant",
         adam_beta2=0.99,
     )
