@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -340,9 +339,3 @@ _WIDTHS = (9, 10, 18, 8, 12, 14, 18)
 
 def _shown(value: float | None, digits: int) -> str:
     return "-" if value is None or value != value else f"{value:.{digits}f}"
-
-
-def read_evaluation(folder: Path) -> dict[str, Any] | None:
-    """`evaluation.json` of an output folder, or None."""
-    path = folder / "evaluation.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
