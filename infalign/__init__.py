@@ -9,15 +9,20 @@ Dimension key, used as suffixes on names throughout (`rewards_PK` is prompts x r
     N candidates a procedure draws                        M evaluation samples per prompt
     Q points of a quantile grid    T tokens    V vocabulary    B batch    J reward levels    S models merged
 
-Importing this module loads no torch: every public name is fetched on first use.
+Importing this module loads no torch: every public name is fetched on first use. It switches the telemetry of the
+libraries off unless the environment already says otherwise (a library that is imported before it has made up its mind).
 """
 
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+for _name, _value in {"HF_HUB_DISABLE_TELEMETRY": "1", "TRACKIO_TELEMETRY": "0"}.items():
+    os.environ.setdefault(_name, _value)
 
 _HOME = {
     "BestOfN": "infalign.theory.procedures",

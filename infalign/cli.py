@@ -6,6 +6,7 @@ A user's mistake ends with one clear line on standard error and exit code 2; `--
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import os
 import sys
@@ -15,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from infalign import __version__
-from infalign.types import InputError, RewardError
+from infalign.runtime.distributed import PeerError
+from infalign.types import InputError, Interrupted, RewardError, TrainingError
 
 VERBS = {
     "run": "the whole experiment: calibrate, train, evaluate, report",
@@ -40,6 +42,7 @@ verbs:
 `--debug` shows the traceback of an error.
 
 example: infalign run --config quickstart --output_dir outputs/quickstart
+         infalign train --config RECIPE.yaml --accelerate_config zero3 --num_processes 8
 """
 
 
@@ -49,26 +52,47 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     try:
-        return _dispatch(words)
+        return _dispatch(words, debug)
     except (InputError, RewardError) as error:
-        if debug:
-            raise
-        print(f"infalign: error: {error}", file=sys.stderr)
-        return 2
+        return _told(error, 2, debug)
+    except TrainingError as error:
+        return _told(error, 1, debug)
+    except Interrupted as error:
+        from infalign.runtime.console import say  # noqa: PLC0415 - keeps --help fast
+
+        say(f"infalign: {error}")
+        return 143
+    except PeerError:
+        return 1
     except (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
         if debug or not error.filename:
             raise
         print(f"infalign: error: {error.filename}: {error.strerror}: give another path", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("infalign: interrupted; run the same command again to continue", file=sys.stderr)
-        return 130
     except BrokenPipeError:
         sys.stderr.close()
         return 0
+    except OSError as error:
+        if debug or error.errno not in _NO_ROOM:
+            raise
+        return _told(f"{error.strerror}: make room and run the same command again; what was finished is kept", 1, debug)
+    except KeyboardInterrupt:
+        print("infalign: interrupted; run the same command again to continue", file=sys.stderr)
+        return 130
 
 
-def _dispatch(words: list[str]) -> int:
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def _told(error: Exception | str, code: int, debug: bool) -> int:
+    """One line, or with --debug the traceback of the error being handled; returns the exit code."""
+    if debug:
+        raise
+    print(f"infalign: error: {error}", file=sys.stderr)
+    return code
+
+
+def _dispatch(words: list[str], debug: bool) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
         width = max(map(len, VERBS))
         print(_USAGE.format(verbs="\n".join(f"  {verb:<{width}}  {text}" for verb, text in VERBS.items())))
@@ -92,22 +116,41 @@ def _dispatch(words: list[str]) -> int:
     if any(word in ("-h", "--help") for word in rest):
         print(_verb_help(verb))
         return 0
-    return _recipe_verb(verb, rest)
+    return _recipe_verb(verb, rest, debug)
 
 
-def _recipe_verb(verb: str, words: list[str]) -> int:
-    """Every verb that reads a recipe."""
-    from infalign.runtime.config import read_flags  # noqa: PLC0415 - keeps --help fast
-    from infalign.stages.recipe import load_recipe  # noqa: PLC0415
+def _recipe_verb(verb: str, words: list[str], debug: bool) -> int:
+    """Every verb that reads a recipe: here, or (`--accelerate_config`) on several processes once the recipe is read."""
+    from infalign.runtime import launch  # noqa: PLC0415 - keeps --help fast
+    from infalign.runtime.config import read_flags  # noqa: PLC0415
+    from infalign.stages.recipe import find_recipe, load_recipe  # noqa: PLC0415
 
+    asked, words = launch.take_flags(words)
+    if asked and verb not in launch.VERBS:
+        raise InputError(f"{verb} runs in one process: leave --{next(iter(asked))} out")
     flags = read_flags(words)
     config = flags.pop("config", None)
     if config is not None and not isinstance(config, str):
         raise InputError("--config takes one path, e.g. --config recipe.yaml")
+    if config is not None and verb in launch.VERBS:
+        asked = launch.keys_of(find_recipe(config)) | asked
+    planned = launch.plan(asked)
+    if planned is None:
+        launch.check_started()
     if config is None and verb != "report":
         raise InputError(f"give a recipe: infalign {verb} --config RECIPE.yaml (or --config quickstart)")
     options = {name: flags.pop(name) for name in _OPTIONS.get(verb, {}) if name in flags}
     recipe = load_recipe(config, flags)
+    if planned is not None:
+        planned.start(verb, [*words, *(["--debug"] if debug else [])])
+    _call(verb, recipe, options)
+    return 0
+
+
+def _call(verb: str, recipe: Any, options: dict[str, Any]) -> None:
+    """One stage, and the line that says what it made."""
+    from infalign.runtime.console import say  # noqa: PLC0415 - keeps --help fast
+
     stage = _stage(verb, verb)
     if verb == "run":
         stage(recipe, dry=_as_bool("dry_run", options.get("dry_run", False)))
@@ -117,14 +160,13 @@ def _recipe_verb(verb: str, words: list[str]) -> int:
                 raise InputError(f"--{name} takes one path, got {value!r}")
         stage(recipe, **options)
     elif verb == "report":
-        print(f"report: {stage(recipe)}")
+        say(f"report: {stage(recipe)}")
     else:
         result = stage(recipe)
         if verb == "evaluate":
             _stage("evaluate", "tell")(result)
         if verb == "train" and result["trained"]:
-            print(f"policy: {result['folder']} ({result['steps']} steps)")
-    return 0
+            say(f"policy: {result['folder']} ({result['steps']} steps)")
 
 
 _OPTIONS: dict[str, dict[str, str]] = {
@@ -145,12 +187,17 @@ def _as_bool(name: str, value: Any) -> bool:
 
 def _verb_help(verb: str) -> str:
     """The keys that a recipe may set, by heading, with their defaults."""
+    from infalign.runtime import launch  # noqa: PLC0415 - keeps --help fast
     from infalign.stages.recipe import Recipe, own_keys  # noqa: PLC0415 - keeps --help fast
 
     defaults = Recipe()
     lines = [f"usage: infalign {verb} --config RECIPE.yaml [--KEY VALUE ...]", "", VERBS[verb], ""]
     for option, text in _OPTIONS.get(verb, {}).items():
         lines.append(f"  --{option:<25} {text}")
+    if verb in launch.VERBS:
+        lines += [""] if _OPTIONS.get(verb) else []
+        lines.append(f"several processes (launch/README.md; names: {', '.join(launch.names())}):")
+        lines += [f"  --{flag:<25} {text}" for flag, text in launch.FLAGS.items()]
     kind = ""
     for one in own_keys():
         if one.metadata["kind"] != kind:

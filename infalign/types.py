@@ -1,4 +1,4 @@
-"""What travels between rooms: small frozen dataclasses and the one error that is the user's to mend.
+"""What travels between rooms: small frozen dataclasses, and the errors that are told in one line.
 
 Dimension key (whole package): see `infalign/__init__.py`.
 """
@@ -27,6 +27,14 @@ class InputError(ValueError):
 
 class RewardError(RuntimeError):
     """A reward failed or returned something that is no reward, after all retries. Exit code 2 as well."""
+
+
+class TrainingError(RuntimeError):
+    """Training can't go on as it is (gradients or weights that are not finite). Told in one line, exit code 1."""
+
+
+class Interrupted(Exception):
+    """A SIGTERM was answered with a checkpoint; the message says how to go on. Exit code 143."""
 
 
 @dataclass(frozen=True)

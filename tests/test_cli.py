@@ -10,6 +10,7 @@ import time
 import pytest
 
 from infalign.cli import VERBS, main
+from infalign.runtime import launch
 
 
 def test_help_is_fast_and_names_every_verb():
@@ -27,6 +28,15 @@ def test_every_verb_has_help(verb, capsys):
     assert main([verb, "--help"]) == 0
     out = capsys.readouterr().out
     assert VERBS[verb] in out and "--num_calibration_samples" in out
+
+
+@pytest.mark.parametrize("verb", sorted(set(VERBS) - {"theory", "env"}))
+def test_help_shows_how_to_launch_the_verbs_that_can_be(verb, capsys):
+    assert main([verb, "--help"]) == 0
+    out = capsys.readouterr().out
+    shown = [name for name in launch.FLAGS if f"--{name} " in out]
+    assert shown == (list(launch.FLAGS) if verb != "report" else [])
+    assert ("zero3_offload" in out) == (verb != "report")
 
 
 def test_theory_prints_the_table(capsys):
@@ -65,6 +75,10 @@ def test_theory_as_json_and_plot(capsys, tmp_path):
         (["theory", "--procedure", "kth_of_n", "--k", "9", "--kl", "1"], "9"),
         (["theory", "--kl", "1", "--plot", "x.pdf"], "--plot writes a PNG, got 'x.pdf'"),
         (["env", "x"], "env takes no arguments, got x"),
+        (["train", "--accelerate_config", "zero33"], "'zero33' is unknown: did you mean 'zero3'? (one of cpu_ddp, "),
+        (["train", "--num_processes", "2"], "--num_processes needs a launch file: give --accelerate_config NAME"),
+        (["train", "--accelerate_config", "cpu_ddp", "--num_processes", "0"], "a whole number from 1, got '0'"),
+        (["report", "--accelerate_config", "zero3"], "report runs in one process: leave --accelerate_config out"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(words, message, capsys):

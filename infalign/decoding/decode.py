@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,37 +34,53 @@ class Decoded:
         return None if self.chosen is None else self.candidates[self.chosen].text
 
 
-def decode(
+def plan_decoding(
     prompts: Sequence[Prompt],
     prompt_ids: Sequence[tuple[int, ...]],
-    sampler: Sampler,
-    score: Scorer,
     procedure: Procedure,
     *,
     max_tokens: int,
     tokens_per_batch: int,
-    seed: int = 0,
-) -> Iterator[Decoded]:
-    """Decode prompts with a procedure, a batch of whole prompts at a time.
+) -> list[list[Request]]:
+    """Batches of whole prompts, one request each: the same list in every run and on every rank.
 
     Args:
         prompts, prompt_ids: the prompts and their tokens as the model sees them.
+        procedure: `procedure.n` candidates a prompt will be drawn.
+        max_tokens: the sampler's length limit.
+        tokens_per_batch: KV-cache tokens a batch may hold.
+    """
+    heads = [Request(prompt.key, 0, tuple(ids)) for prompt, ids in zip(prompts, prompt_ids, strict=True)]
+    return plan_batches(heads, max_tokens, max(1, tokens_per_batch // procedure.n))
+
+
+def decode(
+    batches: Sequence[Sequence[Request]],
+    by_key: Mapping[str, Prompt],
+    sampler: Sampler,
+    score: Scorer,
+    procedure: Procedure,
+    seed: int = 0,
+) -> Iterator[list[Decoded]]:
+    """Decode batches of prompts with a procedure, one after the other.
+
+    Args:
+        batches: of `plan_decoding`.
+        by_key: the prompts.
         sampler: draws the candidates.
         score: rewards of samples, each on its prompt.
         procedure: `procedure.n` candidates a prompt are drawn; it picks one.
-        max_tokens: the sampler's length limit, for the batch plan.
-        tokens_per_batch: KV-cache tokens a batch may hold.
         seed: of tie-breaking and of random procedures; keyed by prompt, so order and batches do not matter.
     """
-    by_key = {prompt.key: prompt for prompt in prompts}
-    heads = [Request(prompt.key, 0, tuple(ids)) for prompt, ids in zip(prompts, prompt_ids, strict=True)]
-    for batch in plan_batches(heads, max_tokens, max(1, tokens_per_batch // procedure.n)):
+    for batch in batches:
         requests = [Request(head.key, index, head.prompt_ids) for head in batch for index in range(procedure.n)]
         samples = sampler.sample(requests)
         rewards_PN = score([by_key[sample.key] for sample in samples], samples).reshape(len(batch), procedure.n)
+        decoded = []
         for row, head in enumerate(batch):
             rng = stream(seed, "decode", head.key)
             scored = not np.isnan(rewards_PN[row]).all()
             chosen = int(procedure.select(rewards_PN[row : row + 1], rng)[0]) if scored else None
             candidates = tuple(samples[row * procedure.n : (row + 1) * procedure.n])
-            yield Decoded(by_key[head.key], chosen, candidates, rewards_PN[row])
+            decoded.append(Decoded(by_key[head.key], chosen, candidates, rewards_PN[row]))
+        yield decoded

@@ -31,6 +31,7 @@ from infalign.generation.shared_prefix import (
     positions,
     unique_rows,
 )
+from infalign.runtime.distributed import any_rank
 from infalign.runtime.seeds import uniforms
 from infalign.types import Sample, SamplingSettings
 
@@ -83,8 +84,18 @@ def decode_rows(
     uniforms_BT: np.ndarray,
     settings: SamplingSettings,
     end_ids: Sequence[int],
+    *,
+    in_step: bool = False,
 ) -> list[tuple[list[int], list[float]]]:
     """Decode one completion a prompt, T tokens at most; row b is a function of prompt b and `uniforms_BT[b]`.
+
+    Args:
+        model: a causal language model.
+        prompts: B prompts' token ids.
+        uniforms_BT: one uniform a token.
+        settings: the sampling distribution; its `max_tokens` is T.
+        end_ids: tokens that end a completion.
+        in_step: all ranks make equally many forward passes, as weights that are sharded over them need.
 
     Returns:
         For each row its token ids (end token included) and their log-probabilities in nats.
@@ -92,7 +103,7 @@ def decode_rows(
     device = model.device
     uniforms = torch.as_tensor(uniforms_BT, device=device)
     ends = torch.tensor(list(end_ids), device=device)
-    state = _prefill(model, prompts, pad_id=end_ids[0] if end_ids else 0)
+    state = _prefill(model, prompts, pad_id=end_ids[0] if end_ids else 0, shared=not in_step)
     active = torch.arange(len(prompts), device=device)
     tokens_BT = torch.zeros(uniforms.shape, dtype=torch.long, device=device)
     logps_BT = torch.zeros(uniforms.shape, dtype=torch.float32, device=device)
@@ -107,9 +118,11 @@ def decode_rows(
         ended = active[torch.isin(chosen, ends)]
         lengths_B[ended] = lengths_B[ended].clamp(max=step + 1)
         going = lengths_B[active] > step + 1
-        if not bool(going.any()):
+        unfinished = bool(going.any())
+        if not (any_rank(unfinished) if in_step else unfinished):
             break
-        active, chosen = _drop_finished(state, active, chosen, going)
+        if unfinished:
+            active, chosen = _drop_finished(state, active, chosen, going)
         state["input_ids"] = chosen[:, None]
     return [
         (tokens[:length], logps[:length])
@@ -128,10 +141,10 @@ def _draw(logits_BV: Tensor, uniforms_B: Tensor) -> tuple[Tensor, Tensor]:
     return chosen[:, 0], logps_BV.gather(1, chosen)[:, 0]
 
 
-def _prefill(model: Any, prompts: Sequence[Sequence[int]], pad_id: int) -> dict[str, Any]:
+def _prefill(model: Any, prompts: Sequence[Sequence[int]], pad_id: int, shared: bool) -> dict[str, Any]:
     """The state of decoding after the prompts: the last prompt token is the next input of every row."""
     ids_BP, mask_BP = pad_left(prompts, pad_id, model.device)
-    if not is_shareable(model):
+    if not shared or not is_shareable(model):
         return {"input_ids": ids_BP, "mask": mask_BP, "cache": None, "seen": ids_BP, "compact": False}
     first, of_row = unique_rows(ids_BP, mask_BP)
     prefix = encode_prefixes(model, ids_BP[first], mask_BP[first])

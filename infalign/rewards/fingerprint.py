@@ -2,7 +2,8 @@
 
 They cover the source file (or the package version, or the source text of a function), the name, the keyword arguments,
 and the plain values (numbers, text, lists of them) that a function's closure or an object holds; not the files that the
-source imports, nor other objects it holds. An object with a `fingerprint` attribute speaks for itself.
+source imports, nor other objects it holds, nor secrets (`runtime.artifacts.without_secrets`): another key to the same
+server is the same reward. An object with a `fingerprint` attribute speaks for itself.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from infalign.runtime.artifacts import without_secrets
 
 
 def digest(*parts: Any) -> str:
@@ -72,7 +75,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, str]:
-    return {name: repr(value) for name, value in sorted(values.items())}
+    return {name: repr(value) for name, value in sorted(without_secrets(values).items())}
 
 
 def _version(package: str) -> str:

@@ -25,6 +25,7 @@ from infalign.rewards.contract import Text
 from infalign.rewards.fingerprint import callable_digest, digest
 from infalign.rewards.guard import GuardedReward, OnError
 from infalign.rewards.lookup import Found, find_object, one_line
+from infalign.runtime.artifacts import without_secrets
 from infalign.types import InputError
 
 _LISTS = {"prompts", "completions", "completion_ids"}
@@ -106,7 +107,7 @@ def load_reward(
     found = _find(spec, Path(base_dir))
     function = _build(found.value, options, name or found.name)
     own = getattr(function, "fingerprint", None)
-    identity = own if _is_classifier(function) else [found.source, own, options]
+    identity = own if _is_classifier(function) else [found.source, own, without_secrets(options)]
     guard = GuardedReward(
         function,
         name=name or found.name,
@@ -158,7 +159,7 @@ def _build(value: Any, options: dict[str, Any], name: str) -> Callable[..., Any]
         raise
     except Exception as error:  # the user's code
         raise InputError(
-            f"reward {name!r}: building it with {options or 'no arguments'} failed ({one_line(error)})"
+            f"reward {name!r}: building it with {without_secrets(options) or 'no arguments'} failed ({one_line(error)})"
         ) from error
     if _is_torch_module(built):
         return _classifier(built, {}, name)

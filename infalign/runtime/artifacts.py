@@ -9,13 +9,16 @@ and when they don't, the parts say which setting differs.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import importlib.metadata
 import json
 import math
 import os
 import platform
+import re
 import shutil
+import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -24,6 +27,11 @@ from typing import Any
 from infalign.types import InputError
 
 FORMAT = 1
+MANIFEST = "manifest.json"
+SECRET = "<secret>"
+_TORCH_WRITER = re.compile(r"PytorchStreamWriter|inline_container\.cc")
+_SECRET_KEY = re.compile(r"(.*_)?(api_key|token|secret|password)|authorization")
+_NO_SECRETS = {f"{name}_token" for name in ("pad", "eos", "bos", "unk", "cls", "sep", "mask", "image", "stop", "end")}
 _PACKAGES = ("infalign", "torch", "transformers", "trl", "accelerate", "deepspeed", "datasets", "numpy")
 
 
@@ -42,7 +50,8 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
     try:
-        write(temporary)
+        with disk_errors(path.parent):
+            write(temporary)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -54,6 +63,75 @@ def write_json(path: Path, value: object) -> None:
     """Write `value` as indented JSON, whole or not at all; NaN and infinities, which JSON lacks, become null."""
     text = json.dumps(without_nan(value), indent=2, default=str, allow_nan=False) + "\n"
     write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+@contextlib.contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Whatever a library calls a full disk is raised as the OSError that it is; every other error passes.
+
+    safetensors and the tokenizers raise classes of their own with the system's number in the text; torch.save loses
+    the number, so that the folder is asked.
+
+    Raises:
+        OSError: with its errno (ENOSPC, EDQUOT, EFBIG, ...).
+    """
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        text = str(error)
+        found = re.search(r"\(os error (\d+)\)", text)
+        number = int(found[1]) if found else None
+        if number is None and isinstance(error, RuntimeError) and _TORCH_WRITER.search(text):
+            number = _why_not_writable(folder)
+        if number is None:
+            raise
+        raise OSError(number, os.strerror(number), str(folder)) from error
+
+
+def _why_not_writable(folder: Path) -> int | None:
+    """The errno of writing a MiB to a folder, EFBIG where this process may only write files below a size, or None."""
+    probe = folder / f".{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        with open(probe, "wb") as file:
+            file.write(bytes(1 << 20))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error.errno
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink()
+    if sys.platform == "win32":
+        return None
+    import resource  # noqa: PLC0415 - absent on Windows
+
+    limited = resource.getrlimit(resource.RLIMIT_FSIZE)[0] != resource.RLIM_INFINITY
+    return errno.EFBIG if limited else None
+
+
+def without_secrets(value: Any) -> Any:
+    """A JSON-like value with "<secret>" in place of keys, tokens and passwords: what may be written down.
+
+    Secret is what stands under `api_key`, `token`, `secret`, `password`, `authorization` or a name that ends with
+    `_api_key`, `_token`, `_secret` or `_password` (`pad_token` and the like are none), at any depth.
+
+    >>> without_secrets({"hub_token": "hf_x", "reward_kwargs": {"api_key": "sk", "max_tokens": 5, "token": None}})
+    {'hub_token': '<secret>', 'reward_kwargs': {'api_key': '<secret>', 'max_tokens': 5, 'token': None}}
+    """
+    if isinstance(value, Mapping):
+        return {n: SECRET if _is_secret(n, one) else without_secrets(one) for n, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        plain = [without_secrets(one) for one in value]
+        return tuple(plain) if isinstance(value, tuple) else plain
+    return value
+
+
+def _is_secret(name: object, value: object) -> bool:
+    plain = str(name).lower().replace("-", "_")
+    known = bool(_SECRET_KEY.fullmatch(plain)) and plain not in _NO_SECRETS
+    return known and value is not None and not isinstance(value, bool)
 
 
 def without_nan(value: Any) -> Any:
@@ -84,7 +162,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
     temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
     temporary.mkdir()
     try:
-        yield temporary
+        with disk_errors(path.parent):
+            yield temporary
         if path.exists():
             old = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.old.tmp"
             os.replace(path, old)
@@ -117,11 +196,12 @@ def write_manifest(folder: Path, kind: str, parts: Mapping[str, Any], **more: An
     Args:
         folder: the artifact.
         kind: what it is, e.g. "calibration".
-        parts: everything its content depends on, by name.
+        parts: everything its content depends on, by name; secrets (`without_secrets`) are left out.
         more: anything worth recording that the content does not depend on.
     """
+    parts = without_secrets(parts)
     head = {"format": FORMAT, "kind": kind, "fingerprint": fingerprint(parts)}
-    write_json(folder / "manifest.json", {**head, "parts": dict(parts), **more, "versions": versions()})
+    write_json(folder / MANIFEST, {**head, "parts": parts, **without_secrets(more), "versions": versions()})
 
 
 def read_manifest(folder: Path, kind: str) -> dict[str, Any] | None:
@@ -130,7 +210,7 @@ def read_manifest(folder: Path, kind: str) -> dict[str, Any] | None:
     Raises:
         InputError: the manifest is of another kind, or of a newer format than this version reads.
     """
-    path = folder / "manifest.json"
+    path = folder / MANIFEST
     if not path.exists():
         return None
     manifest = read_json(path, "the manifest")
@@ -144,12 +224,12 @@ def read_manifest(folder: Path, kind: str) -> dict[str, Any] | None:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """The names in `new` whose values differ from `old`, each as "name: old -> new", shortened.
+    """The names in `new` whose values differ from `old`, each as "name: old -> new", shortened; secrets don't count.
 
     >>> differences({"a": 1, "b": 2}, {"a": 1, "b": 3})
     ['b: 2 -> 3']
     """
-    plain_old, plain_new = (json.loads(json.dumps(dict(side), default=str)) for side in (old, new))
+    plain_old, plain_new = (json.loads(json.dumps(without_secrets(side), default=str)) for side in (old, new))
     names = [name for name in {**plain_old, **plain_new} if plain_old.get(name) != plain_new.get(name)]
     return [f"{name}: {_short(plain_old.get(name))} -> {_short(plain_new.get(name))}" for name in names]
 

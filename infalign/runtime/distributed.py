@@ -1,13 +1,28 @@
-"""Ranks: who am I, whose turn is it. Reads the launcher's environment, so it costs no torch import by itself."""
+"""Ranks: who am I, whose turn is it, and what happens to the others when one of them fails.
+
+Reads the launcher's environment, so it costs no torch import by itself.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn, TypeVar
+
+from infalign.types import InputError, RewardError, TrainingError
 
 Item = TypeVar("Item")
+
+_TOLD = {kind.__name__: kind for kind in (InputError, RewardError, TrainingError)}
+
+
+_KNOWN = "_infalign_known_to_all_ranks"
+
+
+class PeerError(RuntimeError):
+    """Another process failed and says why; this one stops without a word of its own."""
 
 
 def rank() -> int:
@@ -42,8 +57,89 @@ def join(use_cpu: bool = False) -> None:
         PartialState(cpu=use_cpu)
 
 
+def even_share(items: Sequence[Item]) -> list[Item | None]:
+    """`my_share`, filled up with None: work whose every item is a collective must be equally long on all ranks.
+
+    >>> even_share([1, 2, 3])
+    [1, 2, 3]
+    """
+    most = -(-len(items) // world_size())
+    mine: list[Item | None] = list(my_share(items))
+    return mine + [None] * (most - len(mine))
+
+
 def barrier() -> None:
-    """Wait for the other ranks (nothing to wait for without a launcher)."""
+    """Wait for the other ranks (nothing to wait for without a launcher).
+
+    Raises:
+        PeerError: one of them is gone.
+    """
+    if not _connected():
+        return
+    try:
+        sys.modules["torch"].distributed.barrier()
+    except RuntimeError as error:  # the connection is closed: the launcher is about to stop this process, too
+        raise PeerError("another process has stopped") from error
+
+
+def gathered(value: Any) -> list[Any]:
+    """A picklable value of every rank, in rank order; `[value]` without a launcher.
+
+    Raises:
+        PeerError: one of them is gone.
+    """
+    if not _connected():
+        return [value]
+    values: list[Any] = [None] * world_size()
+    try:
+        sys.modules["torch"].distributed.all_gather_object(values, value)
+    except RuntimeError as error:
+        raise PeerError("another process has stopped") from error
+    return values
+
+
+def any_rank(flag: bool) -> bool:
+    """True when the flag is set on any rank."""
+    return any(gathered(flag))
+
+
+def fail(error: Exception) -> NoReturn:
+    """Raise what every rank has found out alike: rank 0 says it, the others leave without a word."""
+    raise _known(error) if is_main() else PeerError(str(error))
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """A block that all ranks pass at the same time: when it fails on one, it fails on all, and none waits for ever.
+
+    Rank 0 raises the failure by name (with the rank it happened on), every other rank a `PeerError`; a failure that
+    is none of infalign's own errors is raised where it happened, with its traceback.
+    """
+    mine: Exception | None = None
+    try:
+        yield
+    except Exception as error:  # whatever it is, the others must hear of it, unless they have
+        if isinstance(error, PeerError) or getattr(error, _KNOWN, False):
+            raise
+        mine = error
+    told = gathered(None if mine is None else (type(mine).__name__, str(mine)))
+    failed = next((number for number, what in enumerate(told) if what is not None), None)
+    if failed is None:
+        return
+    kind, message = told[failed]
+    if mine is not None and (failed == rank() == 0 or kind not in _TOLD or len(told) == 1):
+        raise _known(mine)
+    if is_main() and kind in _TOLD:
+        raise _known(_TOLD[kind](f"rank {failed}: {message}"))
+    raise PeerError(f"rank {failed}: {message}") from mine
+
+
+def _known(error: Exception) -> Exception:
+    """Mark an error that every rank knows of: an outer `together` passes it on without asking around again."""
+    setattr(error, _KNOWN, True)
+    return error
+
+
+def _connected() -> bool:
     torch = sys.modules.get("torch")
-    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()
+    return torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -7,10 +7,12 @@ file inside an installed package.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import hashlib
 import importlib.util
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -156,25 +158,54 @@ def load_policy(
     revision: str | None = None,
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
+    quantization: Any | None = None,
 ) -> PreTrainedModel:
-    """A causal language model for inference: eval mode, no dropout, safetensors only.
+    """A causal language model for inference: eval mode, no dropout, safetensors only, whole on every rank.
+
+    `quantization` is a transformers quantisation config, for the base policy of QLoRA.
 
     Raises:
         InputError: no such model, no network for a Hub id, or not a causal language model.
     """
-    extra = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    extra: dict[str, Any] = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    if quantization is not None:
+        extra |= {"quantization_config": quantization, "device_map": {"": device}}
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            name_or_path,
-            revision=revision,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,
-            **extra,
-        )
+        with replicated():
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                name_or_path,
+                revision=revision,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,
+                **extra,
+            )
     except (OSError, ValueError, ImportError) as error:
         raise InputError(_cannot_load("model", name_or_path, error)) from error
-    return model.to(device).eval()
+    return (model if quantization is not None else model.to(device)).eval()
+
+
+@contextlib.contextmanager
+def replicated() -> Iterator[None]:
+    """Load models whole on every rank, also while a launcher's ZeRO-3 or FSDP would shard what is loaded.
+
+    Under ZeRO-3 `from_pretrained` partitions parameters to shape 0 (a reward model's score then crashes); under FSDP
+    ranks other than 0 get no weights at all. Only the trainer's own models may be loaded so.
+    """
+    integration: Any = sys.modules.get("transformers.integrations.deepspeed")
+    held = getattr(integration, "_hf_deepspeed_config_weak_ref", None)
+    ram_efficient = os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING")
+    if integration is not None:
+        integration._hf_deepspeed_config_weak_ref = None
+    if ram_efficient is not None:
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    try:
+        yield
+    finally:
+        if integration is not None:
+            integration._hf_deepspeed_config_weak_ref = held
+        if ram_efficient is not None:
+            os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = ram_efficient
 
 
 def _cannot_load(what: str, name: str, error: Exception) -> str:

@@ -7,11 +7,17 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from trl import ModelConfig, get_peft_config
 
 from infalign.runtime.console import clock, say
-from infalign.runtime.models import choose_device
+from infalign.runtime.distributed import world_size
+from infalign.runtime.launch import sharding
+from infalign.runtime.models import choose_device, replicated
 from infalign.stages.experiment import Experiment
-from infalign.stages.train import memory_estimate, training_arguments
+from infalign.stages.train import training_arguments
+from infalign.stages.training_keys import split_training
+from infalign.training.memory import PolicyShape, Setup, cache_bytes_per_token, rollout_bytes, training_bytes
+from infalign.types import InputError
 
 GIB = 2**30
 
@@ -19,21 +25,20 @@ GIB = 2**30
 def dry_run(experiment: Experiment) -> dict[str, Any]:
     """Validate the recipe against its data, model config and reward; load no weights and write nothing.
 
+    Under a launcher the estimate is of one of its processes.
+
     Returns:
-        `tokens` by stage (prompt tokens computed once each, completion tokens at the length limit), `bytes` by what
-        holds them, `seconds` by stage at the matrix-product rate measured on the spot.
+        `tokens` by stage (prompt tokens computed once each, completion tokens at the length limit), `bytes` on each
+        process by what holds them, `seconds` by stage at the matrix-product rate measured on the spot.
     """
     splits = experiment.splits
     beta, reward = experiment.beta, experiment.reward
     arguments = training_arguments(experiment)
-    parameters, cache_bytes = _shape(experiment)
+    shape, setup = _set_up(experiment, arguments)
     tokens = _tokens(experiment, arguments)
-    held = {
-        "training": memory_estimate(parameters, parameters, experiment.recipe.dtype),
-        "sampling cache": experiment.recipe.tokens_per_batch * cache_bytes,
-    }
+    held = _bytes(experiment, arguments, shape, setup)
     rate = _flops()
-    seconds = {stage: 2.0 * parameters * count / rate for stage, count in tokens.items()}
+    seconds = {stage: 2.0 * shape.parameters * count / rate / world_size() for stage, count in tokens.items()}
     first = splits.train[0]
     say(
         f"recipe is valid: {len(splits.train)} train, {len(splits.validation)} validation, "
@@ -42,31 +47,90 @@ def dry_run(experiment: Experiment) -> dict[str, Any]:
     say(f"  {experiment.procedure}, transform {experiment.recipe.transform}, beta {beta:.4g}, reward {reward.name}")
     say("  one prompt as the model sees it:")
     say("    " + repr(experiment.tokenizer.decode(experiment.prompt_ids[first.key])))
-    say(f"  {parameters / 1e6:.0f} M parameters; this machine multiplies at {rate / 1e9:.0f} GFLOP/s")
+    say(f"  {shape.parameters / 1e6:.0f} M parameters; this machine multiplies at {rate / 1e9:.0f} GFLOP/s")
     for stage, count in tokens.items():
         say(f"  {stage:<10} {count:>12,} tokens   about {clock(seconds[stage])}")
     say(
         "  (time: 2 x parameters x tokens at that rate; decoding on an accelerator is slower: it is bound by bandwidth)"
     )
+    say(
+        f"  memory of each of {world_size()} process(es), {setup.sharding}, {setup.method}; in training, without "
+        f"activations: {(sum(held.values()) - held['sampling cache']) / GIB:.2f} GiB"
+    )
     for name, size in held.items():
-        say(f"  {name:<16} {size / GIB:.2f} GiB")
+        if size:
+            say(f"    {name:<17} {size / GIB:8.2f} GiB")
     return {"tokens": tokens, "bytes": held, "seconds": seconds, "drawn": 0}
 
 
-def _shape(experiment: Experiment) -> tuple[int, int]:
-    """Parameters of the policy, and bytes of KV cache a token, from its config alone."""
+def _set_up(experiment: Experiment, arguments: Any) -> tuple[PolicyShape, Setup]:
+    """The policy's shape from its config alone, and how the recipe and the launcher train it."""
+    recipe = experiment.recipe
     config: Any = AutoConfig.from_pretrained(
-        experiment.base_path,
-        revision=experiment.recipe.model_revision,
-        trust_remote_code=experiment.recipe.trust_remote_code,
+        experiment.base_path, revision=recipe.model_revision, trust_remote_code=recipe.trust_remote_code
     )
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=experiment.recipe.trust_remote_code)
+    with replicated(), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=recipe.trust_remote_code)
     text = config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    per_number = torch.finfo(getattr(torch, experiment.recipe.dtype)).bits // 8
-    return model.num_parameters(), 2 * text.num_hidden_layers * heads * width * per_number
+    ends = {id(one.weight): one.weight.numel() for one in (model.get_input_embeddings(), model.get_output_embeddings())}
+    embeddings = sum(ends.values())
+    parameters, layers = model.num_parameters(), text.num_hidden_layers
+    shape = PolicyShape(parameters, layers, heads, width, text.vocab_size, embeddings)
+    adapter, four_bit = _adapter(model, recipe.training)
+    setup = Setup(
+        sharding=sharding(),
+        processes=world_size(),
+        width=_width(experiment),
+        mixed=bool(arguments.bf16),
+        method=("qlora" if four_bit else "lora") if adapter else "full",
+        adapter=adapter,
+        gather=bool(arguments.ds3_gather_for_generation),
+    )
+    return shape, setup
+
+
+def _adapter(model: Any, training: dict[str, Any]) -> tuple[int, bool]:
+    """Numbers of the recipe's adapter (0 without one), and whether its base is in 4 bits; leaves `model` adapted."""
+    _, given = split_training(training)
+    try:
+        config = get_peft_config(ModelConfig(**given))
+        if config is None:
+            return 0, False
+        from peft import get_peft_model  # noqa: PLC0415 - an extra, and seconds
+
+        with replicated(), torch.device("meta"):
+            adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
+    except (ValueError, ImportError) as error:  # TRL's and PEFT's own refusals; their words are passed on
+        raise InputError(f"the adapter's keys do not fit: {' '.join(str(error).split())}") from error
+    return sum(p.numel() for p in adapted.parameters() if p.requires_grad), bool(given.get("load_in_4bit"))
+
+
+def _width(experiment: Experiment) -> int:
+    """Bytes of a number in the recipe's `dtype`."""
+    return torch.finfo(getattr(torch, experiment.recipe.dtype)).bits // 8
+
+
+def _bytes(experiment: Experiment, arguments: Any, shape: PolicyShape, setup: Setup) -> dict[str, int]:
+    """Bytes on each process: of training with a batch of its rollouts, and of sampling in the other stages."""
+    recipe, width = experiment.recipe, _width(experiment)
+    rows = int(arguments.generation_batch_size) // world_size()
+    longest = max(len(experiment.prompt_ids[prompt.key]) for prompt in experiment.splits.train)
+    return {
+        **training_bytes(shape, setup),
+        **rollout_bytes(shape, rows, longest + recipe.max_completion_length, width),
+        "reward model": _reward_bytes(experiment),
+        "sampling cache": recipe.tokens_per_batch * cache_bytes_per_token(shape, width),
+    }
+
+
+def _reward_bytes(experiment: Experiment) -> int:
+    """Bytes of the reward's own model, whole on every process, where it has one in memory."""
+    model = getattr(experiment.reward.function, "model", None)
+    if not isinstance(model, torch.nn.Module):
+        return 0
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
 def _tokens(experiment: Experiment, arguments: Any) -> dict[str, int]:

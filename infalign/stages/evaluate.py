@@ -19,7 +19,7 @@ from infalign.evaluation.winrate import WinRate, judged_win_rate, tied_weights, 
 from infalign.generation.likelihood import sequence_kl
 from infalign.runtime.artifacts import differences, fingerprint, read_manifest, without_nan, write_json, write_whole
 from infalign.runtime.console import Progress, notice, say
-from infalign.runtime.distributed import barrier, is_main
+from infalign.runtime.distributed import barrier, is_main, my_share
 from infalign.stages.experiment import Experiment
 from infalign.stages.filling import fill
 from infalign.stages.objective import describe_transform
@@ -128,41 +128,48 @@ def _sample(experiment: Experiment, path: str, side: str, prompts: list[Prompt])
 
 
 def _measure_kl(experiment: Experiment, policy: SampleTable, prompts: list[Prompt]) -> tuple[Estimate, Estimate]:
-    """Sequence KL of policy against base: (conditional, k1), clustered by prompt; cached beside the samples."""
+    """Sequence KL of policy against base: (conditional, k1), clustered by prompt; cached beside the samples.
+
+    Groups of prompts are shared out over the processes, and each is written as soon as it is measured.
+    """
     recipe = experiment.recipe
     count = min(recipe.kl_samples, recipe.eval_samples)
     names = [(prompt.key, index) for prompt in prompts for index in range(count)]
     identity = [policy.parts, experiment.sampling_parts(experiment.base_path, "kl"), names]
-    path = recipe.output / "evaluation" / f"kl-{fingerprint(identity)}.parquet"
-    if not path.exists() and is_main():
-        _write_kl(experiment, policy, prompts, count, path)
+    folder = recipe.output / "evaluation" / f"kl-{fingerprint(identity)}"
+    groups = {
+        folder / f"{start:06d}.parquet": prompts[start : start + KL_PROMPTS]
+        for start in range(0, len(prompts), KL_PROMPTS)
+    }
+    missing = [path for path in my_share(list(groups)) if not path.exists()]
+    if missing:
+        samples = policy.samples()
+        with Progress("evaluate: KL", sum(len(groups[path]) for path in missing), "prompts") as progress:
+            for path in missing:
+                drawn = [sample for prompt in groups[path] for sample in samples[prompt.key][:count]]
+                _write_kl(experiment, drawn, path)
+                progress.advance(len(groups[path]))
     barrier()
-    table = pq.read_table(path)
+    table = pa.concat_tables([pq.read_table(path) for path in groups])
     columns = (table[name].to_numpy().reshape(len(prompts), count) for name in ("conditional", "log_ratio"))
     conditional, log_ratio = (cluster_mean(list(column)) for column in columns)
     return conditional, log_ratio
 
 
-def _write_kl(experiment: Experiment, policy: SampleTable, prompts: list[Prompt], count: int, path: Path) -> None:
-    samples = policy.samples()
-    ours, base = experiment.model(experiment.judged_path), experiment.model(experiment.base_path)
-    rows: dict[str, list[Any]] = {"key": [], "index": [], "conditional": [], "log_ratio": []}
-    with Progress("evaluate: KL", len(prompts), "prompts") as progress:
-        for start in range(0, len(prompts), KL_PROMPTS):
-            group = prompts[start : start + KL_PROMPTS]
-            drawn = [sample for prompt in group for sample in samples[prompt.key][:count]]
-            log_ratios, conditionals = sequence_kl(
-                ours,
-                base,
-                [experiment.prompt_ids[sample.key] for sample in drawn],
-                [sample.token_ids for sample in drawn],
-                temperature=experiment.recipe.temperature,
-            )
-            rows["key"] += [sample.key for sample in drawn]
-            rows["index"] += [sample.index for sample in drawn]
-            rows["conditional"] += conditionals.tolist()
-            rows["log_ratio"] += log_ratios.tolist()
-            progress.advance(len(group))
+def _write_kl(experiment: Experiment, samples: list[Sample], path: Path) -> None:
+    log_ratios, conditionals = sequence_kl(
+        experiment.model(experiment.judged_path),
+        experiment.model(experiment.base_path),
+        [experiment.prompt_ids[sample.key] for sample in samples],
+        [sample.token_ids for sample in samples],
+        temperature=experiment.recipe.temperature,
+    )
+    rows = {
+        "key": [sample.key for sample in samples],
+        "index": [sample.index for sample in samples],
+        "conditional": conditionals.tolist(),
+        "log_ratio": log_ratios.tolist(),
+    }
     write_whole(path, lambda temporary: pq.write_table(pa.table(rows), temporary))
 
 

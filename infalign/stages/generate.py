@@ -1,17 +1,23 @@
-"""`infalign generate`: decode prompts with the policy and the procedure that it was aligned for, to JSONL."""
+"""`infalign generate`: decode prompts with the policy and the procedure that it was aligned for, to JSONL.
+
+Batches are shared out over the processes and written as they are done; a killed run goes on with what is missing.
+"""
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 from infalign.data.prompts import load_prompts
 from infalign.data.templates import check_lengths
-from infalign.decoding.decode import Decoded, decode
+from infalign.decoding.decode import Decoded, decode, plan_decoding
+from infalign.generation.plan import Request
 from infalign.rewards.scoring import score_samples
-from infalign.runtime.artifacts import write_whole
+from infalign.runtime.artifacts import fingerprint, read_json, write_json, write_whole
 from infalign.runtime.console import Progress, notice, say
+from infalign.runtime.distributed import barrier, is_main, my_share
 from infalign.runtime.models import context_length
 from infalign.stages.experiment import Experiment
 from infalign.stages.recipe import Recipe, require
@@ -40,29 +46,71 @@ def generate(recipe: Recipe, *, prompts: str | None = None, output: str | None =
         raise InputError(f"--output {path} is a folder: name a file")
     path.parent.mkdir(parents=True, exist_ok=True)
     chosen, ids = _prompts(experiment, prompts)
-    model = experiment.judged_path
-    decoded = decode(
+    by_key = {prompt.key: prompt for prompt in chosen}
+    batches = plan_decoding(
         chosen,
         ids,
-        experiment.sampler(model, "generate"),
-        lambda rows, samples: score_samples(experiment.reward, rows, samples),
         experiment.procedure,
         max_tokens=recipe.max_completion_length,
         tokens_per_batch=recipe.tokens_per_batch,
-        seed=recipe.seed,
     )
-    rows: dict[str, dict[str, Any]] = {}
-    with Progress(f"generate: {experiment.procedure!r}", len(chosen), "prompts") as progress:
-        for one in decoded:
-            rows[one.prompt.key] = _record(one)
-            progress.advance()
+    parts = _claim_parts(experiment, path, batches)
+    missing = [file for file in my_share(list(parts)) if not file.exists()]
+    if missing:
+        _decode_batches(experiment, by_key, {file: parts[file] for file in missing})
+    barrier()
+    if is_main():
+        _merge(list(parts), [prompt.key for prompt in chosen], path)
+        say(f"{len(chosen)} completions by {experiment.procedure!r} in {path}")
+    barrier()
+    return path
+
+
+def _decode_batches(experiment: Experiment, by_key: dict[str, Prompt], todo: dict[Path, list[Request]]) -> None:
+    """Decode this rank's missing batches, each into its file."""
+    decoded = decode(
+        list(todo.values()),
+        by_key,
+        experiment.sampler(experiment.judged_path, "generate"),
+        lambda rows, samples: score_samples(experiment.reward, rows, samples),
+        experiment.procedure,
+        experiment.recipe.seed,
+    )
+    count = sum(len(batch) for batch in todo.values())
+    with Progress(f"generate: {experiment.procedure!r}", count, "prompts") as progress:
+        for file, batch in zip(todo, decoded, strict=True):
+            write_json(file, [[one.prompt.key, _record(one)] for one in batch])
+            progress.advance(len(batch))
+
+
+def _claim_parts(experiment: Experiment, path: Path, batches: list[list[Request]]) -> dict[Path, list[Request]]:
+    """The file of every batch, in a folder beside the output that a killed run finds again if nothing has changed."""
+    identity = {
+        **experiment.sampling_parts(experiment.judged_path, "generate"),
+        "procedure": repr(experiment.procedure),
+        "reward": experiment.reward.fingerprint,
+        "batches": fingerprint([[(request.key, request.prompt_ids) for request in batch] for batch in batches]),
+    }
+    folder = path.parent / f".{path.name}.{fingerprint(identity)}.parts"
+    if is_main():
+        for other in path.parent.glob(f".{path.name}.*.parts"):
+            if other != folder:
+                shutil.rmtree(other)
+        folder.mkdir(exist_ok=True)
+    barrier()
+    return {folder / f"{number:06d}.json": batch for number, batch in enumerate(batches)}
+
+
+def _merge(files: list[Path], order: list[str], path: Path) -> None:
+    """One JSONL in the order of the prompts, whole; the batches' files go."""
+    rows = {key: row for file in files for key, row in read_json(file, "the batch")}
     unscored = sum(row["chosen"] is None for row in rows.values())
     if unscored:
         notice(f"{unscored} of {len(rows)} prompts have no scored candidate: their completion is null")
-    lines = "".join(json.dumps(rows[prompt.key], ensure_ascii=False) + "\n" for prompt in chosen)
+    lines = "".join(json.dumps(rows[key], ensure_ascii=False) + "\n" for key in order)
     write_whole(path, lambda temporary: temporary.write_text(lines, encoding="utf-8"))
-    say(f"{len(rows)} completions by {experiment.procedure!r} in {path}")
-    return path
+    if files:
+        shutil.rmtree(files[0].parent)
 
 
 def _prompts(experiment: Experiment, file: str | None) -> tuple[list[Prompt], list[tuple[int, ...]]]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from infalign.runtime.config import check, field_hints, read_yaml
+from infalign.runtime.launch import FLAGS as LAUNCH_FLAGS
 from infalign.types import InputError, SamplingSettings
 
 _TRL_REWARDS = {"accuracy_reward", "reasoning_accuracy_reward", "think_format_reward", "get_soft_overlong_punishment"}
@@ -137,6 +138,7 @@ def load_recipe(config: str | Path | Mapping[str, Any] | None = None, flags: Map
     else:
         path = find_recipe(str(config))
         values, base_dir = read_yaml(path), path.parent
+    values = {name: value for name, value in values.items() if name not in LAUNCH_FLAGS}  # the command line's
     hints = {name: hint for name, hint in field_hints(Recipe).items() if name not in ("training", "base_dir")}
     own = set(hints)
     if not own >= {*values, *(flags or {})}:  # TRL takes seconds to import: only when a key of its is there

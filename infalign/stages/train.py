@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,19 +11,20 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from infalign.calibration.table import SampleTable
 from infalign.runtime.artifacts import write_json, write_manifest
-from infalign.runtime.console import notice, say
+from infalign.runtime.console import say
 from infalign.runtime.distributed import is_main
 from infalign.stages.calibrate import calibration_parts, open_table, reference_rewards
 from infalign.stages.experiment import Experiment
 from infalign.stages.objective import describe_transform
 from infalign.stages.output import STARTED, refuse_stale_start, reusable
+from infalign.stages.policy_folder import initial_model, load_initial_adapter, save_policy
 from infalign.stages.recipe import Recipe, require_plain
 from infalign.stages.training_keys import split_training
 from infalign.training.config import CTRLConfig
 from infalign.training.progress import TrainingProgress, quiet
 from infalign.training.reward import CTRLReward
 from infalign.training.trainer import CTRLTrainer
-from infalign.types import InputError, Prompt
+from infalign.types import InputError, Interrupted, Prompt
 
 _REPORTING = {
     "report_to",
@@ -50,6 +50,8 @@ def train(recipe: Recipe, experiment: Experiment | None = None) -> dict[str, Any
 
     Raises:
         InputError: the recipe does not fit itself, the calibration is missing or another one, or a check at step 0.
+        Interrupted: a SIGTERM was answered with a checkpoint.
+        TrainingError: losses, gradients or weights are not finite.
     """
     require_plain(recipe)
     experiment = experiment or Experiment(recipe)
@@ -63,19 +65,23 @@ def train(recipe: Recipe, experiment: Experiment | None = None) -> dict[str, Any
     reference_rewards(experiment, table)
     experiment.release_models()
     refuse_stale_start(folder, parts, recipe.overwrite)
-    checkpoint = _checkpoint(recipe, folder)
     try:
-        trainer = make_trainer(experiment, table)
+        trainer = make_trainer(experiment, table, parts)
     except InputError:
         raise
     except (ValueError, ImportError) as error:  # TRL's and transformers' own refusals of a combination of settings
         raise InputError(f"the training keys do not fit: {' '.join(str(error).split())}") from error
     if is_main():
         write_json(folder / STARTED, {"parts": parts})
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=_checkpoint(recipe))
+    if trainer.on_signal.stopped and trainer.state.global_step < trainer.state.max_steps:
+        raise Interrupted(
+            f"stopped by SIGTERM at step {trainer.state.global_step} of {trainer.state.max_steps}, a checkpoint is "
+            "saved: run the same command again to continue"
+        )
     if trainer.state.global_step == 0:
         raise InputError("training made 0 steps: max_steps or num_train_epochs is 0, or there is too little data")
-    trainer.save_model(str(folder))
+    save_policy(trainer, folder, experiment)
     if is_main():
         write_json(folder / "training_log.json", trainer.state.log_history)
         write_manifest(folder, "policy", parts, steps=trainer.state.global_step)
@@ -98,8 +104,8 @@ def training_parts(experiment: Experiment) -> dict[str, Any]:
     }
 
 
-def make_trainer(experiment: Experiment, table: SampleTable) -> CTRLTrainer:
-    """The trainer of an experiment, with its calibrated data sets."""
+def make_trainer(experiment: Experiment, table: SampleTable, identity: Mapping[str, Any] | None = None) -> CTRLTrainer:
+    """The trainer of an experiment, with its calibrated data sets; `identity` is recorded in its checkpoints."""
     recipe = experiment.recipe
     reward = CTRLReward(experiment.reward, experiment.transform, method=recipe.calibration_method)
     arguments = training_arguments(experiment)
@@ -108,17 +114,19 @@ def make_trainer(experiment: Experiment, table: SampleTable) -> CTRLTrainer:
     splits = experiment.splits
     check_batch(arguments, len(splits.train))
     trainer = CTRLTrainer(
-        experiment.base_path,
+        initial_model(arguments, experiment.base_path) or experiment.base_path,
         reward,
         arguments,
         procedure=experiment.procedure,
         render=experiment.ids_of,
+        identity=identity,
         train_dataset=_dataset(experiment, table, splits.train),
         eval_dataset=_dataset(experiment, table, splits.validation) if splits.validation else None,
         processing_class=experiment.tokenizer,
         peft_config=get_peft_config(model),
         quantization_config=get_quantization_config(model),
     )
+    load_initial_adapter(trainer)
     trainer.add_callback(TrainingProgress())
     quiet(trainer)
     return trainer
@@ -185,44 +193,7 @@ def _dataset(experiment: Experiment, table: SampleTable, prompts: tuple[Prompt, 
     return table.attach(Dataset.from_list(rows), experiment.reward.fingerprint, count=count)
 
 
-def _checkpoint(recipe: Recipe, folder: Path) -> str | None:
-    """The newest checkpoint of a killed run, or the one that the recipe names."""
+def _checkpoint(recipe: Recipe) -> str | bool:
+    """The checkpoint that the recipe names, or True for the newest whole one of a run that was stopped."""
     named = recipe.training.get("resume_from_checkpoint")
-    if isinstance(named, str) and named.lower() not in ("true", "false"):
-        if not (Path(named) / "trainer_state.json").is_file():
-            raise InputError(f"resume_from_checkpoint {named!r} is no whole checkpoint (trainer_state.json is missing)")
-        return named
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
-    for path in found:
-        lacking = missing_from_checkpoint(path)
-        if not lacking:
-            say(f"continuing from {path.name}")
-            return str(path)
-        notice(f"{path.name} was not written whole (no {lacking}): it is passed over")
-    return None
-
-
-def missing_from_checkpoint(path: Path) -> str:
-    """What a checkpoint lacks, or "". The trainer writes trainer_state.json last."""
-    wanted = {
-        "weights": ("*.safetensors", "pytorch_model*", "global_step*"),
-        "optimizer": ("optimizer*", "global_step*"),
-        "scheduler.pt": ("scheduler.pt", "global_step*"),
-        "rng_state": ("rng_state*.pth",),
-        "trainer_state.json": ("trainer_state.json",),
-    }
-    for what, patterns in wanted.items():
-        if not any(any(path.glob(pattern)) for pattern in patterns):
-            return what
-    try:
-        json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-    except ValueError:
-        return "readable trainer_state.json"
-    return ""
-
-
-def memory_estimate(parameters: int, trainable: int, dtype: str) -> int:
-    """Bytes that training holds at least: policy and gradients, two Adam moments, reference; without activations."""
-    width = torch.finfo(getattr(torch, dtype)).bits // 8
-    reference = parameters if trainable == parameters else 0
-    return parameters * width + trainable * (width + 2 * width) + reference * width
+    return named if isinstance(named, str) and named.lower() not in ("true", "false") else True

@@ -22,6 +22,9 @@ class CTRLConfig(RLOOConfig):
             recovers slowly: worth it for Worst-of-N, whose betas are small. None: constant.
         num_generations: G, rollouts a prompt; the leave-one-out baseline is over them.
         kl_budget: stop when the rollouts' sequence KL, averaged over three logs, exceeds this many nats.
+        max_skipped_steps: a step whose loss or gradients are not finite is skipped; so many in a row stop the run.
+        initial_weights: a checkpoint or policy folder to start the policy from (optimizer, schedule and step count
+            begin anew; the reference stays the base model). The way to go on with another number of processes.
         shared_prefix: compute each prompt once and repeat its KV cache (exact); False takes TRL's plain path.
         disable_dropout: True, so that sampling and training see one policy.
         gradient_checkpointing: False by default; True saves memory and gives up the shared prefix.
@@ -34,6 +37,8 @@ class CTRLConfig(RLOOConfig):
     beta_start: float | None = field(default=None, metadata={"help": "KL coefficient at step 0; None: beta."})
     num_generations: int | None = field(default=8, metadata={"help": "Rollouts per prompt (G)."})
     kl_budget: float | None = field(default=None, metadata={"help": "Stop above this sequence KL (nats)."})
+    max_skipped_steps: int = field(default=3, metadata={"help": "Stop after so many non-finite steps in a row."})
+    initial_weights: str | None = field(default=None, metadata={"help": "Start from these weights, all else anew."})
     shared_prefix: bool = field(default=True, metadata={"help": "Compute each prompt once (exact)."})
     disable_dropout: bool = field(default=True, metadata={"help": "Disable dropout."})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Trade compute for memory."})
@@ -47,6 +52,8 @@ class CTRLConfig(RLOOConfig):
             raise InputError(f"beta must be above 0 for KL-regularised training, got {self.beta}")
         if self.beta_start is not None and self.beta_start <= 0:
             raise InputError(f"beta_start must be above 0, got {self.beta_start}")
+        if self.max_skipped_steps < 1:
+            raise InputError(f"max_skipped_steps must be at least 1, got {self.max_skipped_steps}")
         if self.normalize_advantages:
             raise InputError("normalize_advantages: true rescales the transform away: leave it false")
         if self.top_p != 1.0 or self.top_k != 0 or self.min_p or self.repetition_penalty != 1.0:

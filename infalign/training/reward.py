@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from infalign.calibration.quantile import Method, calibrate, clip_to_open
 from infalign.rewards.loader import Reward, load_reward
+from infalign.runtime.distributed import together
 from infalign.types import InputError, RewardError
 
 Transform = Callable[[NDArray[np.float64]], NDArray[np.float64]]
@@ -65,10 +66,25 @@ class CTRLReward:
     ) -> list[float | None]:
         """Transformed rewards, one a completion; None where the raw reward gave no score.
 
+        Every rank of a launch calls this at the same time, as TRL does: a failure on one is raised on all.
+
         Raises:
             InputError: the reference rewards are missing from the dataset.
             RewardError: the raw reward failed, or the transform is not finite.
         """
+        rewards: list[float | None] = []
+        with together():
+            rewards = self._transformed(prompts, completions, completion_ids, log_metric, columns)
+        return rewards
+
+    def _transformed(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        completion_ids: Sequence[Any] | None,
+        log_metric: Callable[[str, float], None] | None,
+        columns: dict[str, Any],
+    ) -> list[float | None]:
         if self.column not in columns:
             raise InputError(
                 f"the dataset has no column {self.column!r} with the reference rewards: "

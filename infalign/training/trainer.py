@@ -7,6 +7,9 @@ The algorithm stays TRL's: leave-one-out advantages of `Phi(C(x, y)) - beta * su
 - `_get_per_token_logps_and_entropies`: each distinct prompt once (`generation/shared_prefix.py`).
 - `_prepare_inputs`: whole prompt groups stay together when a generation is cut into steps.
 - `_generate_and_score_completions`: logs `kl_seq`, and at step 0 checks KL ~ 0 and mean calibrated reward ~ 1/2.
+- `training_step`, `_compute_loss`: a loss that is not finite is never propagated, on any rank.
+- `_get_train_sampler`, `train`, `_save_checkpoint`: exact resume; checkpoints are whole or not there (`checkpoints`).
+- `save_model`: weights that are not finite are never saved.
 - `evaluate`: held-out win rate under the procedure, and sequence KL.
 
 The first four are active for TRL versions in `TESTED_TRL`; for another version TRL's own path runs, with a warning.
@@ -19,7 +22,10 @@ The first four are active for TRL versions in `TESTED_TRL`; for another version 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +34,7 @@ import trl
 from accelerate.utils import gather_object, is_peft_model
 from packaging.version import Version
 from torch import Tensor
+from transformers.trainer_utils import rotate_checkpoints
 from trl import RLOOTrainer
 from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import use_adapter
@@ -35,14 +42,16 @@ from trl.trainer.utils import use_adapter
 from infalign.evaluation.winrate import win_rate
 from infalign.generation.hf import decode_rows
 from infalign.generation.shared_prefix import continuation, encode_prefixes, is_shareable, unique_rows
-from infalign.runtime.console import notice
-from infalign.runtime.distributed import my_share
+from infalign.runtime.console import notice, say
+from infalign.runtime.distributed import any_rank, barrier, even_share, is_main, together, world_size
 from infalign.theory.procedures import BestOfN
-from infalign.training.callbacks import KLBudget
+from infalign.training.callbacks import ContinueLoss, KLBudget, SaveOnSignal, SkipNotFinite, check_finite_weights
+from infalign.training.checkpoints import check_resumable, newest_whole, seal
 from infalign.training.checks import check_calibration_at_start, check_kl_at_start
 from infalign.training.config import CTRLConfig
 from infalign.training.reward import CTRLReward
-from infalign.training.rollouts import rollout_uniforms, shuffled_groups
+from infalign.training.rollout_state import load_rollout_state, save_rollout_state
+from infalign.training.rollouts import PromptOrder, rollout_uniforms, shuffled_groups
 from infalign.types import InputError, SamplingSettings
 
 TESTED_TRL = ("1.16",)
@@ -60,6 +69,7 @@ class CTRLTrainer(RLOOTrainer):
         args: a `CTRLConfig`; `beta=None` takes the transform's own beta.
         procedure: judged by `evaluate`; by default the reward's.
         render: prompt content -> token ids; by default TRL's own rendering.
+        identity: what else a run must share with a checkpoint to resume from it, by name.
         kwargs: everything else of `RLOOTrainer`.
 
     Raises:
@@ -77,6 +87,7 @@ class CTRLTrainer(RLOOTrainer):
         *,
         procedure: Any = None,
         render: Render | None = None,
+        identity: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
@@ -88,6 +99,11 @@ class CTRLTrainer(RLOOTrainer):
         self._sampled_logps: Tensor | None = None
         self._scored_logps: list[Tensor] | None = None
         super().__init__(model, functions, args, **kwargs)
+        self.identity = {**(identity or {}), "processes": world_size(), "sharding": self._sharding()}
+        self.not_finite = SkipNotFinite(args.max_skipped_steps)
+        self.on_signal = SaveOnSignal()
+        for callback in (self.not_finite, self.on_signal):
+            self.add_callback(callback)
         if args.kl_budget is not None:
             self.add_callback(KLBudget(args.kl_budget))
         self._warned: set[str] = set()
@@ -109,7 +125,8 @@ class CTRLTrainer(RLOOTrainer):
             first_row=self.accelerator.process_index * len(prompt_ids),
             count=self.max_completion_length,
         )
-        rows = self._decode(prompt_ids, uniforms_BT)
+        with together():
+            rows = self._decode(prompt_ids, uniforms_BT)
         if not (self.args.bf16 or self.args.fp16):
             width = max(len(ids) for ids, _ in rows)
             padded = [logps + [0.0] * (width - len(logps)) for _, logps in rows]
@@ -133,14 +150,23 @@ class CTRLTrainer(RLOOTrainer):
             training = model.training
             model.eval()
             try:
-                return decode_rows(_causal_model(model), prompt_ids, uniforms_BT, settings, self.eos_token_ids)
+                return decode_rows(
+                    _causal_model(model),
+                    prompt_ids,
+                    uniforms_BT,
+                    settings,
+                    self.eos_token_ids,
+                    in_step=self._rollouts_are_sharded(),
+                )
             finally:
                 model.train(training)
 
+    def _rollouts_are_sharded(self) -> bool:
+        """Whether a forward pass in a rollout is a collective: FSDP, or ZeRO-3 that does not gather for it."""
+        return self.is_fsdp_enabled or (self._sharding() == "zero3" and not self.args.ds3_gather_for_generation)
+
     def _generation_number(self) -> int:
-        accumulation = self.args.gradient_accumulation_steps
-        micro = self.state.global_step * accumulation + self._step % accumulation
-        return micro // (self.args.steps_per_generation * self.num_iterations)
+        return self._step // (self.args.steps_per_generation * self.num_iterations)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self._scored_logps = []
@@ -171,7 +197,7 @@ class CTRLTrainer(RLOOTrainer):
         metrics["kl_seq"].append(float(kl.mean()))
         metrics["beta"].append(self.beta)
         metrics["kl_seq_error"].append(float(kl.std(ddof=1) / np.sqrt(kl.size)) if kl.size > 1 else 0.0)
-        if self.state.global_step == 0 and self.ctrl_reward is not None and self._step == 0:
+        if self._step == 0 and self.ctrl_reward is not None and self.args.initial_weights is None:
             name = getattr(self.model.config, "_name_or_path", "the model")
             check_kl_at_start(kl, policy=name, reference=name)
             prompts = max(1, kl.size // self.num_generations)
@@ -192,6 +218,98 @@ class CTRLTrainer(RLOOTrainer):
             parts = order.to(batch["advantages"].device).chunk(steps)
             self._buffered_inputs = [{name: value[part] for name, value in batch.items()} for part in parts]
         return self._buffered_inputs[self._step % steps]
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        """TRL's order within an epoch; each epoch's shuffle follows from the seed and its number alone."""
+        planned = super()._get_train_sampler(dataset)
+        return PromptOrder(planned, self.args.seed, lambda: int(self.state.epoch or 0)) if planned.shuffle else planned
+
+    # --- faults ---------------------------------------------------------------------------------------------------
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        try:
+            return super().training_step(model, inputs, num_items_in_batch)
+        except _NotFinite:
+            self._step += 1
+            self.not_finite.poisoned = True
+            return torch.zeros((), device=self.accelerator.device)
+
+    def _compute_loss(self, model: Any, inputs: Any) -> Tensor:
+        loss = super()._compute_loss(model, inputs)
+        if any_rank(not bool(torch.isfinite(loss.detach()))):
+            raise _NotFinite
+        return loss
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As TRL's, without `training_args.bin` (a pickle, which may hold a token of the Hub)."""
+        check_finite_weights(self.model)
+        folder = Path(output_dir or self.args.output_dir)
+        with disk_errors(folder):
+            super().save_model(output_dir, _internal_call)
+        if is_main():
+            (folder / "training_args.bin").unlink(missing_ok=True)
+
+    # --- checkpoints ----------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """As TRL's; a resumed run ends with the weights of one that was never interrupted.
+
+        Args:
+            resume_from_checkpoint: a folder, or True for the newest whole checkpoint of `output_dir`, if there is one.
+
+        Raises:
+            InputError: the checkpoint is not whole, or another run's.
+            TrainingError: gradients or weights stay non-finite.
+        """
+        found = self._newest() if resume_from_checkpoint is True else resume_from_checkpoint
+        if found:
+            check_resumable(Path(found), self.identity)
+            self._buffered_inputs, counters = load_rollout_state(Path(found), self.accelerator.device)
+            self._step, self._total_train_tokens = counters["step"], counters["tokens"]
+            self._metrics["train"] = defaultdict(list, counters["metrics"])
+            say(f"continuing from {Path(found).name}")
+            self.add_callback(ContinueLoss(self, counters["loss"], counters["logged_at"]))
+        return super().train(resume_from_checkpoint=str(found) if found else None, **kwargs)
+
+    def _newest(self) -> Path | None:
+        path, skipped = newest_whole(Path(self.args.output_dir))
+        for folder, why in skipped:
+            notice(f"{folder.name} is passed over: {why}")
+        return path
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        if is_main() and folder.exists():  # half of one, from a run that was killed
+            shutil.rmtree(folder)
+        barrier()
+        limit, self.args.save_total_limit = self.args.save_total_limit, None  # older ones go when this one is whole
+        try:
+            with together(), disk_errors(folder):
+                super()._save_checkpoint(model, trial)
+                save_rollout_state(folder, self._buffer_in_use(), self._counters())
+        finally:
+            self.args.save_total_limit = limit
+        if is_main():
+            seal(folder, self.identity)
+            rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
+        barrier()
+
+    def _buffer_in_use(self) -> list[dict[str, Tensor]] | None:
+        return self._buffered_inputs if self._step % (self.args.steps_per_generation * self.num_iterations) else None
+
+    def _counters(self) -> dict[str, Any]:
+        return {
+            "step": self._step,
+            "tokens": self._total_train_tokens,
+            "metrics": dict(self._metrics["train"]),
+            "loss": float(self._tr_loss),
+            "logged_at": self._globalstep_last_logged,
+        }
+
+    def _sharding(self) -> str:
+        if self.is_deepspeed_enabled:
+            return f"zero{_zero_stage(self.accelerator)}"
+        return "fsdp" if self.is_fsdp_enabled else "none"
 
     # --- log-probabilities ----------------------------------------------------------------------------------------
 
@@ -251,6 +369,10 @@ class CTRLTrainer(RLOOTrainer):
     def _forward_shared(self, model: Any, input_ids: Tensor, attention_mask: Tensor, kept: int) -> Any:
         """One forward: the distinct prompts once, then all completions on their repeated caches, TRL's fused head."""
         ids_BP, mask_BP = input_ids[:, :-kept], attention_mask[:, :-kept]
+        if ids_BP.shape[1] == 1:
+            # A prompt of one token has no prefix, and its graph no prefix pass. ZeRO-1 and 2 fill their buckets in the
+            # order in which gradients arrive, which must be every rank's: give it a masked prefix.
+            ids_BP, mask_BP = (torch.nn.functional.pad(part, (1, 0)) for part in (ids_BP, mask_BP))
         first, of_row = unique_rows(ids_BP, mask_BP)
         with self.accelerator.autocast():
             inner = _causal_model(self.accelerator.unwrap_model(model))
@@ -263,7 +385,7 @@ class CTRLTrainer(RLOOTrainer):
     def _can_share(self, model: Any) -> bool:
         if not self._fast:
             return False
-        sharded = self.is_fsdp_enabled or (self.is_deepspeed_enabled and _zero_stage(self.accelerator) == 3)
+        sharded = self._sharding() in ("zero3", "fsdp")
         shareable = not sharded and is_shareable(_causal_model(self.accelerator.unwrap_model(model)))
         if not shareable and "prefix" not in self._warned:
             self._warned.add("prefix")
@@ -289,15 +411,18 @@ class CTRLTrainer(RLOOTrainer):
         if self.ctrl_reward is None or self.procedure is None or dataset is None:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         count = max(self.num_generations_eval, self.procedure.n)
-        measured = [self._measure_prompt(row, count) for row in my_share(list(dataset))]
-        measured = [one for one in gather_object(measured) if one["rewards"].size >= self.procedure.n]
+        rows = list(dataset)
+        with together():  # a rank with a row less measures its first one again, and forgets it
+            found = [(row is not None, self._measure_prompt(row or rows[0], count)) for row in even_share(rows)]
+        measured = gather_object([one for real, one in found if real])
+        measured = [one for one in measured if one["rewards"].size >= self.procedure.n]
         ours, theirs = [one["rewards"] for one in measured], [one["references"] for one in measured]
-        found = {
+        values = {
             "winrate": win_rate(ours, theirs, self.procedure).mean,
             "winrate_1": win_rate(ours, theirs, BestOfN(1)).mean,
             "kl_seq": float(np.mean([one["kl"] for one in measured])),
         }
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -350,6 +475,10 @@ class CTRLTrainer(RLOOTrainer):
             )
         policy = np.array([sum(logps) for _, logps in rows])
         return float(policy.mean() - (logps * mask[:, -width:]).sum(1).double().mean().item())
+
+
+class _NotFinite(Exception):
+    """The loss is not finite on some rank: no rank propagates its own."""
 
 
 def _resolve_beta(args: CTRLConfig, reward: CTRLReward | None) -> float:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from infalign import BestOfN, KthOfN, SoftBestOfN, WorstOfN
-from infalign.decoding.decode import decode
+from infalign.decoding.decode import decode, plan_decoding
 from infalign.runtime.seeds import uniforms
 from infalign.types import Prompt, Sample, prompt_key
 
@@ -34,9 +34,14 @@ def score(prompts, samples):
     return np.array([float(sample.text) for sample in samples])
 
 
-def chosen(procedure, prompts=PROMPTS, ids=IDS, tokens=20, seed=0):
-    found = decode(prompts, ids, Digits(), score, procedure, max_tokens=2, tokens_per_batch=tokens, seed=seed)
-    return {one.prompt.content: one for one in found}
+def decoded(procedure, sampler, score, prompts=PROMPTS, ids=IDS, tokens=20, seed=0):
+    batches = plan_decoding(prompts, ids, procedure, max_tokens=2, tokens_per_batch=tokens)
+    by_key = {prompt.key: prompt for prompt in prompts}
+    return [one for batch in decode(batches, by_key, sampler, score, procedure, seed) for one in batch]
+
+
+def chosen(procedure, **changes):
+    return {one.prompt.content: one for one in decoded(procedure, Digits(), score, **changes)}
 
 
 @pytest.mark.parametrize(("procedure", "rank"), [(BestOfN(4), -1), (WorstOfN(4), 0), (KthOfN(2, 4), -2)], ids=repr)
@@ -48,8 +53,9 @@ def test_it_picks_the_rank(procedure, rank):
 
 def test_order_and_batches_do_not_matter():
     procedure = SoftBestOfN(4, 2.0)
+    reordered = {"prompts": PROMPTS[::-1], "ids": IDS[::-1], "tokens": 9}
     first = {name: one.chosen for name, one in chosen(procedure).items()}
-    assert first == {name: one.chosen for name, one in chosen(procedure, PROMPTS[::-1], IDS[::-1], tokens=9).items()}
+    assert first == {name: one.chosen for name, one in chosen(procedure, **reordered).items()}
     others = [{name: one.chosen for name, one in chosen(procedure, seed=seed).items()} for seed in range(1, 6)]
     assert any(first != other for other in others)
 
@@ -58,11 +64,10 @@ def test_unscored_candidates_are_never_chosen():
     def partly(prompts, samples):
         return np.array([np.nan if sample.index % 2 else float(sample.text) for sample in samples])
 
-    found = decode(PROMPTS, IDS, Digits(), partly, BestOfN(4), max_tokens=2, tokens_per_batch=50)
-    assert all(one.chosen % 2 == 0 for one in found)
+    assert all(one.chosen % 2 == 0 for one in decoded(BestOfN(4), Digits(), partly, tokens=50))
 
 
 def test_a_batch_holds_whole_prompts():
     sampler = Digits()
-    list(decode(PROMPTS, IDS, sampler, score, BestOfN(3), max_tokens=2, tokens_per_batch=1))
+    decoded(BestOfN(3), sampler, score, tokens=1)
     assert sampler.batches == [3] * 5

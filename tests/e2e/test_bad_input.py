@@ -228,7 +228,7 @@ class TestResume:
         (policy / "checkpoint-2" / "trainer_state.json").unlink()
         assert run_cli(work, keys, "train") == 0
         captured = capsys.readouterr()
-        assert "checkpoint-2 was not written whole (no trainer_state.json)" in captured.err
+        assert "checkpoint-2 is passed over: trainer_state.json is missing" in captured.err
         assert "continuing from checkpoint-1" in captured.out
 
     def test_another_recipe_is_refused(self, interrupted, capsys):
@@ -375,7 +375,7 @@ def test_run_and_dry_run_refuse_before_any_work(flags, message, calibrated, tmp_
     [
         (["--report_to", "nonexist"], "the training keys do not fit: nonexist is not supported"),
         (["--eval_strategy", "steps"], "the training keys do not fit"),
-        (["--resume_from_checkpoint", "nope"], "'nope' is no whole checkpoint"),
+        (["--resume_from_checkpoint", "nope"], "nope is no whole checkpoint: there is no such folder"),
     ],
 )
 def test_what_trl_refuses_is_one_line(flags, message, copy, capsys):

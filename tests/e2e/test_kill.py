@@ -1,4 +1,4 @@
-"""`calibrate` killed at random instants and run again ends with the table of an uninterrupted run.
+"""`calibrate` and `train`, killed at random instants and run again, end with what an uninterrupted run makes.
 
 One process imports everything once and forks a child per attempt, so that kills land in the work and not in imports.
 """
@@ -25,15 +25,16 @@ import torch
 torch.set_num_threads(1)
 from infalign.stages.calibrate import calibrate
 from infalign.stages.recipe import load_recipe
+from infalign.stages.train import train
 
-path, wanted = sys.argv[1], int(sys.argv[2])
+path, stage, wanted, longest = sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
 rng, kills = random.Random(0), 0
 while True:
     child = os.fork()
     if child == 0:
-        calibrate(load_recipe(path))
+        {"calibrate": calibrate, "train": train}[stage](load_recipe(path))
         os._exit(0)
-    limit = time.monotonic() + (rng.uniform(0.0, 0.5) if kills < wanted else 120.0)
+    limit = time.monotonic() + (rng.uniform(0.0, longest) if kills < wanted else 120.0)
     while time.monotonic() < limit:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
@@ -62,6 +63,14 @@ def table_of(folder: Path) -> tuple[list, list]:
     return sorted(samples), rewards
 
 
+def harness(recipe: Path, stage: str, kills: int, longest: float) -> int:
+    """Run a stage to its end through so many kills, each at most `longest` seconds into it; returns how many landed."""
+    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(HARNESS), str(recipe), stage, str(kills)]
+    done = subprocess.run([*command, str(longest)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return int(done.stdout.rsplit("kills", 1)[1])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("wanted", [20])
 def test_kills_lose_and_double_nothing(wanted, tmp_path):
@@ -75,12 +84,48 @@ def test_kills_lose_and_double_nothing(wanted, tmp_path):
     found = {}
     for name, kills in (("killed", wanted), ("whole", 0)):
         recipe.write_text(yaml.safe_dump({**keys, "output_dir": str(tmp_path / name)}))
-        command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(HARNESS), str(recipe), str(kills)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr[-2000:]
-        found[name] = (table_of(tmp_path / name), int(done.stdout.rsplit("kills", 1)[1]))
+        landed = harness(recipe, "calibrate", kills, 0.5)
+        found[name] = (table_of(tmp_path / name), landed)
     print(f"{found['killed'][1]} kills, {len(found['whole'][0][0])} samples")
     assert found["killed"][1] >= 5, "too few kills landed to say anything"
     assert len(found["whole"][0][0]) == 6 * 200
     assert found["killed"][0] == found["whole"][0]
     assert not list((tmp_path / "killed").rglob("*.tmp"))
+
+
+@pytest.mark.slow
+def test_killed_training_ends_with_the_same_policy(tmp_path):
+    """A checkpoint after every step, in the middle of generations, too: weights and log are the uninterrupted run's."""
+    keys = {
+        **tiny_experiment(tmp_path),
+        "max_steps": 40,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "steps_per_generation": 4,
+        "per_device_train_batch_size": 4,
+        "num_iterations": 2,
+    }
+    recipe = tmp_path / "recipe.yaml"
+    found = {}
+    for name, kills in (("whole", 0), ("killed", 20)):
+        recipe.write_text(yaml.safe_dump({**keys, "output_dir": str(tmp_path / name)}))
+        assert harness(recipe, "calibrate", 0, 0.0) == 0
+        landed = harness(recipe, "train", kills, 1.5)
+        found[name] = (policy_of(tmp_path / name), landed)
+    print(f"{found['killed'][1]} kills of train, {len(found['whole'][0])} files compared")
+    assert found["killed"][1] >= 5, "too few kills landed to say anything"
+    assert found["killed"][0] == found["whole"][0]
+    assert not list((tmp_path / "killed").rglob("*.tmp"))
+
+
+def policy_of(folder: Path) -> dict[str, object]:
+    """Every file of a policy by name: its bytes, or of the log what no clock measured."""
+    files = {path.name: path.read_bytes() for path in (folder / "policy").glob("*") if path.is_file()}
+    for timed in ("README.md", "started.json", "manifest.json"):
+        files.pop(timed, None)
+    log = json.loads(files.pop("training_log.json")) if "training_log.json" in files else []
+    words = ("runtime", "time", "per_second", "flos", "train_loss")
+    return {
+        **files,
+        "log": [{name: v for name, v in row.items() if not any(word in name for word in words)} for row in log],
+    }

@@ -10,6 +10,7 @@ import pytest
 
 import infalign
 from infalign.cli import main
+from infalign.generation.hf import HFSampler
 from infalign.stages.calibrate import calibrate
 from infalign.stages.evaluate import evaluate
 from infalign.stages.experiment import Experiment
@@ -135,6 +136,30 @@ def test_generate_picks_the_best(finished, tmp_path):
         rewards = [candidate["reward"] for candidate in row["candidates"]]
         assert len(rewards) == 4 and row["reward"] == max(rewards)
         assert row["completion"] == row["candidates"][row["chosen"]]["completion"]
+
+
+def test_generate_goes_on_where_it_was_killed(finished, tmp_path, monkeypatch):
+    """The second batch fails; run again, only what is missing is decoded, and the file is that of one run."""
+    _, keys, _ = finished
+    recipe = load_recipe({**keys, "tokens_per_batch": 30})
+    whole = generate(recipe, output=str(tmp_path / "whole.jsonl")).read_text()
+    drawn = []
+
+    def count(self, requests, plain=HFSampler.sample):
+        drawn.append(len(requests))
+        if len(drawn) == 2:
+            raise KeyboardInterrupt
+        return plain(self, requests)
+
+    monkeypatch.setattr(HFSampler, "sample", count)
+    path = tmp_path / "killed.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        generate(recipe, output=str(path))
+    assert not path.exists() and len(drawn) == 2
+    first = drawn[0]
+    assert generate(recipe, output=str(path)).read_text() == whole
+    assert sum(drawn[2:]) == 4 * 2 - first
+    assert [file.name for file in tmp_path.iterdir() if "parts" in file.name] == []
 
 
 def test_generate_for_a_file_of_prompts(finished, tmp_path):
