@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from infalign.runtime.console import notice
 from infalign.types import InputError
 
 _SAMPLED = 64
@@ -47,6 +48,8 @@ def load_classifier(
         model, name = model_or_path, _model_name(model_or_path)
     else:
         name = str(model_or_path)
+        if trust_remote_code:
+            notice(f"reward model {name!r}: trust_remote_code runs Python code that ships with it")
         model = _from_files(name, dtype, trust_remote_code).to(device or default_device())
     model.requires_grad_(False).eval()
     source = name if tokenizer is None else tokenizer

@@ -13,13 +13,11 @@ from infalign.calibration.table import SampleTable, Wanted
 from infalign.runtime.artifacts import fingerprint, write_manifest
 from infalign.runtime.console import notice, say
 from infalign.runtime.distributed import is_main
-from infalign.stages.experiment import Experiment
+from infalign.stages.experiment import CALIBRATION, Experiment
 from infalign.stages.filling import fill
 from infalign.stages.output import clear_if_stale
 from infalign.stages.recipe import Recipe, require_plain
 from infalign.types import InputError, Prompt
-
-PURPOSE = "calibration"
 
 
 def calibrate(recipe: Recipe, experiment: Experiment | None = None) -> dict[str, Any]:
@@ -42,7 +40,7 @@ def calibrate(recipe: Recipe, experiment: Experiment | None = None) -> dict[str,
         table,
         [Wanted(prompt, experiment.prompt_ids[prompt.key], count) for prompt in prompts],
         [reward],
-        lambda: experiment.sampler(experiment.base_path, PURPOSE),
+        lambda: experiment.sampler(experiment.base_path, CALIBRATION),
         max_tokens=recipe.max_completion_length,
         tokens_per_batch=recipe.tokens_per_batch,
         title="calibrate",
@@ -65,7 +63,7 @@ def calibration_prompts(experiment: Experiment) -> list[Prompt]:
 def open_table(experiment: Experiment) -> SampleTable:
     """The calibration table of an experiment."""
     folder = experiment.recipe.output / "calibration"
-    parts = experiment.sampling_parts(experiment.base_path, PURPOSE)
+    parts = experiment.sampling_parts(experiment.base_path, CALIBRATION)
     clear_if_stale(folder, parts, experiment.recipe.overwrite)
     return SampleTable.open(folder, parts)
 
@@ -74,7 +72,7 @@ def calibration_parts(experiment: Experiment) -> dict[str, Any]:
     """What a calibration depends on; training records it, so that a changed calibration makes a policy stale."""
     prompts = calibration_prompts(experiment)
     return {
-        "sampling": fingerprint(experiment.sampling_parts(experiment.base_path, PURPOSE)),
+        "sampling": fingerprint(experiment.sampling_parts(experiment.base_path, CALIBRATION)),
         "prompts": fingerprint(sorted((prompt.key, experiment.prompt_ids[prompt.key]) for prompt in prompts)),
         "num_calibration_samples": experiment.recipe.num_calibration_samples,
         "reward": f"{experiment.reward.name} {experiment.reward.fingerprint}",

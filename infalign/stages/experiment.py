@@ -20,7 +20,7 @@ from infalign.data.splits import Splits, split_prompts
 from infalign.data.templates import check_lengths, render, with_system
 from infalign.generation.hf import HFSampler
 from infalign.rewards.loader import Reward, load_reward
-from infalign.runtime.artifacts import differences, fingerprint, read_json, write_json
+from infalign.runtime.artifacts import differences, fingerprint, read_json, without_secrets, write_json
 from infalign.runtime.console import notice
 from infalign.runtime.distributed import barrier, is_main, join
 from infalign.runtime.models import (
@@ -37,6 +37,8 @@ from infalign.stages.recipe import Recipe, require
 from infalign.theory.procedures import Procedure
 from infalign.types import InputError, Prompt, prompt_key
 
+CALIBRATION = "calibration"
+QUANTISED = ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "use_bnb_nested_quant")
 ENGINE = 1  # of the sampler: raise it when the same stream would give other samples
 
 
@@ -52,8 +54,10 @@ class Experiment:
 
     def __init__(self, recipe: Recipe) -> None:
         join(recipe.use_cpu)
+        if recipe.trust_remote_code:
+            notice("trust_remote_code: true runs Python code that ships with a model: trust it, or leave it out")
         self.recipe = recipe
-        self._models: dict[str, Any] = {}
+        self._models: dict[tuple[str, bool], Any] = {}
 
     # --- models ---------------------------------------------------------------------------------------------------
 
@@ -89,17 +93,27 @@ class Experiment:
         """The base policy's tokenizer."""
         return load_tokenizer(self.base_path, self.recipe.model_revision, self.recipe.trust_remote_code)
 
-    def model(self, path: str | Path) -> Any:
+    @cached_property
+    def quantization(self) -> Any | None:
+        """How training quantises the base policy (QLoRA: `load_in_4bit`, `load_in_8bit`), or None."""
+        if not any(self.recipe.training.get(name) for name in QUANTISED[:2]):
+            return None
+        from infalign.stages.training_keys import quantization_of  # noqa: PLC0415 - imports TRL, seconds
+
+        return quantization_of(self.recipe.training)
+
+    def model(self, path: str | Path, quantization: Any | None = None) -> Any:
         """A policy for inference, kept for the next stage."""
-        name = str(path)
+        name = str(path), quantization is not None
         if name not in self._models:
             self._models[name] = load_policy(
-                name,
+                str(path),
                 device=choose_device(self.recipe.use_cpu),
                 dtype=getattr(torch, self.recipe.dtype),
-                revision=self.recipe.model_revision if name == self.base_path else None,
+                revision=self.recipe.model_revision if str(path) == self.base_path else None,
                 trust_remote_code=self.recipe.trust_remote_code,
                 attn_implementation=self.recipe.attn_implementation,
+                quantization=quantization,
             )
         return self._models[name]
 
@@ -111,15 +125,21 @@ class Experiment:
             torch.cuda.empty_cache()
 
     def sampler(self, path: str | Path, purpose: str) -> HFSampler:
-        """A sampler of the model at `path`; `purpose` separates its random streams from other stages'."""
-        model = self.model(path)
+        """A sampler of the model at `path`; `purpose` separates its random streams from other stages'.
+
+        Calibration draws from what training starts from: with QLoRA the quantised base. What is measured is the base
+        and the merged policy as they are deployed.
+        """
+        model = self.model(path, self.quantization if purpose == CALIBRATION else None)
         ends = end_token_ids(model, self.tokenizer)
         return HFSampler(model, self.tokenizer, self.recipe.sampling, ends, f"{self.recipe.seed}/{purpose}")
 
     def sampling_parts(self, path: str | Path, purpose: str) -> dict[str, Any]:
         """Everything that shapes the samples of the model at `path`, for fingerprints."""
         revision = self.recipe.model_revision if str(path) == self.base_path else None
+        quantised = {name: self.recipe.training[name] for name in QUANTISED if self.recipe.training.get(name)}
         return {
+            **(quantised if purpose == CALIBRATION and self.quantization is not None else {}),
             "model": model_fingerprint(str(path), revision),
             **self.recipe.sampling.as_dict(),
             "dtype": self.recipe.dtype,
@@ -281,13 +301,16 @@ class Experiment:
         barrier()
 
     def record(self) -> None:
-        """Write down the recipe that the folder's artifacts were made with (rank 0 of a stage that succeeds)."""
+        """Write down the recipe that the folder's artifacts were made with, without secrets.
+
+        Rank 0 of a stage that succeeds does it.
+        """
         identity = self._identity()
         names = [one.name for one in dataclasses.fields(self.recipe) if one.name != "overwrite"]
         values = {name: getattr(self.recipe, name) for name in names}
-        content = {"identity": identity, "fingerprint": fingerprint(identity), "recipe": values}
+        content = {"identity": identity, "fingerprint": fingerprint(identity), "recipe": without_secrets(values)}
         write_json(self.recipe.output / "recipe.json", content)
 
     def _identity(self) -> dict[str, Any]:
         names = ("model_name_or_path", "model_revision", "dataset_name", "dataset_config", "dataset_data_dir")
-        return {name: getattr(self.recipe, name) for name in (*names, "datasets", "seed")}
+        return without_secrets({name: getattr(self.recipe, name) for name in (*names, "datasets", "seed")})

@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
+from huggingface_hub import upload_folder
 from trl.trainer.utils import create_model_from_path
 
+from infalign.runtime.artifacts import disk_errors
 from infalign.runtime.distributed import barrier, is_main
 from infalign.runtime.models import load_policy
 from infalign.stages.experiment import Experiment
@@ -66,14 +68,29 @@ def load_initial_adapter(trainer: CTRLTrainer) -> None:
 
 
 def save_policy(trainer: CTRLTrainer, folder: Path, experiment: Experiment) -> None:
-    """Write the trained policy as a whole model (every rank calls this)."""
+    """Write the trained policy as a whole model, with its card, and push it where asked (every rank calls this)."""
+    trainer.create_model_card()
     if not is_peft_model(trainer.accelerator.unwrap_model(trainer.model)):
         trainer.save_model(str(folder))
         return
-    trainer.save_model(str(folder / "adapter"))
+    trainer.save_model(str(folder / "adapter"), _internal_call=True)
     if is_main():
         _write_merged(experiment, folder)
+        if trainer.args.push_to_hub:
+            _push(trainer, folder)
     barrier()
+
+
+def _push(trainer: CTRLTrainer, folder: Path) -> None:
+    """Upload the merged policy and its adapter (TRL would push the adapter alone)."""
+    trainer.init_hf_repo(token=trainer.args.hub_token)
+    upload_folder(
+        repo_id=str(trainer.hub_model_id),
+        folder_path=folder,
+        token=trainer.args.hub_token,
+        ignore_patterns=["checkpoint-*", "*.json.tmp", "started.json"],
+        commit_message="Trained with infalign",
+    )
 
 
 def _write_merged(experiment: Experiment, folder: Path) -> None:
@@ -88,5 +105,6 @@ def _write_merged(experiment: Experiment, folder: Path) -> None:
         trust_remote_code=recipe.trust_remote_code,
     )
     merged: Any = PeftModel.from_pretrained(base, str(folder / "adapter")).merge_and_unload()
-    merged.save_pretrained(folder)
-    experiment.tokenizer.save_pretrained(folder)
+    with disk_errors(folder):
+        merged.save_pretrained(folder)
+        experiment.tokenizer.save_pretrained(folder)

@@ -10,7 +10,7 @@ from datasets import Dataset
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from infalign.calibration.table import SampleTable
-from infalign.runtime.artifacts import write_json, write_manifest
+from infalign.runtime.artifacts import without_secrets, write_json, write_manifest
 from infalign.runtime.console import say
 from infalign.runtime.distributed import is_main
 from infalign.stages.calibrate import calibration_parts, open_table, reference_rewards
@@ -91,9 +91,9 @@ def train(recipe: Recipe, experiment: Experiment | None = None) -> dict[str, Any
 
 
 def training_parts(experiment: Experiment) -> dict[str, Any]:
-    """What the policy depends on, by name."""
+    """What the policy depends on, by name; secrets (`hub_token`) are blotted out."""
     recipe = experiment.recipe
-    training = {name: value for name, value in recipe.training.items() if name not in _REPORTING}
+    training = without_secrets({name: value for name, value in recipe.training.items() if name not in _REPORTING})
     return {
         **{f"calibration {name}": value for name, value in calibration_parts(experiment).items()},
         "procedure": repr(experiment.procedure),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from trl import ModelConfig
+from trl import ModelConfig, get_quantization_config
 
 from infalign.runtime.config import field_hints
 from infalign.training.config import CTRLConfig
@@ -22,3 +22,8 @@ def split_training(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, An
         {name: value for name, value in values.items() if name in ours},
         {name: value for name, value in values.items() if name not in ours},
     )
+
+
+def quantization_of(values: dict[str, Any]) -> Any | None:
+    """transformers' quantisation config of a recipe's training keys, as training itself builds it."""
+    return get_quantization_config(ModelConfig(**split_training(values)[1]))

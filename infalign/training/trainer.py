@@ -21,34 +21,33 @@ The first four are active for TRL versions in `TESTED_TRL`; for another version 
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import trl
-from accelerate.utils import gather_object, is_peft_model
+from accelerate.utils import is_peft_model
 from packaging.version import Version
 from torch import Tensor
 from transformers.trainer_utils import rotate_checkpoints
 from trl import RLOOTrainer
 from trl.models import unwrap_model_for_generation
-from trl.trainer.utils import use_adapter
 
-from infalign.evaluation.winrate import win_rate
 from infalign.generation.hf import decode_rows
 from infalign.generation.shared_prefix import continuation, encode_prefixes, is_shareable, unique_rows
+from infalign.runtime.artifacts import disk_errors, write_whole
 from infalign.runtime.console import notice, say
-from infalign.runtime.distributed import any_rank, barrier, even_share, is_main, together, world_size
-from infalign.theory.procedures import BestOfN
+from infalign.runtime.distributed import any_rank, barrier, is_main, together, world_size
 from infalign.training.callbacks import ContinueLoss, KLBudget, SaveOnSignal, SkipNotFinite, check_finite_weights
+from infalign.training.card import model_card
 from infalign.training.checkpoints import check_resumable, newest_whole, seal
 from infalign.training.checks import check_calibration_at_start, check_kl_at_start
 from infalign.training.config import CTRLConfig
+from infalign.training.held_out import measure
 from infalign.training.reward import CTRLReward
 from infalign.training.rollout_state import load_rollout_state, save_rollout_state
 from infalign.training.rollouts import PromptOrder, rollout_uniforms, shuffled_groups
@@ -99,6 +98,7 @@ class CTRLTrainer(RLOOTrainer):
         self._sampled_logps: Tensor | None = None
         self._scored_logps: list[Tensor] | None = None
         super().__init__(model, functions, args, **kwargs)
+        _keep_differentiable(self.model)
         self.identity = {**(identity or {}), "processes": world_size(), "sharding": self._sharding()}
         self.not_finite = SkipNotFinite(args.max_skipped_steps)
         self.on_signal = SaveOnSignal()
@@ -248,6 +248,12 @@ class CTRLTrainer(RLOOTrainer):
             super().save_model(output_dir, _internal_call)
         if is_main():
             (folder / "training_args.bin").unlink(missing_ok=True)
+
+    def create_model_card(self, model_name: str | None = None, dataset_name: Any = None, tags: Any = None) -> None:
+        """Write the card (`card`) to `output_dir/README.md`, as TRL does when it saves or pushes."""
+        if is_main():
+            folder = Path(self.args.output_dir)
+            write_whole(folder / "README.md", lambda path: path.write_text(model_card(self, model_name or folder.name)))
 
     # --- checkpoints ----------------------------------------------------------------------------------------------
 
@@ -410,71 +416,11 @@ class CTRLTrainer(RLOOTrainer):
         dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
         if self.ctrl_reward is None or self.procedure is None or dataset is None:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        count = max(self.num_generations_eval, self.procedure.n)
-        rows = list(dataset)
-        with together():  # a rank with a row less measures its first one again, and forgets it
-            found = [(row is not None, self._measure_prompt(row or rows[0], count)) for row in even_share(rows)]
-        measured = gather_object([one for real, one in found if real])
-        measured = [one for one in measured if one["rewards"].size >= self.procedure.n]
-        ours, theirs = [one["rewards"] for one in measured], [one["references"] for one in measured]
-        values = {
-            "winrate": win_rate(ours, theirs, self.procedure).mean,
-            "winrate_1": win_rate(ours, theirs, BestOfN(1)).mean,
-            "kl_seq": float(np.mean([one["kl"] for one in measured])),
-        }
+        values = measure(self, list(dataset), max(self.num_generations_eval, self.procedure.n))
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-    def _measure_prompt(self, row: dict[str, Any], count: int) -> dict[str, Any]:
-        """Rewards and mean sequence KL of `count` fresh samples on one held-out prompt."""
-        prompt_ids, _, _ = self._tokenize_prompts([row["prompt"]])
-        uniforms_BT = rollout_uniforms(
-            list(prompt_ids) * count, seed=self.args.seed, generation=-1, first_row=0, count=self.max_completion_length
-        )
-        rows = self._decode(list(prompt_ids) * count, uniforms_BT)
-        texts = self.processing_class.batch_decode([ids for ids, _ in rows], skip_special_tokens=True)
-        chat = isinstance(row["prompt"], list)
-        completions = [[{"role": "assistant", "content": text}] for text in texts] if chat else texts
-        columns = {
-            name: [value] * count for name, value in row.items() if name not in ("prompt", self.ctrl_reward.column)
-        }
-        rewards = self.ctrl_reward.raw(
-            prompts=[row["prompt"]] * count,
-            completions=completions,
-            completion_ids=[ids for ids, _ in rows],
-            **columns,
-        )
-        return {
-            "rewards": rewards[~np.isnan(rewards)],
-            "references": np.asarray(row[self.ctrl_reward.column], dtype=float),
-            "kl": self._mean_kl(prompt_ids[0], rows),
-        }
-
-    @contextlib.contextmanager
-    def _reference_model(self) -> Iterator[Any]:
-        """The reference policy: TRL's second copy, or the policy with its adapter off."""
-        if self.ref_model is not None:
-            yield self.ref_model
-            return
-        adapted = self.accelerator.unwrap_model(self.model)
-        with use_adapter(adapted, adapter_name="ref" if "ref" in adapted.peft_config else None):
-            yield self.model
-
-    def _mean_kl(self, prompt: Sequence[int], rows: list[tuple[list[int], list[float]]]) -> float:
-        device = self.accelerator.device
-        width = max(len(ids) for ids, _ in rows)
-        ids = torch.tensor([list(prompt) + ids + [0] * (width - len(ids)) for ids, _ in rows], device=device)
-        mask = torch.tensor(
-            [[1] * (len(prompt) + len(ids)) + [0] * (width - len(ids)) for ids, _ in rows], device=device
-        )
-        with torch.no_grad(), self._reference_model() as reference:
-            logps, _, _ = self._get_per_token_logps_and_entropies(
-                reference, ids, mask, width, batch_size=self.args.per_device_eval_batch_size
-            )
-        policy = np.array([sum(logps) for _, logps in rows])
-        return float(policy.mean() - (logps * mask[:, -width:]).sum(1).double().mean().item())
 
 
 class _NotFinite(Exception):
@@ -489,6 +435,17 @@ def _resolve_beta(args: CTRLConfig, reward: CTRLReward | None) -> float:
             "optimal_transform(procedure, kl=...), or tilt(transform, kl=...).beta"
         )
     return float(beta)
+
+
+def _keep_differentiable(model: torch.nn.Module) -> None:
+    """Keep 4-bit weights on a CPU in their differentiable layout.
+
+    bitsandbytes repacks them for AVX512 in eval mode, that is in the first rollout; the packed product has no gradient,
+    and training would go on without one.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _trl_is_tested() -> bool:

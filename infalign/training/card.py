@@ -1,0 +1,68 @@
+"""The model card that a saved policy carries: what it was trained for, from what, and how to decode it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from infalign import __version__
+
+_CARD = """\
+---
+library_name: transformers
+base_model: {base}
+pipeline_tag: text-generation
+tags: [infalign, ctrl, trl, rloo, best-of-n]
+---
+
+# {name}
+
+`{base}`, trained with [InfAlign-CTRL](https://arxiv.org/abs/2412.19792) for decoding with **{procedure}**: a reward is
+calibrated against samples of the base policy, transformed for the procedure, and maximised under a KL penalty.
+
+| | |
+|---|---|
+| procedure | {procedure} |
+| reward | {reward} |
+| transform | {transform} |
+| KL coefficient | {beta:.6g} ({kl}) |
+| rollouts | {rollouts} a prompt, temperature {temperature:g}, at most {tokens} tokens |
+| steps | {steps} |
+| made with | infalign {version} |
+
+Deploy it with the procedure it was trained for: draw {n} candidates at temperature {temperature:g}, score them with
+the reward, and return the one that {procedure} picks (`infalign generate` does it). With another decoder it may be
+worse than a policy that was trained for that one.
+
+```bibtex
+@inproceedings{{balashankar2025infalign,
+  title     = {{InfAlign: Inference-aware language model alignment}},
+  author    = {{Balashankar, Ananth and others}},
+  booktitle = {{ICML}},
+  year      = {{2025}},
+  note      = {{arXiv:2412.19792}},
+}}
+```
+"""
+
+
+def model_card(trainer: Any, name: str) -> str:
+    """The card of a `CTRLTrainer`'s policy; a local base model is named without its folder."""
+    transform = getattr(trainer.ctrl_reward, "transform", None)
+    kl = getattr(transform, "kl", None)
+    base = str(getattr(trainer.model.config, "_name_or_path", "") or "unknown")
+    return _CARD.format(
+        name=name,
+        base=Path(base).name if Path(base).is_absolute() else base,
+        procedure=trainer.procedure or "plain sampling",
+        n=getattr(trainer.procedure, "n", 1),
+        reward=getattr(getattr(trainer.ctrl_reward, "raw", None), "name", ", ".join(trainer.reward_func_names)),
+        transform=transform if transform is not None else "none",
+        beta=trainer.args.beta,
+        kl="target KL not known" if kl is None else f"target KL {kl:.4g} nats",
+        rollouts=trainer.num_generations,
+        temperature=trainer.temperature,
+        tokens=trainer.max_completion_length,
+        steps=trainer.state.global_step,
+        version=__version__,
+    )

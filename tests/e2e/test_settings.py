@@ -1,0 +1,163 @@
+"""Training settings that people have: LoRA, QLoRA, gradient checkpointing, bf16, trackers, the Hub."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM
+
+import infalign
+from infalign.stages.calibrate import calibrate, open_table
+from infalign.stages.experiment import Experiment
+from infalign.stages.policy_folder import save_policy
+from infalign.stages.recipe import load_recipe
+from infalign.stages.train import make_trainer, train
+from infalign.training.trainer import CTRLTrainer
+from tests.e2e.experiment import tiny_experiment
+from tests.tiny import tiny_causal
+
+LORA = {"use_peft": True, "lora_r": 4, "lora_target_modules": ["q_proj", "v_proj", "up_proj"], "learning_rate": 1e-2}
+
+
+def trained(keys):
+    """Calibrate and train a recipe; returns the experiment and the policy's folder."""
+    recipe = load_recipe(keys)
+    experiment = Experiment(recipe)
+    calibrate(recipe, experiment)
+    train(recipe, experiment)
+    return experiment, experiment.policy_path
+
+
+def logged(folder, name):
+    return [row[name] for row in json.loads((folder / "training_log.json").read_text()) if name in row]
+
+
+def logits(model):
+    return model(torch.tensor([[7, 8, 9, 10]])).logits.detach()
+
+
+class TestLora:
+    @pytest.fixture(scope="class")
+    def finished(self, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("lora")
+        keys = {**tiny_experiment(folder), **LORA, "max_steps": 3}
+        return keys, infalign.run(keys), folder / "out" / "policy"
+
+    def test_the_policy_is_whole_and_equals_base_and_adapter(self, finished):
+        keys, _, policy = finished
+        merged = AutoModelForCausalLM.from_pretrained(policy)
+        base = AutoModelForCausalLM.from_pretrained(keys["model_name_or_path"])
+        plain = logits(base)
+        adapted = logits(PeftModel.from_pretrained(base, str(policy / "adapter")))
+        torch.testing.assert_close(logits(merged), adapted, atol=1e-5, rtol=1e-5)
+        assert (adapted - plain).abs().max() > 1e-3, "the adapter does nothing"
+
+    def test_it_starts_at_kl_zero_and_moves(self, finished):
+        _, result, policy = finished
+        kl = logged(policy, "kl_seq")
+        assert abs(kl[0]) < 1e-4 and max(map(abs, kl[1:])) > 1e-4
+        assert result["evaluation"]["kl"]["mean"] > 0
+
+    def test_the_reference_is_the_base_with_the_adapter_off(self, finished):
+        keys, _, _ = finished
+        experiment = Experiment(load_recipe(keys))
+        subject = make_trainer(experiment, open_table(experiment))
+        assert subject.ref_model is None
+        trainable = sum(p.numel() for p in subject.model.parameters() if p.requires_grad)
+        assert 0 < trainable < 0.5 * sum(p.numel() for p in subject.model.parameters())
+
+    def test_an_adapter_goes_on_from_its_weights(self, finished, tmp_path):
+        keys, _, policy = finished
+        new = {**keys, "output_dir": str(tmp_path / "new"), "initial_weights": str(policy / "adapter"), "max_steps": 1}
+        experiment = Experiment(load_recipe(new))
+        calibrate(experiment.recipe, experiment)
+        subject = make_trainer(experiment, open_table(experiment))
+        save_policy(subject, tmp_path / "saved", experiment)
+        old, copied = (
+            load_file(path / "adapter_model.safetensors")
+            for path in (policy / "adapter", tmp_path / "saved" / "adapter")
+        )
+        assert old.keys() == copied.keys()
+        assert all(torch.equal(old[name], copied[name]) for name in old)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+def test_qlora(tmp_path):
+    """A quantised base is what rollouts come from: calibration draws from it, and step 0 finds KL 0 and mean 1/2."""
+    changes = {**LORA, "load_in_4bit": True, "max_steps": 2, "bf16": False}
+    keys = tiny_experiment(tmp_path)
+    tiny_causal(tmp_path / "model", "llama", hidden=128)  # four-bit blocks hold 64 numbers
+    experiment, policy = trained({**keys, **changes})
+    quantised = experiment.model(experiment.base_path, experiment.quantization)
+    assert any(parameter.dtype == torch.uint8 for parameter in quantised.parameters())
+    assert "load_in_4bit" in experiment.sampling_parts(experiment.base_path, "calibration")
+    assert abs(logged(policy, "kl_seq")[0]) < 0.05
+    learnt = load_file(policy / "adapter" / "adapter_model.safetensors")
+    assert all(bool(value.any()) for name, value in learnt.items() if "lora_B" in name), "no gradient arrives"
+    merged = AutoModelForCausalLM.from_pretrained(policy)
+    assert all(parameter.dtype == torch.float32 for parameter in merged.parameters())
+    base = AutoModelForCausalLM.from_pretrained(experiment.base_path)
+    adapted = PeftModel.from_pretrained(base, str(policy / "adapter"))
+    torch.testing.assert_close(logits(merged), logits(adapted), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"gradient_checkpointing": True}, {"bf16": True}, {"dtype": "bfloat16", "bf16": True}, {**LORA, "bf16": True}],
+    ids=["checkpointing", "bf16", "bfloat16 weights", "lora in bf16"],
+)
+def test_memory_savers_train(changes, tmp_path):
+    _, policy = trained({**tiny_experiment(tmp_path), **changes})
+    kl = logged(policy, "kl_seq")
+    assert len(kl) == 2 and abs(kl[0]) < 0.05
+    assert all(bool(torch.isfinite(p).all()) for p in AutoModelForCausalLM.from_pretrained(policy).parameters())
+
+
+def test_gradient_checkpointing_trains_like_the_plain_path(tmp_path):
+    weights = []
+    for name in (False, True):
+        keys = {**tiny_experiment(tmp_path / str(name)), "gradient_checkpointing": name, "optim": "sgd"}
+        weights.append(load_file(trained(keys)[1] / "model.safetensors"))
+    for name, value in weights[0].items():
+        torch.testing.assert_close(value, weights[1][name], atol=1e-6, rtol=0)
+
+
+def test_tensorboard(tmp_path, monkeypatch):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "runs"))
+    trained({**tiny_experiment(tmp_path), "report_to": "tensorboard"})
+    events = EventAccumulator(str(next((tmp_path / "runs").rglob("events.out.*")).parent)).Reload()
+    tags = events.Tags()["scalars"]
+    assert {"train/kl_seq", "train/reward/calibrated", "train/reward/raw"} <= set(tags)
+    assert [event.step for event in events.Scalars("train/kl_seq")] == [1, 2]
+
+
+def test_the_model_card_says_what_was_done(tmp_path):
+    _, policy = trained(tiny_experiment(tmp_path))
+    card = (policy / "README.md").read_text()
+    assert "2412.19792" in card and "BestOfN(2)" in card and "infalign" in card
+    assert "| reward | score |" in card and "target KL 0.5" in card and "`model`" in card
+    assert str(tmp_path) not in card, "a path of this machine"
+
+
+def test_the_hub_keys_pass_through(tmp_path):
+    keys = {**tiny_experiment(tmp_path), "push_to_hub": True, "hub_model_id": "me/mine", "hub_private_repo": True}
+    from infalign.stages.train import training_arguments  # noqa: PLC0415
+
+    arguments = training_arguments(Experiment(load_recipe(keys)))
+    assert (arguments.push_to_hub, arguments.hub_model_id, arguments.hub_private_repo) == (True, "me/mine", True)
+
+
+def test_what_is_pushed_is_the_merged_policy(tmp_path, monkeypatch):
+    pushed = {}
+    monkeypatch.setattr("infalign.stages.policy_folder.upload_folder", lambda **words: pushed.update(words))
+    monkeypatch.setattr(CTRLTrainer, "init_hf_repo", lambda self, token=None: setattr(self, "hub_model_id", "me/mine"))
+    keys = {**tiny_experiment(tmp_path), **LORA, "push_to_hub": True, "hub_model_id": "me/mine"}
+    _, policy = trained(keys)
+    assert pushed["repo_id"] == "me/mine" and pushed["folder_path"] == policy
+    assert (policy / "model.safetensors").is_file() and "checkpoint-*" in pushed["ignore_patterns"]
