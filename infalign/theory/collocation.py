@@ -75,15 +75,18 @@ class Collocation:
             log_g = np.where(top < 0.1, self.procedure.mirror.log_density(top)[0], log_g)
         return log_g
 
-    def newton(self, state: State, kl: float | None, tolerance: float = 1e-3) -> State | None:
-        """Newton steps, damped to 1.5 in L where q is seen; None when they do not converge."""
+    def newton(self, state: State, kl: float | None, tolerance: float = 1e-3, steps: int = MOST_STEPS) -> State | None:
+        """At most `steps` Newton steps, damped to 1.5 in L where q is seen; None when they do not converge.
+
+        A guess that has lost its policy may still in L while log beta runs away: that is no convergence.
+        """
         mesh = _Mesh(
             self.log_g(state.u, state.top),
             self.log_g(*_middles(state)),
             state.widths,
         )
         floor = -40.0 if self.turned else math.log(FAINTEST)
-        for _ in range(MOST_STEPS):
+        for _ in range(steps):
             with np.errstate(over="ignore", invalid="ignore"):
                 step = self._step(state, mesh, kl)
             seen = np.maximum(state.log_q, state.log_q + step.log_q) > floor
@@ -97,7 +100,7 @@ class Collocation:
                 log_q=state.log_q + damping * step.log_q,
                 log_beta=state.log_beta + damping * step.log_beta,
             )
-            if size < tolerance:
+            if size < tolerance and abs(step.log_beta) < 0.5:
                 sane = np.isfinite(state.log_q).all() and state.cdf.min() > -1e-6 and state.cdf.max() < 1 + 1e-6
                 return state if sane and state.log_q.max() < 600 else None
             if size > 0.5:
@@ -105,10 +108,14 @@ class Collocation:
         return None
 
     def _middle(self, state: State, h: Floats, pull: Floats) -> tuple[Floats, Floats]:
-        """The collocation polynomial's Q and L at the cells' middles, for L' = pull on the nodes."""
+        """The collocation polynomial's Q and L at the cells' middles, for L' = pull on the nodes.
+
+        L, which falls along u where all is turned, is kept from overflowing where a guess does not know its pull yet.
+        """
         q = np.exp(state.log_q)
         cdf = (state.cdf[1:] + state.cdf[:-1]) / 2 - h / 8 * (q[1:] - q[:-1])
-        return cdf, (state.log_q[1:] + state.log_q[:-1]) / 2 - h / 8 * (pull[1:] - pull[:-1])
+        log_q = (state.log_q[1:] + state.log_q[:-1]) / 2 - h / 8 * (pull[1:] - pull[:-1])
+        return cdf, np.minimum(log_q, np.maximum(state.log_q[1:], state.log_q[:-1]) + 1.0) if self.turned else log_q
 
     def _step(self, state: State, mesh: _Mesh, kl: float | None) -> _Step:
         """The full Newton step (0 in log beta unless kl is given)."""

@@ -46,6 +46,20 @@ class Solution:
     cdf: Curve
 
 
+def from_nodes(log_beta: float, kl: float, win_rate: float, nodes: Floats) -> Solution:
+    """The curves through rows 1 - u (not descending), log q, (log q)', (log q)'' and Q: (5, Q), derivatives in u."""
+    top, log_q, pull, bend, cdf = nodes[:, np.append(True, np.diff(nodes[0]) > 0)]
+    beta, q, seen = math.exp(log_beta) if log_beta > -745 else 0.0, np.exp(log_q), log_q > -1e4
+    return Solution(
+        log_beta,
+        kl,
+        win_rate,
+        Curve(top, beta * (log_q - log_q[-1]), -beta * pull, beta * bend, True),
+        Curve(top, np.maximum(log_q, -1e4), np.where(seen, -pull, 0.0), np.where(seen, bend, 0.0), True),
+        Curve(top, cdf, -q, q * pull, True),
+    )
+
+
 @dataclass(frozen=True)
 class Frontier:
     """The curve of one N >= 2 (`worst` or best) on even nodes in log w, up to `last`.

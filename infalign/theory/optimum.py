@@ -2,7 +2,7 @@
 
 Every optimum satisfies Phi'(u) = g(u) g(Q(u)), Q the CDF of its own tilted policy: it depends on the procedure and on
 beta. Best-of-N and Worst-of-N are solved exactly (`frontier`), plain sampling in closed form (the identity), and all
-other procedures by Newton on the boundary-value problem (`bvp`).
+other procedures by Newton on the boundary-value problem (`bvp`), in logs where Q becomes tiny (`deep`).
 
 Theory: InfAlign (arXiv:2412.19792), the coupled equations; the solvers are derived in our notes.
 """
@@ -18,7 +18,7 @@ from typing import overload
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from infalign.theory.bvp import Saturated, solve_general
+from infalign.theory.bvp import solve_general
 from infalign.theory.frontier import Solution, solve_extreme
 from infalign.theory.hermite import Curve
 from infalign.theory.mesh import FAINTEST
@@ -78,8 +78,7 @@ def optimal_transform(procedure: Procedure, beta: float | None = None, kl: float
 
     Give exactly one. beta in [1e-8, 1e8], kl in [1e-9, 20]. Near Worst-of-N and for large N the beta of a large KL may
     underflow: `cdf` and `density` stay right, but no trainer can use such a pair. Raises InputError for both or
-    neither, values out of range, or a KL so large that the optimum's 1 - W is below e^-400 and
-    the solver gets no further (k-th of 1024 near the worst: KL > 0.6).
+    neither and for values out of range.
 
     >>> from infalign.theory.procedures import BestOfN
     >>> best = optimal_transform(BestOfN(4), kl=1.0)
@@ -114,11 +113,8 @@ def win_rate_limit(procedure: Procedure, kl: ArrayLike) -> float | Floats:
 
 
 def _limit(procedure: Procedure, kl: float) -> float:
-    """W* at one KL; 1 where 1 - W* is below e^-400 and the optimum is not found."""
-    try:
-        return 0.5 if kl == 0 else optimal_transform(procedure, kl=kl).win_rate
-    except Saturated:
-        return 1.0
+    """W* at one KL."""
+    return 0.5 if kl == 0 else optimal_transform(procedure, kl=kl).win_rate
 
 
 @lru_cache(maxsize=512)
@@ -155,20 +151,25 @@ def _plain(beta: float | None, kl: float | None) -> Solution:
 
 
 def _residual(procedure: Procedure, solution: Solution) -> float:
-    """max |Phi' - g(u) g(Q)| / max g(u) g(Q) at cell middles, with Q integrated from the log-density curve."""
+    """max |Phi' - g(u) g(Q)| / max g(u) g(Q) at cell middles, Q integrated (in logs) from the log-density curve."""
     node = solution.phi.node
     middle = (node[1:] + node[:-1]) / 2
     places = [np.stack([node[:-1], middle], 1).ravel(), np.stack([middle, node[1:]], 1).ravel()]
     width = (places[1] - places[0])[:, None]
     at, weights = places[0][:, None] + width * _NODES, width * _WEIGHTS
-    mass = (np.exp(solution.log_density.at_place(at)) * weights).sum(-1)
-    share, rest = np.cumsum(mass)[::2] / mass.sum(), np.cumsum(mass[::-1])[::-1][1::2] / mass.sum()
+    level = solution.log_density.at_place(at)
+    highest = level.max(-1)
+    mass = highest + np.log((np.exp(level - highest[:, None]) * weights).sum(-1))
     from_top = solution.phi.from_top
-    u, cdf = (1 - middle, rest) if from_top else (middle, share)
+    below = np.logaddexp.accumulate(mass[::-1] if from_top else mass)
+    log_cdf = (below - below[-1])[::-1][1::2] if from_top else (below - below[-1])[::2]
+    u = 1 - middle if from_top else middle
     log_g = procedure.log_density(u)[0]
     if from_top and procedure.monotone == "neither":
         log_g = np.where(middle < 0.1, procedure.mirror.log_density(middle)[0], log_g)
-    wanted = log_g + procedure.log_density(np.clip(cdf, FAINTEST, 1.0))[0]
+    log_g_cdf, power = _log_g(procedure, log_cdf)
+    floored = (highest[::2] <= -1e4) & (power > 0.5)  # too little is known of Q to tell g(Q)
+    wanted = np.where(floored, -np.inf, log_g + log_g_cdf)
     largest = float(wanted.max())
     slope = (
         solution.phi.slope_at_place(middle) * math.exp(-largest)
@@ -176,6 +177,14 @@ def _residual(procedure: Procedure, solution: Solution) -> float:
         else (solution.log_density.slope_at_place(middle) * math.exp(solution.log_beta - largest))
     )
     return float(np.max(np.abs(slope * (-1 if from_top else 1) - np.exp(wanted - largest))))
+
+
+def _log_g(procedure: Procedure, log_cdf: Floats) -> tuple[Floats, Floats]:
+    """log g(Q) from log Q, below FAINTEST along the power of Q that g is there, and that power (0 above)."""
+    log_faintest = math.log(FAINTEST)
+    log_g, steep = procedure.log_density(np.exp(np.clip(log_cdf, log_faintest, 0.0)))
+    power = np.where(log_cdf < log_faintest, FAINTEST * steep, 0.0)
+    return log_g + power * np.minimum(log_cdf - log_faintest, 0.0), power
 
 
 def _within(u: ArrayLike) -> Floats:

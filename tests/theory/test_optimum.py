@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import pickle
+import statistics
 import time
 from collections.abc import Callable
 
 import numpy as np
 import pytest
-from scipy import integrate, optimize
+from scipy import integrate, optimize, stats
 
 from infalign.theory import exponential, frontier, identity, log, normal_icdf, optimum, tilt
 from infalign.theory.bvp import solve_general
@@ -212,6 +213,20 @@ def test_perturbations_never_gain(procedure: Procedure) -> None:
             assert other.win_rate(procedure) - 0.1 * other.kl <= value + 1e-9
 
 
+@pytest.mark.parametrize(("soft", "limit"), [(-500.0, WorstOfN(32)), (500.0, BestOfN(32))], ids=repr)
+@pytest.mark.parametrize("kl", [0.5, 1.0, 3.0, 5.0])
+def test_a_strong_tilt_is_nearly_the_exact_extreme(soft: float, limit: Procedure, kl: float) -> None:
+    near, exact = optimal_transform(SoftBestOfN(32, soft), kl=kl), optimal_transform(limit, kl=kl)
+    np.testing.assert_allclose(near.cdf(U), exact.cdf(U), atol=1e-6)
+    assert near.log_beta == pytest.approx(exact.log_beta, abs=2e-3)
+    assert near.residual < 1e-7
+
+
+def test_a_large_kl_where_newton_may_lose_beta() -> None:
+    near, exact = optimal_transform(SoftBestOfN(12, 500.0), kl=12.0), optimal_transform(BestOfN(12), kl=12.0)
+    assert near.residual < 1e-7 and near.log_beta == pytest.approx(exact.log_beta, abs=1e-3)
+
+
 def test_identity_for_plain_sampling() -> None:
     for procedure in (BestOfN(1), WorstOfN(1), RandomN([1.0]), SoftBestOfN(5, 0.0)):
         for beta in (1e-3, 0.2, 100.0):
@@ -249,7 +264,6 @@ def test_interface() -> None:
         (lambda: optimal_transform(BestOfN(4), kl=1.0)(1.1), r"u must lie in \[0, 1\]"),
         (lambda: optimal_transform(BestOfN(4), kl=1.0).cdf(-0.1), r"u must lie in \[0, 1\]"),
         (lambda: optimal_transform(BestOfN(4), kl=1.0).density(np.nan), r"u must lie in \[0, 1\]"),
-        (lambda: optimal_transform(KthOfN(1023, 1024), kl=5.0), "where its win rate is 1 to e.*ask for a smaller kl"),
     ],
 )
 def test_mistakes(make: Callable[[], object], message: str) -> None:
@@ -261,6 +275,8 @@ GEOMETRIC = (0.9 ** np.arange(64) / (0.9 ** np.arange(64)).sum()).tolist()
 WIDE = [
     *(KthOfN(k, n) for n in (4, 8, 32) for k in sorted({2, n // 4, n // 2, 3 * n // 4, n - 1} - {1})),
     *(SoftBestOfN(n, tilt) for n in (2, 32) for tilt in (-50.0, -8.0, -1.0, 1.0, 8.0, 50.0)),
+    *(SoftBestOfN(32, tilt) for tilt in (-400.0, -100.0, 400.0)),
+    RandomN([0.01, *[0.0] * 30, 0.99]).mirror,
     RandomN([0.5, *[0.0] * 30, 0.5]),
     RandomN([0.01, *[0.0] * 30, 0.99]),
     RandomN([0.99, *[0.0] * 30, 0.01]),
@@ -268,6 +284,7 @@ WIDE = [
     RandomN(GEOMETRIC),
 ]
 LARGE = [KthOfN(k, n) for n in (128, 1024) for k in (2, n // 4, n // 2, 3 * n // 4, n - 1)]
+NEAR_WORST = [KthOfN(n + 1 - rank, n) for n in (128, 256, 512, 1024) for rank in (2, 3, 4, 7, 12, 15, 25, n // 8)]
 
 
 def check_converged(procedure: Procedure, beta: float | None, kl: float | None) -> None:
@@ -279,6 +296,10 @@ def check_converged(procedure: Procedure, beta: float | None, kl: float | None) 
 
 @pytest.mark.parametrize("procedure", WIDE, ids=repr)
 def test_general_solver_converges_over_the_whole_range(procedure: Procedure) -> None:
+    check_general(procedure)
+
+
+def check_general(procedure: Procedure) -> None:
     for beta in (1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0):
         check_converged(procedure, beta, None)
     for kl in (0.001, 0.01, 0.1, 0.5, 1.0, 2.0, 5.0):
@@ -288,11 +309,37 @@ def test_general_solver_converges_over_the_whole_range(procedure: Procedure) -> 
 @pytest.mark.slow
 @pytest.mark.parametrize("procedure", LARGE, ids=repr)
 def test_general_solver_converges_for_large_n(procedure: Procedure) -> None:
-    for beta in (1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0):
-        check_converged(procedure, beta, None)
-    for kl in (0.001, 0.01, 0.1, 0.5, 1.0, 2.0, 5.0):
-        if procedure != KthOfN(1023, 1024) or kl <= 0.5:  # beyond, Q falls below 1e-300
-            check_converged(procedure, None, kl)
+    check_general(procedure)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("procedure", NEAR_WORST, ids=repr)
+def test_near_worst_of_many_converges(procedure: Procedure) -> None:
+    check_general(procedure)
+
+
+@pytest.mark.parametrize("procedure", [KthOfN(1023, 1024), KthOfN(1000, 1024), KthOfN(510, 512)], ids=repr)
+def test_frontier_where_q_underflows(procedure: Procedure) -> None:
+    """d log(1-W)/dKL = -beta/(1-W), by differences of the curve's own integrals; beta falls by about n-k+1 per nat."""
+    for kl in (1.0, 3.0):
+        low, best, high = (optimal_transform(procedure, kl=kl + h) for h in (-1e-3, 0.0, 1e-3))
+        lost = [log_lost(found) for found in (low, best, high)]
+        assert (lost[2] - lost[0]) / 2e-3 == pytest.approx(-math.exp(best.log_beta - lost[1]), rel=2e-3)
+        assert best.win_rate == 1.0 and best.kl == pytest.approx(kl, rel=1e-9)
+        assert best.residual < 2e-6
+
+
+def log_lost(best: optimum.OptimalTransform) -> float:
+    """log of int g(u) G(Q(u)) du for one rank r of n, on the layer where Q is representable, by the trapezoid rule."""
+    (component,) = best.procedure.components
+    rank, n = component.picks[0][0], component.n
+    u = -np.expm1(-np.linspace(0.0, best.kl + 1.0, 100_001))
+    q, density = best.cdf(u), best.density(u)
+    seen = (q > 1e-280) & (u > 0)
+    log_decoded = stats.beta.logcdf(q[seen], rank, n - rank + 1)
+    terms = stats.beta.logpdf(u[seen], rank, n - rank + 1) + log_decoded + np.log1p(-u[seen])
+    assert density.max() < 1e6
+    return float(np.logaddexp.reduce(terms)) + math.log((best.kl + 1.0) / 100_000)
 
 
 def test_near_worst_of_n_finds_one_optimum_from_either_side() -> None:
@@ -315,6 +362,9 @@ FAST = [
     RandomN([1 / 32] * 32),
     SoftBestOfN(8, 4.0),
     SoftBestOfN(32, -50.0),
+    SoftBestOfN(32, -100.0),
+    SoftBestOfN(32, -400.0),
+    SoftBestOfN(32, 400.0),
 ]
 
 
@@ -336,12 +386,14 @@ def yardstick() -> float:
 
 @pytest.mark.parametrize("procedure", FAST, ids=repr)
 @pytest.mark.parametrize(
-    ("given", "seconds"), [({"beta": 0.1}, 0.05), ({"beta": 1e-3}, 0.05), ({"kl": 1.0}, 0.25)], ids=str
+    ("given", "seconds"),
+    [({"beta": 0.1}, 0.05), ({"beta": 1e-3}, 0.05), ({"kl": 1.0}, 0.25), ({"kl": 3.0}, 0.25), ({"kl": 5.0}, 0.25)],
+    ids=str,
 )
 def test_is_fast(procedure: Procedure, given: dict[str, float], seconds: float) -> None:
     """Interleaved with a yardstick, because a shared machine's CPU seconds vary by a factor of two."""
     ratios = []
-    for _ in range(6):
+    for _ in range(7):
         optimum._solved.cache_clear()
         frontier._frontier.cache_clear()
         before = yardstick()
@@ -349,4 +401,4 @@ def test_is_fast(procedure: Procedure, given: dict[str, float], seconds: float) 
         optimal_transform(procedure, **given)
         taken = time.process_time() - start
         ratios.append(taken / ((before + yardstick()) / 2.0))
-    assert min(ratios) * YARDSTICK_SECONDS < seconds
+    assert statistics.median(ratios) * YARDSTICK_SECONDS < seconds
