@@ -23,16 +23,17 @@ from transformers import (
 )
 
 from infalign.generation.plan import Request
-from infalign.generation.shared_prefix import (
+from infalign.runtime.distributed import any_rank
+from infalign.runtime.seeds import uniforms
+from infalign.runtime.shared_prefix import (
     continuation,
     encode_prefixes,
     is_shareable,
     pad_left,
     positions,
     unique_rows,
+    with_room,
 )
-from infalign.runtime.distributed import any_rank
-from infalign.runtime.seeds import uniforms
 from infalign.types import Sample, SamplingSettings
 
 Uniforms = Callable[[str, int, int], np.ndarray]
@@ -103,7 +104,7 @@ def decode_rows(
     device = model.device
     uniforms = torch.as_tensor(uniforms_BT, device=device)
     ends = torch.tensor(list(end_ids), device=device)
-    state = _prefill(model, prompts, pad_id=end_ids[0] if end_ids else 0, shared=not in_step)
+    state = _prefill(model, prompts, pad_id=end_ids[0] if end_ids else 0, room=0 if in_step else uniforms.shape[1])
     active = torch.arange(len(prompts), device=device)
     tokens_BT = torch.zeros(uniforms.shape, dtype=torch.long, device=device)
     logps_BT = torch.zeros(uniforms.shape, dtype=torch.float32, device=device)
@@ -141,18 +142,22 @@ def _draw(logits_BV: Tensor, uniforms_B: Tensor) -> tuple[Tensor, Tensor]:
     return chosen[:, 0], logps_BV.gather(1, chosen)[:, 0]
 
 
-def _prefill(model: Any, prompts: Sequence[Sequence[int]], pad_id: int, shared: bool) -> dict[str, Any]:
-    """The state of decoding after the prompts: the last prompt token is the next input of every row."""
+def _prefill(model: Any, prompts: Sequence[Sequence[int]], pad_id: int, room: int) -> dict[str, Any]:
+    """The state of decoding after the prompts: the last prompt token is the next input of every row.
+
+    With `room` for so many tokens prompts are computed once each; without, in one plain pass.
+    """
     ids_BP, mask_BP = pad_left(prompts, pad_id, model.device)
-    if not shared or not is_shareable(model):
+    if not room or not is_shareable(model):
         return {"input_ids": ids_BP, "mask": mask_BP, "cache": None, "seen": ids_BP, "compact": False}
     first, of_row = unique_rows(ids_BP, mask_BP)
     prefix = encode_prefixes(model, ids_BP[first], mask_BP[first])
     inputs = continuation(prefix, of_row, ids_BP[:, -1:], mask_BP[:, -1:])
+    cache = inputs.get("past_key_values")
     return {
         "input_ids": ids_BP[:, -1:],
         "mask": inputs["attention_mask"],
-        "cache": inputs.get("past_key_values"),
+        "cache": None if cache is None else with_room(cache, room),
         "seen": ids_BP,
         "compact": True,
     }

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from infalign.generation.shared_prefix import (
+from infalign.runtime.shared_prefix import (
     continuation,
     encode_prefixes,
     is_shareable,

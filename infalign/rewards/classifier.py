@@ -9,7 +9,7 @@ head is float32. Logits only, no softmax.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -24,10 +24,14 @@ from infalign.rewards.classifier_loading import (
     model_fingerprint,
 )
 from infalign.rewards.contract import Text
+from infalign.rewards.shared_scoring import Group, batches_of, groups_of, last_hidden
+from infalign.runtime.console import notice, say
+from infalign.runtime.shared_prefix import is_shareable
 from infalign.types import InputError, RewardError
 
 TooLong = Literal["error", "truncate", "mask"]
 TOO_LONG = ("error", "truncate", "mask")
+_MOST_SHOWN = 600  # characters of an example
 _PROBE = ("Yes.", "The answer to this is a little longer than that, and it ends here.", "No, I do not think so.")
 
 
@@ -83,6 +87,7 @@ class ClassifierReward:
         self.chat_template = chat_template or getattr(self.tokenizer, "chat_template", None)
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
         self.counts = {"scored": 0, "truncated": 0, "masked": 0}
+        self._shown = False
         weights = model_fingerprint(self.model, self.tokenizer)
         template = (self.chat_template, sorted(self.chat_template_kwargs.items()))
         self.fingerprint = f"{weights}:{self.label}:{self.max_length}:{too_long}:{_digest(template)}"
@@ -93,6 +98,7 @@ class ClassifierReward:
         self._skipped_id = getattr(_text_config(self.model), "pad_token_id", None)
         self._pad_id = _pad_id(self.model, self.tokenizer, set_in_config=not self._is_decoder)
         self._check_batching()
+        self._shares = self._is_decoder and self._sharing_is_exact()
 
     def __call__(
         self, prompts: Sequence[Text], completions: Sequence[Text], completion_ids: Any = None, **columns: Any
@@ -104,10 +110,12 @@ class ClassifierReward:
             InputError: chats for a tokenizer without chat template.
         """
         sequences = [self.encode(p, c) for p, c in zip(prompts, completions, strict=True)]
+        self._show(sequences)
         kept = [self._fitted(ids, index) for index, ids in enumerate(sequences)]
         scores = np.full(len(kept), np.nan)
         chosen = [index for index, ids in enumerate(kept) if ids is not None]
-        scores[chosen] = self.score([ids for ids in kept if ids is not None])
+        names = [repr(prompts[index]) for index in chosen]
+        scores[chosen] = self.score([ids for ids in kept if ids is not None], names)
         self.counts["scored"] += len(chosen)
         return scores
 
@@ -132,12 +140,40 @@ class ClassifierReward:
         """The text that `encode` stands for, special tokens shown: to print one example."""
         return self.tokenizer.decode(self.encode(prompt, completion))
 
-    def score(self, sequences: Sequence[list[int]]) -> NDArray[np.float64]:
-        """Logits (B,) of token sequences, in length-bucketed batches, longest first."""
+    def _show(self, sequences: Sequence[list[int]]) -> None:
+        """Print the first sequence ever scored as this model sees it: a wrong template shows here first."""
+        if not self._shown and sequences:
+            self._shown = True
+            text = self.tokenizer.decode(sequences[0])
+            short = text if len(text) <= _MOST_SHOWN else f"{text[: _MOST_SHOWN // 2]} ... {text[-_MOST_SHOWN // 2 :]}"
+            say(f"  what the reward model {self.__name__} sees, for example: {short!r}")
+
+    def score(self, sequences: Sequence[list[int]], names: Sequence[Hashable] | None = None) -> NDArray[np.float64]:
+        """Logits (B,) of token sequences, in length-bucketed batches, longest first.
+
+        Args:
+            sequences: token ids.
+            names: sequences of one name (a prompt) go through the backbone with their common beginning computed once.
+        """
         scores = np.empty(len(sequences))
-        for batch in _buckets([len(ids) for ids in sequences], self.batch_tokens):
-            scores[batch] = self._forward([sequences[index] for index in batch])
+        groups = groups_of(sequences, names) if names is not None and self._shares else []
+        last = [_last_index(ids, self._skipped_id) for ids in sequences]
+        shared = [g for g in groups if g.shared and all(last[row] >= g.shared - 1 for row in g.rows)]
+        for batch in batches_of(sequences, shared, self.batch_tokens):
+            scores[[row for group in batch for row in group.rows]] = self._forward_shared(sequences, batch, last)
+        done = {row for group in shared for row in group.rows}
+        rest = [row for row in range(len(sequences)) if row not in done]
+        for bucket in _buckets([len(sequences[row]) for row in rest], self.batch_tokens):
+            rows = [rest[index] for index in bucket]
+            scores[rows] = self._forward([sequences[row] for row in rows])
         return scores
+
+    @torch.inference_mode()
+    def _forward_shared(
+        self, sequences: Sequence[list[int]], batch: Sequence[Group], last: Sequence[int]
+    ) -> NDArray[np.float64]:
+        hidden = last_hidden(self.model, self._backbone, sequences, batch, last, self._pad_id)
+        return self.model.score(hidden)[:, self.label].double().cpu().numpy()
 
     @torch.inference_mode()
     def _forward(self, sequences: Sequence[list[int]]) -> NDArray[np.float64]:
@@ -204,6 +240,21 @@ class ClassifierReward:
                 f"reward model {self.name!r}: the score depends on the batch ({alone.round(4).tolist()} one by one, "
                 f"{together.round(4).tolist()} together); its code ignores the padding, or its weights are not finite"
             )
+
+    def _sharing_is_exact(self) -> bool:
+        """Whether shared beginnings give the scores of whole sequences; says so when they don't."""
+        if not is_shareable(self.model):
+            return False
+        beginning = [token for text in _PROBE for token in self.tokenizer(text)["input_ids"]] or [self._pad_id]
+        sequences = [(beginning * 12)[:12] + beginning[-size:] for size in (1, 2, 3)]
+        whole = self._forward(sequences)
+        last = [max(11, _last_index(ids, self._skipped_id)) for ids in sequences]
+        shared = self._forward_shared(sequences, [Group((0, 1, 2), 12)], last)
+        exact = next(self._backbone.parameters()).dtype == torch.float32
+        same = np.abs(whole - shared).max() <= (1e-4 if exact else 5e-2) * max(1.0, float(np.abs(whole).max()))
+        if not same:
+            notice(f"reward model {self.name!r}: prompts are scored once per completion, its cache can't be shared")
+        return bool(same)
 
 
 def _check_options(batch_tokens: int, max_length: int | None, too_long: str) -> None:

@@ -210,6 +210,11 @@ def replicated() -> Iterator[None]:
 
 def _cannot_load(what: str, name: str, error: Exception) -> str:
     cause = " ".join(str(error).split())
+    if "trust_remote_code" in cause:
+        return (
+            f"the {what} of model_name_or_path {name!r} needs Python code that ships with it: read that code, then set "
+            "trust_remote_code: true, or give another model"
+        )
     cause = cause if len(cause) < 200 else f"{cause[:197]}..."
     return (
         f"can't load the {what} of model_name_or_path {name!r}: {cause} (give a folder with config.json and "

@@ -1,7 +1,7 @@
 """The optimum of any procedure: Newton on the discretised boundary-value problem (`collocation`), from good starts.
 
-From a small KL, where the optimum is nearly the tilt of int g^2, solutions are continued to growing KL; where optima
-may be many (g not non-decreasing) other starts compete.
+From a small KL, where the optimum is nearly the tilt of int g^2, solutions are continued to growing KL, on a finer
+mesh where steps become short; where optima may be many (g not non-decreasing) other starts compete.
 
 Theory: derived in our notes (section 3) from InfAlign's coupled equations (arXiv:2412.19792).
 """
@@ -26,6 +26,7 @@ Floats = NDArray[np.float64]
 COARSE, FINE = 160, 1600
 ROUNDS = 4
 FEW_STEPS = 12
+SHORT = 0.05
 
 
 def solve_general(procedure: Procedure, log_beta: float | None, kl: float | None) -> Solution:
@@ -72,6 +73,7 @@ class _Search(Collocation):
         self.path: list[State] = []
         self.points: list[tuple[float, float]] = []
         self.squeezes = True
+        self.size = COARSE
         self.low = self.single and 8 * self.rank <= self.n
 
     def is_deep(self, state: State) -> bool:
@@ -86,19 +88,22 @@ class _Search(Collocation):
 
     def _flat(self) -> State:
         """The base policy on a mesh that follows G."""
-        u = np.linspace(0.0, 1.0, 4 * COARSE + 1)
+        u = np.linspace(0.0, 1.0, 4 * self.size + 1)
         u = np.unique(np.concatenate([u, u[1] * 0.7 ** np.arange(40), 1 - u[1] * 0.7 ** np.arange(40)]))
         state = State(u, 1 - u, u, np.zeros_like(u), 0.0)
-        return self.remeshed(with_beta(state, 10.0 + float(self.log_reward_slope(state).max())), COARSE)
+        return self.remeshed(with_beta(state, 10.0 + float(self.log_reward_slope(state).max())), self.size)
 
     def _tilted(self, state: State, kl: float | None, log_beta: float | None) -> State:
-        """The tilt of the reward int g(u) g(Q) of a state's Q, on its mesh, at a KL or at log beta."""
+        """The tilt of the reward int g(u) g(Q) of a state's Q, on its mesh, at a KL or at log beta.
+
+        log beta may lie hundreds away from its first guess: strides double until it is bracketed.
+        """
         log_slope = self.log_reward_slope(state)
         highest = float(log_slope.max())
         slope = np.exp(log_slope - highest)
         steps = state.widths * (slope[1:] + slope[:-1]) / 2
         reward = -np.append(0.0, np.cumsum(steps)) if self.turned else -np.append(np.cumsum(steps[::-1])[::-1], 0.0)
-        low, high = -math.inf, math.inf
+        low, high, stride = -math.inf, math.inf, 1.0
         x = highest - log_beta if log_beta is not None else -math.log(max(-reward[0], -reward[-1], 1e-300))
         found = state
         for _ in range(60):
@@ -109,7 +114,8 @@ class _Search(Collocation):
             if kl is None or abs(value - kl) < 1e-2 * kl:
                 break
             low, high = (x, high) if value < kl else (low, x)
-            x = (low + high) / 2 if high - low < 8 else x + math.copysign(2.0, kl - value)
+            stride *= 2
+            x = (low + high) / 2 if math.isfinite(low + high) else x + math.copysign(stride, kl - value)
         return found
 
     def continued(self, log_beta: float | None, kl: float | None, start: float = 0.1) -> State | None:
@@ -132,8 +138,8 @@ class _Search(Collocation):
         for shape in reversed(shapes) if self.low else shapes:
             state = self._tilted(State(flat.u, flat.top, shape, flat.log_q, 0.0), None, log_beta)
             for _ in range(ROUNDS if self.turned else 1):
-                state = self._tilted(self.remeshed(state, COARSE), None, log_beta)
-            state = self.remeshed(state, COARSE)
+                state = self._tilted(self.remeshed(state, self.size), None, log_beta)
+            state = self.remeshed(state, self.size)
             found = self.newton(state, None)
             if found is not None:
                 return found
@@ -156,6 +162,8 @@ class _Search(Collocation):
                 found = None
             if found is None:
                 step /= 2
+                if step < SHORT and self.turned and self.size < 4 * COARSE:
+                    state, reached, step = self._resolved(state, reached)
                 if step < 1e-3 and self.in_logs and kl is not None:
                     return state
                 if step < 1e-4:
@@ -166,13 +174,28 @@ class _Search(Collocation):
             self.points.append((reached, state.log_beta))
         return state
 
+    def _resolved(self, state: State, reached: float) -> tuple[State, float, float]:
+        """On twice as fine a mesh: the last optimum of the path that it confirms, its KL and the step to go on with.
+
+        Near a strongly negative soft tilt of many candidates q ends in an edge too sharp for the coarsest mesh, which
+        may even have spurious optima: the path is dropped from there on.
+        """
+        self.size *= 2
+        for index in reversed(range(len(self.path))):
+            kl = self.points[index][0]
+            found = self.newton(self.remeshed(self.path[index], self.size), kl)
+            if found is not None:
+                self.path, self.points = [*self.path[:index], found], [*self.points[:index], (kl, found.log_beta)]
+                return found, kl, 8 * SHORT
+        return state, reached, SHORT
+
     def _next(self, state: State, kl: float, rise: float) -> State | None:
         """The optimum at kl, `rise` above the state's, from the first guess that converges.
 
         Where g is monotone good guesses converge in few steps, and a smaller rise is better than more of them.
         Near Best-of-N the policy grows a spike that squeezing misses: once it fails it is not tried again.
         """
-        hasty, settled = self.monotone != "neither" and rise > 0.1, kl - rise >= 0.5
+        hasty, settled = self.monotone != "neither" and rise > (SHORT if self.turned else 0.1), kl - rise >= 0.5
         steps, found = FEW_STEPS if hasty else MOST_STEPS, None
         if settled and self.squeezes:
             found = self.newton(self._shrunk(state, rise, self._foreseen(kl)), kl, steps=steps)
@@ -204,13 +227,13 @@ class _Search(Collocation):
         log_q = np.concatenate([log_q, np.full_like(rest, log_q[-1])]) - math.log(total)
         top = np.concatenate([top * squeeze, rest])
         if self.turned:
-            return self.remeshed(State(top, 1 - top, above, log_q, log_beta), COARSE)
+            return self.remeshed(State(top, 1 - top, above, log_q, log_beta), self.size)
         top, above = top[::-1], above[::-1]
-        return self.remeshed(State(1 - top, top, 1 - above, log_q[::-1], log_beta), COARSE)
+        return self.remeshed(State(1 - top, top, 1 - above, log_q[::-1], log_beta), self.size)
 
     def _from(self, state: State, kl: float, steps: int = MOST_STEPS) -> State | None:
         """The optimum at kl by Newton from a policy, or from the tilt of its own reward where g falls."""
-        warm = self.newton(self.remeshed(state, COARSE), kl, steps=steps)
+        warm = self.newton(self.remeshed(state, self.size), kl, steps=steps)
         if warm is not None or self.monotone == "increasing":
             return warm
         return self.newton(self._fitted(state, kl), kl)
@@ -218,14 +241,15 @@ class _Search(Collocation):
     def _fitted(self, state: State, kl: float, rounds: int = 3) -> State:
         """A policy with the given KL near its own reward's tilt: iterates ascend W where g is non-increasing."""
         for _ in range(1 if self.monotone == "increasing" else rounds):
-            state = self.remeshed(self._tilted(state, kl, None), COARSE)
+            state = self.remeshed(self._tilted(state, kl, None), self.size)
         return state
 
     def refined(self, first: State | None, log_beta: float | None, kl: float | None) -> State | None:
         """The best of a first optimum and those from other starts, on a fine mesh; None where Newton fails there."""
         candidates = [first, *self.restarted(log_beta, kl, first)]
         best = max((c for c in candidates if c is not None), key=lambda c: self.objective(c, log_beta), default=None)
-        for size, tolerance in ((FINE // 4, 1e-3), (FINE, 1e-6)):
+        finest = FINE if self.procedure.n <= 256 else 2 * FINE
+        for size, tolerance in ((max(FINE // 4, self.size), 1e-3), (finest, 1e-6)):
             best = None if best is None else self.newton(self.remeshed(best, size), kl, tolerance)
         return best
 
@@ -242,7 +266,7 @@ class _Search(Collocation):
         for shape in (flat.u**4, 1 - flat.top**4):
             state = self._tilted(State(flat.u, flat.top, shape, flat.log_q, flat.log_beta), kl, log_beta)
             for _ in range(3):
-                state = self.remeshed(self._tilted(state, kl, log_beta), COARSE)
+                state = self.remeshed(self._tilted(state, kl, log_beta), self.size)
             if known is None or np.max(np.abs(np.interp(state.u, known.u, known.cdf) - state.cdf)) > 0.02:
                 found.append(self.newton(state, kl))
         return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 from typing import Any
@@ -31,6 +32,32 @@ class KLBudget(TrainerCallback):
         if len(recent) == self.window and mean > self.budget:
             say(f"  stopping at step {state.global_step}: sequence KL {mean:.3f} is above kl_budget {self.budget}")
             control.should_training_stop = True
+
+
+class NegativeKL(TrainerCallback):
+    """Warn once when the rollouts' sequence KL stays negative, which no pair of policies can have.
+
+    Single means of log-ratios may well be; ten logs that are below 0 by three standard errors are not chance.
+    """
+
+    LOGS, SIGMAS = 10, 3.0
+
+    def __init__(self) -> None:
+        self.told = False
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        """Look at the last logs."""
+        rows = [row for row in state.log_history if "kl_seq" in row and "kl_seq_error" in row][-self.LOGS :]
+        if self.told or not logs or len(rows) < self.LOGS:
+            return
+        mean = sum(row["kl_seq"] for row in rows) / self.LOGS
+        error = math.sqrt(sum(row["kl_seq_error"] ** 2 for row in rows)) / self.LOGS
+        if mean < -self.SIGMAS * error - 1e-4:
+            self.told = True
+            notice(
+                f"the sequence KL stays negative ({mean:.3f} ± {error:.3f} nats over {self.LOGS} logs): sampling and "
+                "log-probabilities are not those of one policy (temperature, precision, or a changed end of sequence)"
+            )
 
 
 class SkipNotFinite(TrainerCallback):

@@ -4,7 +4,7 @@ The algorithm stays TRL's: leave-one-out advantages of `Phi(C(x, y)) - beta * su
 
 - `_generate_single_turn`: the sampler that calibration used, one random stream per rollout; its log-probabilities are
   kept, so the exactly on-policy "old" pass costs nothing (in float32; under autocast it is recomputed).
-- `_get_per_token_logps_and_entropies`: each distinct prompt once (`generation/shared_prefix.py`).
+- `_get_per_token_logps_and_entropies`: each distinct prompt once (`runtime/shared_prefix.py`).
 - `_prepare_inputs`: whole prompt groups stay together when a generation is cut into steps.
 - `_generate_and_score_completions`: logs `kl_seq`, and at step 0 checks KL ~ 0 and mean calibrated reward ~ 1/2.
 - `training_step`, `_compute_loss`: a loss that is not finite is never propagated, on any rank.
@@ -38,11 +38,18 @@ from trl import RLOOTrainer
 from trl.models import unwrap_model_for_generation
 
 from infalign.generation.hf import decode_rows
-from infalign.generation.shared_prefix import continuation, encode_prefixes, is_shareable, unique_rows
 from infalign.runtime.artifacts import disk_errors, write_whole
 from infalign.runtime.console import notice, say
 from infalign.runtime.distributed import any_rank, barrier, is_main, together, world_size
-from infalign.training.callbacks import ContinueLoss, KLBudget, SaveOnSignal, SkipNotFinite, check_finite_weights
+from infalign.runtime.shared_prefix import continuation, encode_prefixes, is_shareable, unique_rows
+from infalign.training.callbacks import (
+    ContinueLoss,
+    KLBudget,
+    NegativeKL,
+    SaveOnSignal,
+    SkipNotFinite,
+    check_finite_weights,
+)
 from infalign.training.card import model_card
 from infalign.training.checkpoints import check_resumable, newest_whole, seal
 from infalign.training.checks import check_calibration_at_start, check_kl_at_start
@@ -102,7 +109,7 @@ class CTRLTrainer(RLOOTrainer):
         self.identity = {**(identity or {}), "processes": world_size(), "sharding": self._sharding()}
         self.not_finite = SkipNotFinite(args.max_skipped_steps)
         self.on_signal = SaveOnSignal()
-        for callback in (self.not_finite, self.on_signal):
+        for callback in (self.not_finite, self.on_signal, NegativeKL()):
             self.add_callback(callback)
         if args.kl_budget is not None:
             self.add_callback(KLBudget(args.kl_budget))
@@ -274,8 +281,16 @@ class CTRLTrainer(RLOOTrainer):
             self._step, self._total_train_tokens = counters["step"], counters["tokens"]
             self._metrics["train"] = defaultdict(list, counters["metrics"])
             say(f"continuing from {Path(found).name}")
+            self.model.train()  # what is logged before the first step belongs to training
             self.add_callback(ContinueLoss(self, counters["loss"], counters["logged_at"]))
         return super().train(resume_from_checkpoint=str(found) if found else None, **kwargs)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """No step more when the checkpoint resumed from is that of the last one (transformers would make one)."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
     def _newest(self) -> Path | None:
         path, skipped = newest_whole(Path(self.args.output_dir))

@@ -10,9 +10,9 @@ from scipy import stats
 from infalign.generation.hf import HFSampler, decode_rows
 from infalign.generation.likelihood import completion_logits, sequence_kl
 from infalign.generation.plan import Request, plan_batches
-from infalign.generation.shared_prefix import is_shareable
 from infalign.runtime.models import end_token_ids, load_policy, load_tokenizer
 from infalign.runtime.seeds import uniforms
+from infalign.runtime.shared_prefix import is_shareable
 from infalign.types import SamplingSettings
 from tests.tiny import tiny_causal
 

@@ -284,6 +284,7 @@ WIDE = [
     RandomN(GEOMETRIC),
 ]
 LARGE = [KthOfN(k, n) for n in (128, 1024) for k in (2, n // 4, n // 2, 3 * n // 4, n - 1)]
+LARGE.append(RandomN([0.5, *[0.0] * 1022, 0.5]))
 NEAR_WORST = [KthOfN(n + 1 - rank, n) for n in (128, 256, 512, 1024) for rank in (2, 3, 4, 7, 12, 15, 25, n // 8)]
 
 
@@ -307,7 +308,7 @@ def check_general(procedure: Procedure) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("procedure", LARGE, ids=repr)
+@pytest.mark.parametrize("procedure", LARGE, ids=lambda procedure: repr(procedure)[:24])
 def test_general_solver_converges_for_large_n(procedure: Procedure) -> None:
     check_general(procedure)
 
@@ -316,6 +317,37 @@ def test_general_solver_converges_for_large_n(procedure: Procedure) -> None:
 @pytest.mark.parametrize("procedure", NEAR_WORST, ids=repr)
 def test_near_worst_of_many_converges(procedure: Procedure) -> None:
     check_general(procedure)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("procedure", [SoftBestOfN(n, -500.0) for n in (256, 512, 1024)], ids=repr)
+@pytest.mark.parametrize("kl", [0.5, 1.5, 2.0, 2.5, 3.5, 5.0])
+def test_strong_negative_tilt_of_many_converges(procedure: Procedure, kl: float) -> None:
+    check_converged(procedure, None, kl)
+
+
+@pytest.mark.parametrize(("n", "soft"), [(32, 20.0), (512, 500.0), (1024, 500.0)])
+@pytest.mark.parametrize("kl", [1.0, 2.5])
+def test_negative_tilt_against_its_own_second_order_equation(n: int, soft: float, kl: float) -> None:
+    """With y = 1 + b (1-u) and S = 1 + b (1-Q), S'' = -K (yS)^{n-1} S': shot from u = 1, in log y.
+
+    lam = log(y S'/S) + w/n, w = K y^n S^{n-1}. By parts KL = [(1+b)(lam_1 + q(0) - 1) - (lam_0 + q(1) - 1)]/b.
+    """
+    best = optimal_transform(SoftBestOfN(n, -soft), kl=kl)
+    b, end = math.expm1(soft / n), soft / n
+    log_k = 2 * (math.log(n * b) - soft - math.log1p(-math.exp(-soft))) - math.log(b) - best.log_beta
+    first, last = float(best.density(1.0)), float(best.density(0.0))
+
+    def rates(x: float, state: np.ndarray) -> list[float]:
+        w = math.exp(min(log_k + n * x + (n - 1) * state[0], 600.0))
+        v = math.exp(state[1] - w / n)
+        return [v, 1 - v + (n - 1) / n * w * v]
+
+    start = [0.0, math.log(first) + math.exp(log_k) / n]
+    flow = integrate.solve_ivp(rates, (0, end), start, method="LSODA", rtol=1e-12, atol=1e-13, max_step=end / 500)
+    assert flow.y[0, -1] == pytest.approx(end, rel=1e-7)
+    by_parts = ((1 + b) * (flow.y[1, -1] + last - 1) - (start[1] + first - 1)) / b
+    assert by_parts == pytest.approx(kl, abs=1e-5)
 
 
 @pytest.mark.parametrize("procedure", [KthOfN(1023, 1024), KthOfN(1000, 1024), KthOfN(510, 512)], ids=repr)

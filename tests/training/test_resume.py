@@ -74,7 +74,7 @@ def assert_same(found, expected):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("stop", [1, 3])
+@pytest.mark.parametrize("stop", [1, 3, 6])
 def test_resumed_equals_uninterrupted(layout, stop, llama, tmp_path):
     whole = make(llama, tmp_path / "whole", **LAYOUTS[layout])
     whole.train()

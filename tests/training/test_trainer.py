@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from transformers import TrainerState
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from infalign.theory.procedures import BestOfN
 from infalign.theory.transforms import identity
-from infalign.training.callbacks import GRPOCheck
+from infalign.training.callbacks import GRPOCheck, NegativeKL
 from infalign.training.config import CTRLConfig
 from infalign.training.reward import CTRLReward
 from infalign.training.trainer import CTRLTrainer
@@ -235,6 +236,16 @@ def test_held_out_evaluation(llama, tmp_path):
     assert 0 < metrics["eval_winrate"] < 1
     subject.train()
     assert sum("eval_winrate" in row for row in subject.state.log_history) >= 2
+
+
+@pytest.mark.parametrize(("kl", "warned"), [(-0.05, True), (-0.01, False), (0.05, False)])
+def test_a_kl_that_stays_negative_is_told_once(kl, warned, capsys):
+    """Ten logs with a standard error of 0.02 each: the mean's is 0.006."""
+    callback = NegativeKL()
+    state = TrainerState(log_history=[{"kl_seq": kl, "kl_seq_error": 0.02} for _ in range(10)])
+    for _ in range(3):
+        callback.on_log(None, state, None, logs={"kl_seq": kl})
+    assert capsys.readouterr().err.count("stays negative") == warned
 
 
 def test_kl_budget_stops(llama, tmp_path):

@@ -21,6 +21,45 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 
+class RoomyLayer(DynamicLayer):
+    """One layer's keys and values with room to grow: a new token is written in place, where a plain cache copies all.
+
+    For decoding without gradients. Attention sees the filled part of the buffers.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, room: int) -> None:
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self.length = keys.shape[-2]
+        self._key_room, self._value_room = (torch.nn.functional.pad(part, (0, 0, 0, room)) for part in (keys, values))
+        self._show()
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append tokens (B, heads, T, width); returns all keys and values so far."""
+        end = self.length + key_states.shape[-2]
+        self._key_room[..., self.length : end, :] = key_states
+        self._value_room[..., self.length : end, :] = value_states
+        self.length = end
+        return self._show()
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows."""
+        self._key_room, self._value_room = self._key_room[indices], self._value_room[indices]
+        self._show()
+
+    def _show(self) -> tuple[Tensor, Tensor]:
+        keys, values = (part[..., : self.length, :] for part in (self._key_room, self._value_room))
+        self.keys, self.values = keys, values
+        return keys, values
+
+
+def with_room(cache: DynamicCache, tokens: int) -> DynamicCache:
+    """The cache with room for `tokens` more, so that decoding writes into it."""
+    layers: list[Any] = cache.layers
+    layers[:] = [RoomyLayer(layer.keys, layer.values, tokens) for layer in layers]
+    return cache
+
+
 @dataclass
 class SharedPrefix:
     """The computed prefixes of U prompts: `cache` (None when every prefix is empty) and `mask_UP`, left-padded."""

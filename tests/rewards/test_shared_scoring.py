@@ -1,0 +1,63 @@
+"""Scoring completions with their prompts computed once gives the scores of whole sequences, one by one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from infalign.rewards.classifier import ClassifierReward
+from infalign.rewards.shared_scoring import LEAST, Group, batches_of, groups_of
+from tests.tiny import WORDS, tiny_classifier, tiny_tokenizer
+
+RNG = np.random.default_rng(0)
+
+
+def words(count):
+    return " ".join(RNG.choice(WORDS[:60], count))
+
+
+PROMPTS = [words(20), words(9), words(3), words(14)]
+ROWS = [(prompt, words(int(size))) for prompt in PROMPTS for size in RNG.integers(1, 12, 5)]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2", "qwen3", "gpt_neox"])
+@pytest.mark.parametrize("pad", ["<pad>", "</s>"])
+def test_scores_are_those_of_single_sequences(family, pad, tmp_path):
+    reward = ClassifierReward(tiny_classifier(tmp_path, family, tokenizer=tiny_tokenizer(pad=pad)), batch_tokens=200)
+    assert reward._shares
+    prompts, completions = map(list, zip(*ROWS, strict=True))
+    found = reward(prompts=prompts, completions=completions)
+    alone = [reward.score([reward.encode(p, c)])[0] for p, c in ROWS]
+    np.testing.assert_allclose(found, alone, atol=1e-5)
+    order = RNG.permutation(len(ROWS))
+    shuffled = reward(prompts=[prompts[i] for i in order], completions=[completions[i] for i in order])
+    np.testing.assert_allclose(shuffled, found[order], atol=1e-5)
+
+
+def test_sliding_windows_are_scored_whole(tmp_path):
+    reward = ClassifierReward(tiny_classifier(tmp_path, "mistral", sliding_window=8))
+    assert not reward._shares
+    prompts, completions = map(list, zip(*ROWS, strict=True))
+    alone = [reward.score([reward.encode(p, c)])[0] for p, c in ROWS]
+    np.testing.assert_allclose(reward(prompts=prompts, completions=completions), alone, atol=1e-5)
+
+
+def test_groups_share_what_all_begin_with():
+    base = list(range(LEAST + 4))
+    sequences = [[*base, 90, 91], [*base, 92], [5, 6, 7], base[: LEAST + 1], [1, 2, 3]]
+    found = groups_of(sequences, ["a", "a", "b", "a", "b"])
+    assert found == [Group((0, 1, 3), LEAST), Group((2, 4), 0)]
+    assert groups_of(sequences[:1], ["a"]) == [Group((0,), 0)], "nobody to share with"
+
+
+@pytest.mark.parametrize("tokens", [1, 40, 100, 10**6])
+def test_batches_hold_every_row_once_within_the_budget(tokens):
+    sequences = [[row] * 10 + list(range(row % 7 + 1)) for row in range(12)]
+    groups = [Group((0, 1, 2, 3, 4), 9), Group((5, 6), 8), Group((7, 8, 9, 10, 11), 8)]
+    batches = list(batches_of(sequences, groups, tokens))
+    rows = [row for batch in batches for group in batch for row in group.rows]
+    assert sorted(rows) == list(range(12))
+    for batch in batches:
+        count = sum(len(group.rows) for group in batch)
+        width = max(g.shared for g in batch) + max(len(sequences[row]) - g.shared + 1 for g in batch for row in g.rows)
+        assert count == 1 or count * width <= tokens
