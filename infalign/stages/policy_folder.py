@@ -58,6 +58,8 @@ def load_initial_adapter(trainer: CTRLTrainer) -> None:
     named = trainer.args.initial_weights
     if named is None or not (Path(named) / ADAPTER).is_file():
         return
+    if not (Path(named) / "adapter_model.safetensors").is_file():
+        raise InputError(f"initial_weights {named!r} has no adapter_model.safetensors (pickled weights are not loaded)")
     if not is_peft_model(trainer.model):
         raise InputError(f"initial_weights {named!r} is an adapter: set use_peft, or name its merged policy")
     from peft import load_peft_weights, set_peft_model_state_dict  # noqa: PLC0415 - an extra

@@ -39,6 +39,13 @@ _REPORTING = {
     "save_total_limit",
     "save_strategy",
     "resume_from_checkpoint",
+    "push_to_hub",
+    "hub_model_id",
+    "hub_strategy",
+    "hub_token",
+    "hub_private_repo",
+    "hub_always_push",
+    "hub_revision",
 }
 
 

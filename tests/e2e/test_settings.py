@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from infalign.stages.policy_folder import save_policy
 from infalign.stages.recipe import load_recipe
 from infalign.stages.train import make_trainer, train
 from infalign.training.trainer import CTRLTrainer
+from infalign.types import InputError
 from tests.e2e.experiment import tiny_experiment
 from tests.tiny import tiny_causal
 
@@ -71,6 +73,15 @@ class TestLora:
         assert subject.ref_model is None
         trainable = sum(p.numel() for p in subject.model.parameters() if p.requires_grad)
         assert 0 < trainable < 0.5 * sum(p.numel() for p in subject.model.parameters())
+
+    def test_a_pickled_adapter_is_refused(self, finished, tmp_path):
+        keys, _, policy = finished
+        (tmp_path / "pickled").mkdir()
+        shutil.copy(policy / "adapter" / "adapter_config.json", tmp_path / "pickled")
+        (tmp_path / "pickled" / "adapter_model.bin").write_bytes(b"")
+        experiment = Experiment(load_recipe({**keys, "initial_weights": str(tmp_path / "pickled")}))
+        with pytest.raises(InputError, match=r"no adapter_model.safetensors"):
+            make_trainer(experiment, open_table(experiment))
 
     def test_an_adapter_goes_on_from_its_weights(self, finished, tmp_path):
         keys, _, policy = finished

@@ -31,8 +31,16 @@ from tests.training.test_resume import assert_same, final, rows
 from tests.training.test_trainer import config, token_sum
 
 STEPS = 3
-SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))]
+LIKE_OTHERS = ("-inf", "integer overflow", "one too many", "a number")  # only in the slow tests
 RESUMED = ("exception", "strings")  # of which the run is also mended and ended
+
+
+def slow(value):
+    """A parameter of the slow tests."""
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
+SEEDS = [0, slow(1), slow(2)]
 
 
 def late(rewards):
@@ -113,7 +121,7 @@ def whole(llama, tmp_path_factory):
 
 
 @pytest.mark.parametrize("seed", SEEDS[:2])
-@pytest.mark.parametrize("kind", [*FAILURES, *BROKEN])
+@pytest.mark.parametrize("kind", [slow(kind) if kind in LIKE_OTHERS else kind for kind in (*FAILURES, *BROKEN)])
 def test_error_is_one_message_and_the_checkpoint_before_it_is_sound(kind, seed, llama, tmp_path, whole):
     spoil, step = {**FAILURES, **BROKEN}[kind][0], some_step(kind, seed)
     with pytest.raises(RewardError, match=f"^reward 'mine' {message_of(kind)}") as caught:
@@ -231,7 +239,7 @@ def reward(completion_ids, **_):
 
 
 @pytest.mark.parametrize("policy", ["error", "mask"])
-@pytest.mark.parametrize("kind", ["inf", "nan", "exception", pytest.param("overflow", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["inf", "nan", "exception", slow("overflow")])
 def test_calibration_tables_hold_no_such_number(kind, policy, tmp_path, capsys):
     """One batch goes wrong: an error keeps it out of the table and a rerun scores it; masked, it has no score."""
     keys = tiny_experiment(tmp_path, prompts=8) | {
