@@ -6,12 +6,13 @@ READY  := $(VENV)/.ready
 OUT    ?= outputs/quickstart
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: help setup quickstart test test-slow lint format clean
+.PHONY: help setup quickstart test test-slow bench lint format clean
 
 help:
 	@echo "make quickstart   install, then the whole method on a small real model (about ten minutes on 2 CPU cores)"
 	@echo "make test         install, then the fast tests"
 	@echo "make test-slow    the tests that take minutes"
+	@echo "make bench        speed beside TRL and transformers, one thread (about ten minutes)"
 	@echo "make lint         ruff and pyright; make format lets ruff write"
 
 setup: $(READY)
@@ -34,6 +35,9 @@ test: setup
 
 test-slow: setup
 	$(PYTEST) -m slow
+
+bench: setup
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.bench
 
 lint: setup
 	$(BIN)/ruff check .
