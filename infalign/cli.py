@@ -6,8 +6,10 @@ A user's mistake ends with one clear line on standard error and exit code 2; `--
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import importlib
+import logging
 import os
 import sys
 import warnings
@@ -16,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from infalign import __version__
-from infalign.runtime.distributed import PeerError
+from infalign.runtime.distributed import PeerError, is_main
 from infalign.types import InputError, Interrupted, RewardError, TrainingError
 
 VERBS = {
@@ -143,8 +145,18 @@ def _recipe_verb(verb: str, words: list[str], debug: bool) -> int:
     recipe = load_recipe(config, flags)
     if planned is not None:
         planned.start(verb, [*words, *(["--debug"] if debug else [])])
-    _call(verb, recipe, options)
+    with _alone(verb, recipe, options):
+        _call(verb, recipe, options)
     return 0
+
+
+def _alone(verb: str, recipe: Any, options: dict[str, Any]) -> contextlib.AbstractContextManager[None]:
+    """Two commands never write to one `output_dir`; rank 0 holds it for all processes of a launch."""
+    from infalign.runtime.artifacts import at_work  # noqa: PLC0415 - keeps --help fast
+
+    dry = _as_bool("dry_run", options.get("dry_run", False))
+    writes = verb in ("run", "calibrate", "train", "evaluate") and not dry and recipe.output_dir
+    return at_work(recipe.output) if writes and is_main() else contextlib.nullcontext()
 
 
 def _call(verb: str, recipe: Any, options: dict[str, Any]) -> None:
@@ -265,6 +277,7 @@ def _quiet_libraries() -> None:
         "TRACKIO_TELEMETRY": "0",
     }.items():
         os.environ.setdefault(name, value)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # says on every CPU which kernel it lacks
     if not Path("/dev/nvidiactl").exists():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|torch)\..*")

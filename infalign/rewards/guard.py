@@ -152,9 +152,10 @@ class GuardedReward:
         cause = failure.__cause__
         lines = str(cause).strip().splitlines()
         what = f"{type(cause).__name__}: {lines[0][:200]}" if lines else type(cause).__name__
-        message = f"reward {self.name!r} failed {failure.attempts} times in a row ({what})"
+        times = "once" if failure.attempts == 1 else f"{failure.attempts} times in a row"
+        message = f"reward {self.name!r} failed {times} ({what})"
         if self.on_error == "error":
-            raise RewardError(f"{message}; mend it, or set on_error to mask") from cause
+            raise RewardError(f"{message}; mend it, or set on_error (in a recipe reward_on_error) to mask") from cause
         self.counts["failures"] += 1
         logger.warning("%s; %d completions have no score", message, count)
         return np.full(count, np.nan)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -19,6 +20,7 @@ import platform
 import re
 import shutil
 import sys
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -173,6 +175,38 @@ def whole_folder(path: Path) -> Iterator[Path]:
             os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def at_work(folder: Path) -> Iterator[None]:
+    """Keep an output folder to this process of this machine; the system lets go of it when the process ends, however.
+
+    The lock lies in the system's temporary folder, so that the folder itself may not exist yet.
+
+    Raises:
+        InputError: another process is at work in it.
+    """
+    lock = Path(tempfile.gettempdir()) / f"infalign-{fingerprint(str(folder.resolve()))}.lock"
+    try:
+        file = open(lock, "a+", encoding="utf-8")  # noqa: SIM115 - kept open for as long as the block runs
+    except OSError:  # somebody else's, or no place to lock
+        yield
+        return
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise InputError(
+                f"another infalign process ({file.read().strip()}) is at work in {folder}: wait until it has ended, or "
+                "end it"
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+        file.truncate(0)
+        file.write(f"pid {os.getpid()}")
+        file.flush()
+        yield
 
 
 def sweep_temporaries(folder: Path) -> None:

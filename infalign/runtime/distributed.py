@@ -6,7 +6,9 @@ Reads the launcher's environment, so it costs no torch import by itself.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn, TypeVar
@@ -18,6 +20,7 @@ Item = TypeVar("Item")
 _TOLD = {kind.__name__: kind for kind in (InputError, RewardError, TrainingError)}
 
 
+_PR_SET_PDEATHSIG = 1  # of Linux' prctl
 _KNOWN = "_infalign_known_to_all_ranks"
 
 
@@ -50,8 +53,13 @@ def my_share(items: Sequence[Item]) -> list[Item]:
 
 
 def join(use_cpu: bool = False) -> None:
-    """Under a launcher, set up the process group (once) so that ranks can wait for each other."""
+    """Under a launcher, set up the process group (once) so that ranks can wait for each other.
+
+    On Linux a rank is told to end (SIGTERM) when its launcher is killed, which could not tell it.
+    """
     if world_size() > 1:
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
         from accelerate import PartialState  # noqa: PLC0415 - imports torch
 
         PartialState(cpu=use_cpu)

@@ -22,7 +22,7 @@ from infalign.generation.hf import HFSampler
 from infalign.rewards.loader import Reward, load_reward
 from infalign.runtime.artifacts import differences, fingerprint, read_json, without_secrets, write_json
 from infalign.runtime.console import notice
-from infalign.runtime.distributed import barrier, is_main, join
+from infalign.runtime.distributed import barrier, is_main, join, together
 from infalign.runtime.models import (
     choose_device,
     context_length,
@@ -278,6 +278,15 @@ class Experiment:
         Raises:
             InputError: it belongs to another recipe (what differs is named), or holds something else.
         """
+        with together():  # every rank looks, and one of them speaks
+            held = self._held_record()
+        barrier()  # every rank has looked before rank 0 writes
+        if is_main() and (held is None or self.recipe.overwrite):
+            self.record()
+        barrier()
+
+    def _held_record(self) -> dict[str, Any] | None:
+        """The record of the recipe whose folder `output_dir` is, None when it is nobody's yet."""
         require(self.recipe, "output_dir")
         folder, path = self.recipe.output, self.recipe.output / "recipe.json"
         identity = self._identity()
@@ -295,10 +304,7 @@ class Experiment:
                 )
         elif folder.exists() and any(folder.iterdir()):
             raise InputError(f"output_dir {folder} is not empty and is not infalign's: give another --output_dir")
-        barrier()  # every rank has looked before rank 0 writes
-        if is_main() and (held is None or self.recipe.overwrite):
-            self.record()
-        barrier()
+        return held
 
     def record(self) -> None:
         """Write down the recipe that the folder's artifacts were made with, without secrets.

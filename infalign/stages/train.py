@@ -11,8 +11,8 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from infalign.calibration.table import SampleTable
 from infalign.runtime.artifacts import without_secrets, write_json, write_manifest
-from infalign.runtime.console import say
-from infalign.runtime.distributed import is_main
+from infalign.runtime.console import notice, say
+from infalign.runtime.distributed import is_main, together
 from infalign.stages.calibrate import calibration_parts, open_table, reference_rewards
 from infalign.stages.experiment import Experiment
 from infalign.stages.objective import describe_transform
@@ -67,9 +67,12 @@ def train(recipe: Recipe, experiment: Experiment | None = None) -> dict[str, Any
     parts = training_parts(experiment)
     if reusable(folder, "policy", parts, recipe.overwrite):
         say(f"policy: {folder} is trained already")
+        if isinstance(_checkpoint(recipe), str):
+            notice("resume_from_checkpoint is left aside: the policy is finished (--overwrite with other settings)")
         return {"folder": folder, "trained": False}
-    table = open_table(experiment)
-    reference_rewards(experiment, table)
+    with together():  # every rank looks, and one of them speaks
+        table = open_table(experiment)
+        reference_rewards(experiment, table)
     experiment.release_models()
     refuse_stale_start(folder, parts, recipe.overwrite)
     try:

@@ -99,9 +99,9 @@ def test_held_out_evaluation_of_an_odd_number_of_prompts(launched):
 @pytest.mark.parametrize(
     ("check", "message"),
     [
-        ("reward_fails_on_one_rank", "RewardError: rank 1: reward 'fails' failed 1 times in a row"),
+        ("reward_fails_on_one_rank", "RewardError: rank 1: reward 'fails' failed once"),
         ("wrong_count_on_one_rank", "RewardError: rank 1: reward 'short' returned 3 values for 4 completions"),
-        ("reward_is_late_on_one_rank", "RewardError: rank 1: reward 'late' failed 1 times in a row (TimeoutError"),
+        ("reward_is_late_on_one_rank", "RewardError: rank 1: reward 'late' failed once (TimeoutError"),
         ("nan_loss_stays", "TrainingError: 3 steps in a row"),
         ("non_finite_weights_are_not_saved", "TrainingError: the policy's weights are not finite"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -129,3 +130,49 @@ def test_sigterm_to_a_launcher_reaches_both_processes(folder, outputs):
     assert f"continuing from {newest.name}" in out
     found, expected = (load_file(output / "policy" / "model.safetensors") for output in outputs)
     assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process has started."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/status"):
+        with contextlib.suppress(OSError):
+            if f"PPid:\t{pid}\n" in status.read_text():
+                found.append(int(status.parent.name))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the parent's death is Linux' to tell")
+def test_processes_end_with_their_launcher(folder, outputs):
+    """SIGKILL to the launcher, which can hand nothing on: its processes save and end, and a rerun finishes."""
+    stopped, _ = outputs
+    launcher = (
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(ROOT / "launch" / "cpu_ddp.yaml"),
+        "-m",
+        "infalign",
+    )
+    (folder / "hold").touch()
+    (folder / "reached").unlink(missing_ok=True)
+    process = start(folder, stopped, *launcher)
+    try:
+        limit = time.monotonic() + 120
+        while not (folder / "reached").exists():
+            assert process.poll() is None and time.monotonic() < limit, "the training ended or never came so far"
+            time.sleep(0.01)
+        workers = children(process.pid)
+        assert len(workers) == 2
+        process.kill()
+        process.wait()
+    finally:
+        (folder / "hold").unlink()
+    limit = time.monotonic() + 60
+    while any(Path(f"/proc/{worker}").exists() for worker in workers):
+        assert time.monotonic() < limit, "processes without a launcher go on"
+        time.sleep(0.1)
+    assert not (stopped / "policy" / "manifest.json").exists(), "they trained to the end"
+    finish(start(folder, stopped, *launcher))
+    assert (stopped / "policy" / "manifest.json").exists()

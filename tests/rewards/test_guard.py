@@ -65,7 +65,7 @@ def test_after_the_last_attempt_mask_gives_no_score(caplog):
     with caplog.at_level(logging.WARNING):
         assert np.isnan(reward(PROMPTS, COMPLETIONS)).all()
     assert (reward.counts["failures"], reward.counts["missing"], reward.counts["scored"]) == (1, 2, 0)
-    assert "failed 1 times in a row (ValueError); 2 completions have no score" in caplog.text
+    assert "failed once (ValueError); 2 completions have no score" in caplog.text
 
 
 def test_backoff_doubles(monkeypatch):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
 from infalign.runtime.artifacts import (
+    at_work,
     differences,
     fingerprint,
     read_json,
@@ -102,3 +105,22 @@ def test_progress_says_what_was_done(capsys):
         progress.advance()
     assert capsys.readouterr().out == ""
     assert clock(3600) == "1h00m"
+
+
+def test_two_processes_never_work_in_one_folder(tmp_path):
+    """The second is refused with the first one's number; when the first is killed, its lock goes with it."""
+    code = "import sys, time; from pathlib import Path; from infalign.runtime.artifacts import at_work\n"
+    code += "with at_work(Path(sys.argv[1])): print('in', flush=True); time.sleep(60)"
+    first = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "out")], stdout=subprocess.PIPE, text=True)
+    try:
+        assert first.stdout is not None and first.stdout.readline() == "in\n"
+        with pytest.raises(InputError, match=rf"pid {first.pid}\) is at work in .*out"), at_work(tmp_path / "out"):
+            pass
+        with at_work(tmp_path / "another"):
+            pass
+    finally:
+        first.kill()
+        first.wait()
+    with at_work(tmp_path / "out"):
+        pass
+    assert not (tmp_path / "out").exists()
