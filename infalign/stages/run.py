@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from infalign.runtime.console import say
+from infalign.runtime.distributed import together
 from infalign.stages.calibrate import calibrate
 from infalign.stages.estimate import dry_run
 from infalign.stages.evaluate import check_samples, evaluate, tell
@@ -51,7 +52,8 @@ def run(config: Recipe | Mapping[str, Any] | str | Path, *, dry: bool = False, *
     require(recipe, "model_name_or_path", "reward", "output_dir")
     require_plain(recipe)
     experiment = Experiment(recipe)
-    preflight(experiment)
+    with together():  # every rank looks, and one of them speaks
+        preflight(experiment)
     if dry:
         return dry_run(experiment)
     say(f"infalign: {experiment.procedure}, transform {recipe.transform}, output in {recipe.output}")
