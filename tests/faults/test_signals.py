@@ -62,16 +62,21 @@ def finish(process: subprocess.Popen, code: int = 0) -> tuple[str, str]:
     return out, err
 
 
+def wait_until_reached(folder: Path, process: subprocess.Popen) -> None:
+    """Until the reward is held at its marked step."""
+    limit = time.monotonic() + 120
+    while not (folder / "reached").exists():
+        assert process.poll() is None and time.monotonic() < limit, "the training ended or never came so far"
+        time.sleep(0.01)
+
+
 def start_and_terminate(folder: Path, output: Path, *launcher: str) -> subprocess.Popen:
     """The same, with a SIGTERM while the fifth step waits for its rewards (the first of a generation of two steps)."""
     (folder / "hold").touch()
     (folder / "reached").unlink(missing_ok=True)
     process = start(folder, output, *launcher)
     try:
-        limit = time.monotonic() + 120
-        while not (folder / "reached").exists():
-            assert process.poll() is None and time.monotonic() < limit, "the training ended or never came so far"
-            time.sleep(0.01)
+        wait_until_reached(folder, process)
         process.send_signal(signal.SIGTERM)
         time.sleep(3.0 if launcher else 0.2)  # a launcher hands it on
     finally:
@@ -159,10 +164,7 @@ def test_processes_end_with_their_launcher(folder, outputs):
     (folder / "reached").unlink(missing_ok=True)
     process = start(folder, stopped, *launcher)
     try:
-        limit = time.monotonic() + 120
-        while not (folder / "reached").exists():
-            assert process.poll() is None and time.monotonic() < limit, "the training ended or never came so far"
-            time.sleep(0.01)
+        wait_until_reached(folder, process)
         workers = children(process.pid)
         assert len(workers) == 2
         process.kill()
