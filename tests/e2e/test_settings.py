@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 
@@ -98,7 +97,6 @@ class TestLora:
         assert all(torch.equal(old[name], copied[name]) for name in old)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 def test_qlora(tmp_path):
     """A quantised base is what rollouts come from: calibration draws from it, and step 0 finds KL 0 and mean 1/2."""
     changes = {**LORA, "load_in_4bit": True, "max_steps": 2, "bf16": False}
