@@ -188,6 +188,7 @@ def test_the_readme_shows_the_table():
 def test_two_deepspeed_processes_hold_what_the_formula_says(sharding, mixed, tmp_path):
     """Within 2 %: partitions are padded to equal, aligned lengths."""
     import deepspeed  # noqa: F401, PLC0415 - a missing install fails, it does not skip
+
     stage = sharding[-1]
     file = ROOT / "launch" / f"cpu_zero{max(int(stage), 2)}.yaml"
     launch = ["-m", "accelerate.commands.launch", "--config_file", str(file), "--zero_stage", stage]
