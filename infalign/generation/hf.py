@@ -2,12 +2,12 @@
 
 Every sampling field is explicit: what a model's `generation_config` says about temperature or top-k is ignored (a model
 that ships top_k=1 would make calibration worthless). A token is drawn by inverse CDF from one uniform of its sample's
-own stream. Each distinct prompt is computed once; finished rows leave the batch.
+own stream. Each distinct prompt is computed and kept once; finished rows leave the batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,18 +25,13 @@ from transformers import (
 from infalign.generation.plan import Request
 from infalign.runtime.distributed import any_rank
 from infalign.runtime.seeds import uniforms
-from infalign.runtime.shared_prefix import (
-    continuation,
-    encode_prefixes,
-    is_shareable,
-    pad_left,
-    positions,
-    unique_rows,
-    with_room,
-)
+from infalign.runtime.shared_prefix import Decoding, pad_left, positions, why_plain
 from infalign.types import Sample, SamplingSettings
 
-Uniforms = Callable[[str, int, int], np.ndarray]
+KEPT = 7 / 8
+"""Finished rows leave when at most this share goes on: leaving copies the cache of those that do."""
+BLOCK = 128
+"""Tokens of the vocabulary whose probabilities are summed before one of them is looked for."""
 
 
 @dataclass
@@ -104,17 +99,22 @@ def decode_rows(
     device = model.device
     uniforms = torch.as_tensor(uniforms_BT, device=device)
     ends = torch.tensor(list(end_ids), device=device)
-    state = _prefill(model, prompts, pad_id=end_ids[0] if end_ids else 0, room=0 if in_step else uniforms.shape[1])
+    count = uniforms.shape[1]
+    rows = _Plainly(model, prompts) if in_step or why_plain(model) else Decoding(model, prompts, room=count)
     active = torch.arange(len(prompts), device=device)
     tokens_BT = torch.zeros(uniforms.shape, dtype=torch.long, device=device)
     logps_BT = torch.zeros(uniforms.shape, dtype=torch.float32, device=device)
-    lengths_B = torch.full((len(prompts),), uniforms.shape[1], device=device)
+    lengths_B = torch.full((len(prompts),), count, device=device)
     processors = _processors(settings)
-    for step in range(uniforms.shape[1]):
-        logits = _next_logits(model, state).float() / settings.temperature
+    ids_BP, _ = pad_left(prompts, end_ids[0] if end_ids else 0, device)
+    chosen = ids_BP[:, -1]
+    for step in range(count):
+        logits = rows.logits(chosen).float()
+        if settings.temperature != 1.0:
+            logits = logits / settings.temperature
         if processors:
-            logits = processors(torch.cat([state["seen"], tokens_BT[active, :step]], dim=1), logits)
-        chosen, logps = _draw(logits, uniforms[active, step])
+            logits = processors(torch.cat([ids_BP[active], tokens_BT[active, :step]], dim=1), logits)
+        chosen, logps = draw(logits, uniforms[active, step])
         tokens_BT[active, step], logps_BT[active, step] = chosen, logps
         ended = active[torch.isin(chosen, ends)]
         lengths_B[ended] = lengths_B[ended].clamp(max=step + 1)
@@ -122,74 +122,72 @@ def decode_rows(
         unfinished = bool(going.any())
         if not (any_rank(unfinished) if in_step else unfinished):
             break
-        if unfinished:
-            active, chosen = _drop_finished(state, active, chosen, going)
-        state["input_ids"] = chosen[:, None]
+        keep = going.nonzero()[:, 0]
+        if unfinished and isinstance(rows, Decoding) and len(keep) <= KEPT * len(active):
+            rows.keep(keep)
+            active, chosen = active[keep], chosen[keep]
     return [
         (tokens[:length], logps[:length])
         for tokens, logps, length in zip(tokens_BT.tolist(), logps_BT.tolist(), lengths_B.tolist(), strict=True)
     ]
 
 
-def _draw(logits_BV: Tensor, uniforms_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Inverse-CDF draws and their log-probabilities: the first token whose cumulative probability exceeds u."""
-    logps_BV = torch.log_softmax(logits_BV, dim=-1)
-    cdf_BV = logps_BV.exp().cumsum(-1, dtype=torch.float64)
-    if not bool(torch.isfinite(cdf_BV[:, -1]).all()):
+class _Plainly:
+    """Decoding for any model: every row computes its own prompt, and finished rows are decoded on and ignored."""
+
+    def __init__(self, model: Any, prompts: Sequence[Sequence[int]]) -> None:
+        self.model, self.cache = model, None
+        self.ids, self.mask = pad_left(prompts, 0, model.device)
+
+    def logits(self, ids_B: Tensor) -> Tensor:
+        """(B, V) logits of the next token after one more input token a row (at first: the prompts' last tokens)."""
+        ids = self.ids if self.cache is None else ids_B[:, None]
+        output = self.model(
+            input_ids=ids,
+            attention_mask=self.mask,
+            position_ids=positions(self.mask)[:, -ids.shape[1] :],
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self.cache = output.past_key_values
+        self.mask = torch.nn.functional.pad(self.mask, (0, 1), value=1)
+        return output.logits[:, -1]
+
+
+def draw(logits_BV: Tensor, uniforms_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Inverse-CDF draws and their log-probabilities: the first token whose cumulative probability exceeds u.
+
+    First the block of `BLOCK` tokens, by sums over blocks, then the token in it: a vocabulary is summed, not scanned.
+
+    Args:
+        logits_BV: float32; overwritten.
+        uniforms_B: float64 in [0, 1).
+
+    Returns:
+        (B,) token ids and (B,) log-probabilities in nats.
+
+    Raises:
+        FloatingPointError: a row's logits are not finite.
+    """
+    rows, size = logits_BV.shape
+    weights = logits_BV.sub_(logits_BV.amax(-1, keepdim=True)).exp_()
+    if size % BLOCK:
+        weights = torch.nn.functional.pad(weights, (0, BLOCK - size % BLOCK))
+    weights = weights.reshape(rows, -1, BLOCK)
+    ends = weights.sum(-1).double().cumsum(-1)
+    total = ends[:, -1:]
+    if not bool(torch.isfinite(total).all()):
         raise FloatingPointError("the model's logits are not finite: its weights are damaged or training diverged")
-    targets = (uniforms_B * cdf_BV[:, -1])[:, None]
-    chosen = torch.searchsorted(cdf_BV, targets, right=True).clamp(max=logits_BV.shape[1] - 1)
-    return chosen[:, 0], logps_BV.gather(1, chosen)[:, 0]
-
-
-def _prefill(model: Any, prompts: Sequence[Sequence[int]], pad_id: int, room: int) -> dict[str, Any]:
-    """The state of decoding after the prompts: the last prompt token is the next input of every row.
-
-    With `room` for so many tokens prompts are computed once each; without, in one plain pass.
-    """
-    ids_BP, mask_BP = pad_left(prompts, pad_id, model.device)
-    if not room or not is_shareable(model):
-        return {"input_ids": ids_BP, "mask": mask_BP, "cache": None, "seen": ids_BP, "compact": False}
-    first, of_row = unique_rows(ids_BP, mask_BP)
-    prefix = encode_prefixes(model, ids_BP[first], mask_BP[first])
-    inputs = continuation(prefix, of_row, ids_BP[:, -1:], mask_BP[:, -1:])
-    cache = inputs.get("past_key_values")
-    return {
-        "input_ids": ids_BP[:, -1:],
-        "mask": inputs["attention_mask"],
-        "cache": None if cache is None else with_room(cache, room),
-        "seen": ids_BP,
-        "compact": True,
-    }
-
-
-def _next_logits(model: Any, state: dict[str, Any]) -> Tensor:
-    """(B, V) logits of the next token; advances the state's cache and mask."""
-    width = state["input_ids"].shape[1]
-    output = model(
-        input_ids=state["input_ids"],
-        attention_mask=state["mask"],
-        position_ids=positions(state["mask"])[:, -width:],
-        past_key_values=state["cache"],
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    state["cache"] = output.past_key_values
-    state["mask"] = torch.cat([state["mask"], state["mask"].new_ones(len(state["mask"]), 1)], dim=1)
-    return output.logits[:, -1]
-
-
-def _drop_finished(state: dict[str, Any], active: Tensor, chosen: Tensor, going: Tensor) -> tuple[Tensor, Tensor]:
-    """Take finished rows out of the batch once they are an eighth of it (cutting the cache copies it).
-
-    Rows that stay although they have finished, or because the model's cache can't be cut, are decoded on and ignored.
-    """
-    keep = going.nonzero()[:, 0]
-    if not state["compact"] or len(keep) > 7 / 8 * len(active):
-        return active, chosen
-    state["cache"].batch_select_indices(keep)
-    state["mask"], state["seen"] = state["mask"][keep], state["seen"][keep]
-    return active[keep], chosen[keep]
+    target = uniforms_B[:, None] * total
+    block = torch.searchsorted(ends, target, right=True).clamp(max=ends.shape[1] - 1)
+    start = torch.where(block > 0, ends.gather(1, block - 1 + (block == 0)), 0.0)
+    share = (target - start) / (ends.gather(1, block) - start)
+    inside = weights[torch.arange(rows, device=weights.device), block[:, 0]].double().cumsum(-1)
+    place = torch.searchsorted(inside, share.clamp(max=1 - 2**-53) * inside[:, -1:], right=True)
+    chosen = block * BLOCK + place.clamp(max=BLOCK - 1)
+    weight = weights.view(rows, -1).gather(1, chosen).double()
+    return chosen[:, 0], (weight / total).log()[:, 0].float()
 
 
 def _processors(settings: SamplingSettings) -> Any:

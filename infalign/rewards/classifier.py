@@ -9,7 +9,7 @@ head is float32. Logits only, no softmax.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -24,9 +24,9 @@ from infalign.rewards.classifier_loading import (
     model_fingerprint,
 )
 from infalign.rewards.contract import Text
-from infalign.rewards.shared_scoring import Group, batches_of, groups_of, last_hidden
+from infalign.rewards.shared_scoring import groups_of, shared_states
 from infalign.runtime.console import notice, say
-from infalign.runtime.shared_prefix import is_shareable
+from infalign.runtime.shared_prefix import buckets, why_plain
 from infalign.types import InputError, RewardError
 
 TooLong = Literal["error", "truncate", "mask"]
@@ -98,7 +98,10 @@ class ClassifierReward:
         self._skipped_id = getattr(_text_config(self.model), "pad_token_id", None)
         self._pad_id = _pad_id(self.model, self.tokenizer, set_in_config=not self._is_decoder)
         self._check_batching()
-        self._shares = self._is_decoder and self._sharing_is_exact()
+        why = why_plain(self.model) if self._is_decoder else None
+        self._shares = self._is_decoder and why is None
+        if why is not None:
+            notice(f"reward model {self.name!r}: prompts are scored once per completion: {why}")
 
     def __call__(
         self, prompts: Sequence[Text], completions: Sequence[Text], completion_ids: Any = None, **columns: Any
@@ -159,21 +162,15 @@ class ClassifierReward:
         groups = groups_of(sequences, names) if names is not None and self._shares else []
         last = [_last_index(ids, self._skipped_id) for ids in sequences]
         shared = [g for g in groups if g.shared and all(last[row] >= g.shared - 1 for row in g.rows)]
-        for batch in batches_of(sequences, shared, self.batch_tokens):
-            scores[[row for group in batch for row in group.rows]] = self._forward_shared(sequences, batch, last)
+        with torch.inference_mode():
+            for rows, states in shared_states(self.model, sequences, shared, last, self._pad_id, self.batch_tokens):
+                scores[rows] = self.model.score(states)[:, self.label].double().cpu().numpy()
         done = {row for group in shared for row in group.rows}
         rest = [row for row in range(len(sequences)) if row not in done]
-        for bucket in _buckets([len(sequences[row]) for row in rest], self.batch_tokens):
+        for bucket in buckets([len(sequences[row]) for row in rest], self.batch_tokens):
             rows = [rest[index] for index in bucket]
             scores[rows] = self._forward([sequences[row] for row in rows])
         return scores
-
-    @torch.inference_mode()
-    def _forward_shared(
-        self, sequences: Sequence[list[int]], batch: Sequence[Group], last: Sequence[int]
-    ) -> NDArray[np.float64]:
-        hidden = last_hidden(self.model, self._backbone, sequences, batch, last, self._pad_id)
-        return self.model.score(hidden)[:, self.label].double().cpu().numpy()
 
     @torch.inference_mode()
     def _forward(self, sequences: Sequence[list[int]]) -> NDArray[np.float64]:
@@ -241,37 +238,12 @@ class ClassifierReward:
                 f"{together.round(4).tolist()} together); its code ignores the padding, or its weights are not finite"
             )
 
-    def _sharing_is_exact(self) -> bool:
-        """Whether shared beginnings give the scores of whole sequences; says so when they don't."""
-        if not is_shareable(self.model):
-            return False
-        beginning = [token for text in _PROBE for token in self.tokenizer(text)["input_ids"]] or [self._pad_id]
-        sequences = [(beginning * 12)[:12] + beginning[-size:] for size in (1, 2, 3)]
-        whole = self._forward(sequences)
-        last = [max(11, _last_index(ids, self._skipped_id)) for ids in sequences]
-        shared = self._forward_shared(sequences, [Group((0, 1, 2), 12)], last)
-        exact = next(self._backbone.parameters()).dtype == torch.float32
-        same = np.abs(whole - shared).max() <= (1e-4 if exact else 5e-2) * max(1.0, float(np.abs(whole).max()))
-        if not same:
-            notice(f"reward model {self.name!r}: prompts are scored once per completion, its cache can't be shared")
-        return bool(same)
-
 
 def _check_options(batch_tokens: int, max_length: int | None, too_long: str) -> None:
     if batch_tokens < 1 or (max_length is not None and max_length < 1):
         raise InputError(f"batch_tokens and max_length are at least 1 token, got {batch_tokens} and {max_length}")
     if too_long not in TOO_LONG:
         raise InputError(f"too_long is one of {', '.join(TOO_LONG)}, got {too_long!r}")
-
-
-def _buckets(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices in batches of similar length, longest first, each of at most `batch_tokens` padded tokens."""
-    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    start = 0
-    while start < len(order):
-        size = max(1, batch_tokens // lengths[order[start]])
-        yield order[start : start + size]
-        start += size
 
 
 def _as_messages(content: Text, role: str) -> list[dict[str, str]]:

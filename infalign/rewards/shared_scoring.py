@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from infalign.runtime.shared_prefix import continuation, encode_prefixes, pad_left, pad_right
+from infalign.runtime.shared_prefix import buckets, continuation, encode_prefixes, pad_left, pad_right
 
 LEAST = 8
 """Tokens that a group must share for sharing to pay."""
@@ -53,46 +53,32 @@ def _common(sequences: Sequence[list[int]]) -> int:
     )
 
 
-def batches_of(sequences: Sequence[list[int]], groups: Sequence[Group], tokens: int) -> Iterator[list[Group]]:
-    """Groups, cut where they are too large, in batches of at most `tokens` cached tokens (one row at least)."""
-    batch: list[Group] = []
-    rows = longest = 0
-    for group in groups:
-        tail = max(len(sequences[row]) for row in group.rows) - group.shared + 1
-        most = max(1, tokens // (group.shared + tail))
-        for start in range(0, len(group.rows), most):
-            part = Group(group.rows[start : start + most], group.shared)
-            width = max(longest, tail) + max([one.shared for one in batch], default=group.shared)
-            if batch and (rows + len(part.rows)) * width > tokens:
-                yield batch
-                batch, rows, longest = [], 0, 0
-            batch.append(part)
-            rows, longest = rows + len(part.rows), max(longest, tail)
-    if batch:
-        yield batch
+def shared_states(
+    model: Any, sequences: Sequence[list[int]], groups: Sequence[Group], last: Sequence[int], pad_id: int, tokens: int
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Rows in batches, with the (B, width) hidden states at position `last[row]` of each.
 
-
-def last_hidden(
-    model: Any, backbone: Any, sequences: Sequence[list[int]], batch: Sequence[Group], last: Sequence[int], pad_id: int
-) -> Tensor:
-    """(B, width) hidden states at position `last[row]` of every sequence of a batch, in the groups' order.
+    Shared beginnings of like length are computed together, then the rest of their sequences, again by length.
 
     Args:
-        model: the classifier, for its configuration and its backbone's cache.
-        backbone: the causal model inside it.
+        model: the classifier; its backbone is causal.
         sequences: all sequences.
-        batch: of `batches_of`; every group shares at least one token.
+        groups: each shares at least one token.
         last: by sequence, not before its group's last shared token.
         pad_id: any token id.
+        tokens: most tokens of a batch, repeated caches and padding included; one row at least.
     """
-    device = next(backbone.parameters()).device
-    order = [(number, row) for number, group in enumerate(batch) for row in group.rows]
-    prefixes = [sequences[group.rows[0]][: group.shared] for group in batch]
-    ids_UP, mask_UP = pad_left(prefixes, pad_id, device)
-    prefix = encode_prefixes(model, ids_UP, mask_UP)
-    tails = [sequences[row][batch[number].shared - 1 :] for number, row in order]
-    ids_BT, mask_BT = pad_right(tails, pad_id, device)
-    of_row = torch.tensor([number for number, _ in order], device=device)
-    hidden = backbone(**continuation(prefix, of_row, ids_BT, mask_BT)).last_hidden_state
-    places = [last[row] - batch[number].shared + 1 for number, row in order]
-    return hidden[torch.arange(len(order), device=device), torch.tensor(places, device=device)]
+    device = next(model.parameters()).device
+    for chosen in buckets([group.shared for group in groups], tokens):
+        batch = [groups[number] for number in chosen]
+        beginnings = [sequences[group.rows[0]][: group.shared] for group in batch]
+        prefix = encode_prefixes(model, *pad_left(beginnings, pad_id, device))
+        members = [(number, row) for number, group in enumerate(batch) for row in group.rows]
+        lengths = [last[row] - batch[number].shared + 2 for number, row in members]
+        for bucket in buckets(lengths, tokens, beside=prefix.mask_UP.shape[1]):
+            rows = [members[place] for place in bucket]
+            tails = [sequences[row][batch[number].shared - 1 : last[row] + 1] for number, row in rows]
+            ids_BT, mask_BT = pad_right(tails, pad_id, device)
+            of_row = torch.tensor([number for number, _ in rows], device=device)
+            hidden = model.base_model(**continuation(prefix, of_row, ids_BT, mask_BT)).last_hidden_state
+            yield [row for _, row in rows], hidden[torch.arange(len(rows), device=device), mask_BT.sum(1) - 1]

@@ -1,84 +1,35 @@
-"""Each prompt is computed once and its KV cache repeated for all of its completions.
+"""Each prompt is computed once: all of its completions continue from, or attend to, one copy of its keys and values.
 
-Rows of a batch that share a prompt share everything a causal model computes on it, so this is exact, gradients included
-(plain autograd runs through the cache). It saves a factor of about K(P+R)/(P+KR) in tokens, for K completions of R
-tokens on a prompt of P. The prompt's last token is left out of the shared part: it is the first input of every
-continuation.
+Rows of a batch that share a prompt share everything that a causal model computes on it, so this is exact, gradients
+included (plain autograd runs through the cache). Forward passes repeat a prompt's cache for its rows, which saves a
+factor of about K(P+R)/(P+KR) in tokens for K completions of R tokens on a prompt of P; decoding does not even repeat
+it: the queries of all rows of a prompt meet its keys in one product. The prompt's last token is left out of the shared
+part: it is the first input of every continuation.
 
-Caches that are not plain (sliding windows, recurrent states) cannot be repeated row by row: `is_shareable` says so and
-callers then take the plain path.
+Before a model is trusted with this, `why_plain` compares it with the plain path on a few tokens; caches that are not
+plain (sliding windows, recurrent states), gradient checkpointing and attention that cannot be replaced all show there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import AttentionInterface, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-
-class RoomyLayer(DynamicLayer):
-    """One layer's keys and values with room to grow: a new token is written in place, where a plain cache copies all.
-
-    For decoding without gradients. Attention sees the filled part of the buffers.
-    """
-
-    def __init__(self, keys: Tensor, values: Tensor, room: int) -> None:
-        super().__init__()
-        self.lazy_initialization(keys, values)
-        self.length = keys.shape[-2]
-        self._key_room, self._value_room = (torch.nn.functional.pad(part, (0, 0, 0, room)) for part in (keys, values))
-        self._show()
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append tokens (B, heads, T, width); returns all keys and values so far."""
-        end = self.length + key_states.shape[-2]
-        self._key_room[..., self.length : end, :] = key_states
-        self._value_room[..., self.length : end, :] = value_states
-        self.length = end
-        return self._show()
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rows."""
-        self._key_room, self._value_room = self._key_room[indices], self._value_room[indices]
-        self._show()
-
-    def _show(self) -> tuple[Tensor, Tensor]:
-        keys, values = (part[..., : self.length, :] for part in (self._key_room, self._value_room))
-        self.keys, self.values = keys, values
-        return keys, values
+PASS_COST = 64
+"""What one more forward pass costs, in tokens: `buckets` weighs it against padding."""
 
 
-def with_room(cache: DynamicCache, tokens: int) -> DynamicCache:
-    """The cache with room for `tokens` more, so that decoding writes into it."""
-    layers: list[Any] = cache.layers
-    layers[:] = [RoomyLayer(layer.keys, layer.values, tokens) for layer in layers]
-    return cache
-
-
-@dataclass
-class SharedPrefix:
-    """The computed prefixes of U prompts: `cache` (None when every prefix is empty) and `mask_UP`, left-padded."""
-
-    cache: DynamicCache | None
-    mask_UP: Tensor
-
-
-def new_cache(model: Any) -> DynamicCache:
-    """An empty cache of the layout that `model` asks for."""
-    return DynamicCache(config=model.config.get_text_config())
-
-
-def is_shareable(model: Any) -> bool:
-    """True when `model`'s cache can be repeated row by row: every layer is plain full attention."""
-    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-        return False
-    layers = new_cache(model).layers
-    return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
+# --- rows and their padding -------------------------------------------------------------------------------------------
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -102,11 +53,75 @@ def positions(mask: Tensor) -> Tensor:
     return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
+def unique_rows(ids_BP: Tensor, mask_BP: Tensor) -> tuple[Tensor, Tensor]:
+    """Which rows of a batch share a prompt.
+
+    Returns:
+        (U,) the first row of each distinct prompt, in order of appearance; (B,) each row's prompt among those U.
+    """
+    seen: dict[tuple[int, ...], int] = {}
+    first, of_row = [], []
+    for row, (ids, mask) in enumerate(zip(ids_BP.tolist(), mask_BP.tolist(), strict=True)):
+        name = tuple(token if real else -1 for token, real in zip(ids, mask, strict=True))
+        if name not in seen:
+            seen[name] = len(first)
+            first.append(row)
+        of_row.append(seen[name])
+    return torch.tensor(first, device=ids_BP.device), torch.tensor(of_row, device=ids_BP.device)
+
+
+def buckets(lengths: Sequence[int], tokens: int, beside: int = 0) -> list[list[int]]:
+    """Rows of like length together: the cut into batches with the least padding, a pass counting as `PASS_COST` tokens.
+
+    Args:
+        lengths: by row, in tokens.
+        tokens: most tokens of a batch, padding included; a batch has one row at least.
+        beside: tokens that every row also takes of that budget, at no cost (its prompt's repeated cache).
+
+    Returns:
+        The rows of each batch, longest first.
+
+    >>> buckets([4, 100, 5, 90, 5], tokens=1000)
+    [[1, 3], [2, 4, 0]]
+    """
+    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
+    width = np.array([lengths[row] for row in order], dtype=np.int64)
+    best, cut = np.zeros(len(order) + 1), np.zeros(len(order) + 1, dtype=int)
+    for end in range(1, len(order) + 1):
+        sizes = end - np.arange(end)
+        fits = (sizes == 1) | (sizes * (width[:end] + beside) <= tokens)
+        costs = np.where(fits, best[:end] + sizes * width[:end] + PASS_COST, np.inf)
+        cut[end] = int(costs.argmin())
+        best[end] = costs[cut[end]]
+    found = []
+    end = len(order)
+    while end:
+        found.append(order[cut[end] : end])
+        end = cut[end]
+    return found[::-1]
+
+
+# --- forward passes ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class SharedPrefix:
+    """The computed prefixes of U prompts: `cache` (None when every prefix is empty) and `mask_UP`, left-padded."""
+
+    cache: DynamicCache | None
+    mask_UP: Tensor
+
+
+def new_cache(model: Any) -> DynamicCache:
+    """An empty cache of the layout that `model` asks for."""
+    return DynamicCache(config=model.config.get_text_config())
+
+
 def encode_prefixes(model: Any, ids_UP: Tensor, mask_UP: Tensor) -> SharedPrefix:
     """Run U left-padded prompts, all but each one's last token, through the backbone once.
 
     Args:
-        model: a causal language model (unwrapped); its head is not used.
+        model: a causal language model or classifier (unwrapped); its head is not used.
         ids_UP: prompt tokens, padded on the left.
         mask_UP: 1 for real tokens.
     """
@@ -123,7 +138,7 @@ def encode_prefixes(model: Any, ids_UP: Tensor, mask_UP: Tensor) -> SharedPrefix
 def continuation(prefix: SharedPrefix, rows_B: Tensor, ids_BT: Tensor, mask_BT: Tensor) -> dict[str, Any]:
     """The model inputs that continue prompt `rows_B[b]` with `ids_BT[b]` (its last prompt token first).
 
-    The prefix' cache is consumed: it is repeated to B rows in place.
+    Every call repeats the prefixes anew; they can be continued again.
     """
     mask = torch.cat([prefix.mask_UP[rows_B], mask_BT], dim=1)
     inputs: dict[str, Any] = {
@@ -132,23 +147,243 @@ def continuation(prefix: SharedPrefix, rows_B: Tensor, ids_BT: Tensor, mask_BT: 
         "position_ids": positions(mask)[:, -ids_BT.shape[1] :],
     }
     if prefix.cache is not None:
-        prefix.cache.batch_select_indices(rows_B)
-        inputs["past_key_values"] = prefix.cache
+        repeated = [(k.index_select(0, rows_B), v.index_select(0, rows_B)) for k, v in _keys_and_values(prefix.cache)]
+        inputs["past_key_values"] = DynamicCache(repeated)
     return inputs
 
 
-def unique_rows(ids_BP: Tensor, mask_BP: Tensor) -> tuple[Tensor, Tensor]:
-    """Which rows of a batch share a prompt.
+def _keys_and_values(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
+    layers: list[Any] = cache.layers
+    return [(layer.keys, layer.values) for layer in layers]
 
-    Returns:
-        (U,) the first row of each distinct prompt, in order of appearance; (B,) each row's prompt among those U.
+
+# --- decoding ---------------------------------------------------------------------------------------------------------
+
+ATTENTION = "infalign_shared_prefix"
+_decoding: ContextVar[Decoding] = ContextVar("decoding")
+
+
+class Decoding:
+    """B rows that are decoded together, a token each a step, their U prompts computed and kept once.
+
+    Args:
+        model: a causal language model for which `why_plain` is None.
+        prompts: B prompts' token ids.
+        room: most tokens that will be decoded.
     """
-    seen: dict[tuple[int, ...], int] = {}
-    first, of_row = [], []
-    for row, (ids, mask) in enumerate(zip(ids_BP.tolist(), mask_BP.tolist(), strict=True)):
-        name = tuple(token if real else -1 for token, real in zip(ids, mask, strict=True))
-        if name not in seen:
-            seen[name] = len(first)
-            first.append(row)
-        of_row.append(seen[name])
-    return torch.tensor(first, device=ids_BP.device), torch.tensor(of_row, device=ids_BP.device)
+
+    def __init__(self, model: Any, prompts: Sequence[Sequence[int]], room: int) -> None:
+        self.model = model
+        ids, mask = pad_left(prompts, 0, model.device)
+        first, self.prompt_of_row = unique_rows(ids, mask)
+        prefix = encode_prefixes(model, ids[first], mask[first])
+        self.prefixes = [] if prefix.cache is None else _keys_and_values(prefix.cache)
+        self.bias = _bias(prefix.mask_UP, next(model.parameters()).dtype)
+        self.positions = mask.sum(1, keepdim=True) - 1
+        self.own = new_cache(model)
+        layers: list[Any] = self.own.layers
+        layers[:] = [_OwnLayer(len(prompts), room) for _ in layers]
+        self._arrange()
+
+    def logits(self, ids_B: Tensor) -> Tensor:
+        """(B, V) logits of the next token after one more input token a row (at first: the prompts' last tokens)."""
+        with _attending(self):
+            output = self.model(
+                input_ids=ids_B[:, None],
+                position_ids=self.positions,
+                past_key_values=self.own,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        self.positions = self.positions + 1
+        return output.logits[:, -1]
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows only; prompts without rows are dropped."""
+        self.own.batch_select_indices(rows)
+        self.positions = self.positions[rows]
+        left, self.prompt_of_row = self.prompt_of_row[rows].unique(return_inverse=True)
+        if len(left) < self.prompts:
+            self.prefixes = [(keys[left], values[left]) for keys, values in self.prefixes]
+            self.bias = None if self.bias is None else self.bias[left]
+        self._arrange()
+
+    def _arrange(self) -> None:
+        """Give the rows of every prompt places 0, 1, ... beside it; places that stay empty repeat row 0."""
+        order = self.prompt_of_row.argsort(stable=True)
+        counts = self.prompt_of_row.bincount()
+        self.prompts, self.places = len(counts), int(counts.max())
+        start = counts.cumsum(0) - counts
+        of_sorted = self.prompt_of_row[order]
+        slots = of_sorted * self.places + torch.arange(len(order), device=order.device) - start[of_sorted]
+        self._row_of_slot = order.new_zeros(self.prompts * self.places).scatter_(0, slots, order)
+        self._slot_of_row = torch.empty_like(order).scatter_(0, order, slots)
+        in_place = torch.equal(self._row_of_slot, torch.arange(len(order), device=order.device))
+        self._regular = in_place and len(self._row_of_slot) == len(order)
+
+    def by_prompt(self, x_BHGW: Tensor) -> Tensor:
+        """(B, H, G, W) of rows as (U, H, places * G, W) of prompts."""
+        _, heads, group, width = x_BHGW.shape
+        x = x_BHGW if self._regular else x_BHGW.index_select(0, self._row_of_slot)
+        x = x.reshape(self.prompts, self.places, heads, group, width).transpose(1, 2)
+        return x.reshape(self.prompts, heads, self.places * group, width)
+
+    def by_row(self, x_UHQW: Tensor) -> Tensor:
+        """The way back from `by_prompt`."""
+        prompts, heads, queries, width = x_UHQW.shape
+        group = queries // self.places
+        x = x_UHQW.view(prompts, heads, self.places, group, width).transpose(1, 2)
+        x = x.reshape(prompts * self.places, heads, group, width)
+        return x if self._regular else x.index_select(0, self._slot_of_row)
+
+
+class _OwnLayer(DynamicLayer):
+    """One layer's keys and values of the decoded tokens, written in place into room for all of them."""
+
+    def __init__(self, rows: int, room: int) -> None:
+        super().__init__()
+        self.rows, self.room, self.length = rows, room, 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append one token's keys and values (B, heads, 1, width); returns all of the row's own so far."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self._keys, self._values = (
+                part.new_empty(self.rows, part.shape[1], self.room, part.shape[3])
+                for part in (key_states, value_states)
+            )
+        self._keys[:, :, self.length] = key_states[:, :, 0]
+        self._values[:, :, self.length] = value_states[:, :, 0]
+        self.length += 1
+        return self._show()
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows."""
+        self.rows = len(indices)
+        kept = [part[indices, :, : self.length] for part in (self._keys, self._values)]
+        self._keys, self._values = (torch.nn.functional.pad(part, (0, 0, 0, self.room - self.length)) for part in kept)
+        self._show()
+
+    def _show(self) -> tuple[Tensor, Tensor]:
+        keys, values = self._keys[:, :, : self.length], self._values[:, :, : self.length]
+        self.keys, self.values = keys, values
+        return keys, values
+
+
+def _attend(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float | None = None, **kw: Any
+) -> tuple[Tensor, None]:
+    """Attention of one query a row (B, heads, 1, D) over its prompt's shared keys and its own (B, kv heads, T, D)."""
+    unknown = [name for name in ("softcap", "s_aux", "position_bias", "sliding_window") if kw.get(name) is not None]
+    if unknown:
+        raise NotImplementedError(f"attention with {', '.join(unknown)}")
+    decoding = _decoding.get()
+    rows, heads, _, width = query.shape
+    query = (query * (width**-0.5 if scaling is None else scaling)).view(rows, key.shape[1], -1, width)
+    scores = query @ key.transpose(-1, -2)
+    if not decoding.prefixes:
+        return (scores.softmax(-1, dtype=torch.float32).to(query.dtype) @ value).view(rows, 1, heads, -1), None
+    prefix_keys, prefix_values = decoding.prefixes[module.layer_idx]
+    shared = decoding.by_prompt(query) @ prefix_keys.transpose(-1, -2)
+    if decoding.bias is not None:
+        shared += decoding.bias
+    weights = torch.cat([decoding.by_row(shared), scores], -1).softmax(-1, dtype=torch.float32).to(query.dtype)
+    prefix = prefix_keys.shape[2]
+    out = weights[..., prefix:] @ value
+    out += decoding.by_row(decoding.by_prompt(weights[..., :prefix]) @ prefix_values)
+    return out.view(rows, 1, heads, -1), None
+
+
+AttentionInterface.register(ATTENTION, _attend)
+
+
+@contextmanager
+def _attending(decoding: Decoding) -> Iterator[None]:
+    """Attention of `decoding.model` is `_attend`, for this decoding."""
+    config = decoding.model.config.get_text_config()
+    before, token = config._attn_implementation, _decoding.set(decoding)
+    config._attn_implementation = ATTENTION
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+        _decoding.reset(token)
+
+
+def _bias(mask_UP: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """(U, 1, 1, P) to add to scores, -inf at padding; None where there is none."""
+    if bool(mask_UP.all()):
+        return None
+    bias = torch.zeros(mask_UP.shape, dtype=dtype, device=mask_UP.device)
+    return bias.masked_fill_(mask_UP == 0, -torch.inf)[:, None, None]
+
+
+# --- trust ------------------------------------------------------------------------------------------------------------
+
+_verdicts: WeakKeyDictionary[Any, str | None] = WeakKeyDictionary()
+
+
+def why_plain(model: Any) -> str | None:
+    """Why `model` must take the plain path, or None when shared prefixes give what it gives.
+
+    The first call for a model runs a dozen tokens both ways, in eval mode and without gradients.
+
+    Args:
+        model: a causal language model, or a classifier with a causal backbone (unwrapped, its weights in place).
+    """
+    if any(getattr(module, "gradient_checkpointing", False) and module.training for module in model.modules()):
+        return "gradient checkpointing keeps no cache"
+    if model not in _verdicts:
+        _verdicts[model] = _compared(model)
+    return _verdicts[model]
+
+
+def _compared(model: Any) -> str | None:
+    layers = new_cache(model).layers
+    other = next((type(layer).__name__ for layer in layers if type(layer) is not DynamicLayer), None)
+    if other or not layers:
+        return f"its cache has {other or 'no'} layers, which cannot be repeated row by row"
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            worst = max(_differences(model))
+    except Exception as error:  # whatever a model does with inputs that it was not written for
+        return f"it fails with shared prefixes ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+    finally:
+        model.train(training)
+    exact = next(model.parameters()).dtype in (torch.float32, torch.float64)
+    return None if worst <= (1e-4 if exact else 5e-2) else f"shared prefixes change its results by {worst:.2g}"
+
+
+def _differences(model: Any) -> Iterator[float]:
+    """How far a continued prefix, and decoding, are from plain passes; relative to the largest value."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    numbers = np.random.default_rng(0).integers(0, vocabulary, (3, 9)).tolist()
+    prompts = [numbers[0][:5], numbers[1][:3], numbers[0][:5]]
+    tails = [numbers[0][5:], numbers[1][5:], numbers[2][5:]]
+    device = next(model.parameters()).device
+    ids, mask = pad_left([[*prompt, *tail] for prompt, tail in zip(prompts, tails, strict=True)], 0, device)
+    plain = model.base_model(
+        input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False
+    ).last_hidden_state[:, -5:]
+    ids_BP, mask_BP = pad_left(prompts, 0, device)
+    first, of_row = unique_rows(ids_BP, mask_BP)
+    prefix = encode_prefixes(model, ids_BP[first], mask_BP[first])
+    inputs = torch.cat([ids_BP[:, -1:], torch.tensor(tails, device=device)], dim=1)
+    shared = model.base_model(**continuation(prefix, of_row, inputs, torch.ones_like(inputs))).last_hidden_state
+    yield _apart(shared, plain)
+    head = model.get_output_embeddings()
+    if head is not None:
+        decoding = Decoding(model, prompts, room=5)
+        whole = model(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False).logits
+        for place in range(5):
+            rows = torch.arange(3, device=device)
+            if place == 4:
+                rows = torch.tensor([1, 2], device=device)
+                decoding.keep(rows)
+            yield _apart(decoding.logits(inputs[rows, place]), whole[rows, place - 5])
+
+
+def _apart(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b.double()).abs().max() / b.double().abs().max().clamp(min=1e-12))

@@ -24,6 +24,7 @@ from __future__ import annotations
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ from infalign.generation.hf import decode_rows
 from infalign.runtime.artifacts import disk_errors, write_whole
 from infalign.runtime.console import notice, say
 from infalign.runtime.distributed import any_rank, barrier, is_main, together, world_size
-from infalign.runtime.shared_prefix import continuation, encode_prefixes, is_shareable, unique_rows
+from infalign.runtime.layout import columnwise
+from infalign.runtime.shared_prefix import why_plain
 from infalign.training.callbacks import (
     ContinueLoss,
     KLBudget,
@@ -58,6 +60,7 @@ from infalign.training.held_out import measure
 from infalign.training.reward import CTRLReward
 from infalign.training.rollout_state import load_rollout_state, save_rollout_state
 from infalign.training.rollouts import PromptOrder, rollout_uniforms, shuffled_groups
+from infalign.training.shared_logps import shared_logps
 from infalign.types import InputError, SamplingSettings
 
 TESTED_TRL = ("1.16",)
@@ -156,15 +159,17 @@ class CTRLTrainer(RLOOTrainer):
         ):
             training = model.training
             model.eval()
+            inner = _causal_model(model)
             try:
-                return decode_rows(
-                    _causal_model(model),
-                    prompt_ids,
-                    uniforms_BT,
-                    settings,
-                    self.eos_token_ids,
-                    in_step=self._rollouts_are_sharded(),
-                )
+                with nullcontext() if self._sharding() in ("zero3", "fsdp") else columnwise(inner):
+                    return decode_rows(
+                        inner,
+                        prompt_ids,
+                        uniforms_BT,
+                        settings,
+                        self.eos_token_ids,
+                        in_step=self._rollouts_are_sharded(),
+                    )
             finally:
                 model.train(training)
 
@@ -365,7 +370,9 @@ class CTRLTrainer(RLOOTrainer):
             )
             self._keep_scored(found[0])
             return found
-        logps, entropies = self._shared_logps(model, input_ids, attention_mask, logits_to_keep, batch_size)
+        inner = _causal_model(self.accelerator.unwrap_model(model))
+        with self.accelerator.autocast():
+            logps, entropies = shared_logps(model, inner, input_ids, attention_mask, logits_to_keep, batch_size)
         self._keep_scored(logps)
         return logps, entropies if compute_entropy else None, None
 
@@ -373,50 +380,20 @@ class CTRLTrainer(RLOOTrainer):
         if self._scored_logps is not None:
             self._scored_logps.append(logps.detach())
 
-    def _shared_logps(
-        self, model: Any, input_ids: Tensor, attention_mask: Tensor, kept: int, batch_size: int | None
-    ) -> tuple[Tensor, Tensor | None]:
-        _, of_row = unique_rows(input_ids[:, :-kept], attention_mask[:, :-kept])
-        order = of_row.argsort(stable=True)
-        logps, entropies = [], []
-        for rows in order.split(batch_size or len(order)):
-            outputs = self._forward_shared(model, input_ids[rows], attention_mask[rows], kept)
-            logps.append(outputs.log_probs)
-            entropies.append(outputs.entropy)
-        back = order.argsort()
-        entropy = None if entropies[0] is None else torch.cat(entropies)[back]
-        return torch.cat(logps)[back], entropy
-
-    def _forward_shared(self, model: Any, input_ids: Tensor, attention_mask: Tensor, kept: int) -> Any:
-        """One forward: the distinct prompts once, then all completions on their repeated caches, TRL's fused head."""
-        ids_BP, mask_BP = input_ids[:, :-kept], attention_mask[:, :-kept]
-        if ids_BP.shape[1] == 1:
-            # A prompt of one token has no prefix, and its graph no prefix pass. ZeRO-1 and 2 fill their buckets in the
-            # order in which gradients arrive, which must be every rank's: give it a masked prefix.
-            ids_BP, mask_BP = (torch.nn.functional.pad(part, (1, 0)) for part in (ids_BP, mask_BP))
-        first, of_row = unique_rows(ids_BP, mask_BP)
-        with self.accelerator.autocast():
-            inner = _causal_model(self.accelerator.unwrap_model(model))
-            prefix = encode_prefixes(inner, ids_BP[first], mask_BP[first])
-            ids = torch.cat([ids_BP[:, -1:], input_ids[:, -kept:]], dim=1)
-            mask = torch.cat([mask_BP[:, -1:], attention_mask[:, -kept:]], dim=1)
-            labels = ids.masked_fill(mask == 0, -100)
-            return model(**continuation(prefix, of_row, ids, mask), labels=labels, fused_lm_head=True)
-
     def _can_share(self, model: Any) -> bool:
+        """Whether shared prefixes can be used for `model`; every rank finds the same."""
         if not self._fast:
             return False
-        sharded = self._sharding() in ("zero3", "fsdp")
-        shareable = not sharded and is_shareable(_causal_model(self.accelerator.unwrap_model(model)))
-        if not shareable and "prefix" not in self._warned:
+        if self._sharding() in ("zero3", "fsdp"):
+            why = "parameters are sharded"
+        else:
+            why = why_plain(_causal_model(self.accelerator.unwrap_model(model)))
+            if any_rank(why is not None) and why is None:
+                why = "another rank can't share them"
+        if why is not None and "prefix" not in self._warned:
             self._warned.add("prefix")
-            why = (
-                "parameters are sharded"
-                if sharded
-                else "gradient checkpointing, or a cache with sliding windows or states"
-            )
-            notice(f"prompts are computed once per rollout, not once per group: {why}")
-        return shareable
+            notice(f"log-probabilities compute each prompt once per rollout, not once per group: {why}")
+        return why is None
 
     # --- held-out measurement -------------------------------------------------------------------------------------
 

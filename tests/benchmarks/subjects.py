@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+import torch
 
 from tests.tiny import tiny_causal, tiny_classifier, tiny_tokenizer
 
@@ -40,3 +43,44 @@ def interleaved(subjects: dict[str, Callable[[], Any]], repeats: int) -> dict[st
             if repeat:
                 seconds[name].append(time.process_time() - start)
     return {name: median(values) for name, values in seconds.items()}
+
+
+def rates_of(subjects: dict[str, Callable[[], int]], repeats: int) -> dict[str, float]:
+    """Tokens a second (of the clock) of each subject, which returns its tokens; in turns, the best after a warm-up."""
+    rates: dict[str, list[float]] = {name: [] for name in subjects}
+    for repeat in range(repeats + 1):
+        for name, subject in subjects.items():
+            start = time.perf_counter()
+            count = subject()
+            if repeat:
+                rates[name].append(count / (time.perf_counter() - start))
+    return {name: max(values) for name, values in rates.items()}
+
+
+def decoding_bounds(model: Any, rows: int, cached: int) -> dict[str, float]:
+    """Tokens a second that one decoding step for `rows` rows can't exceed on all cores, measured on the spot.
+
+    By memory: every weight is read once a step, and every row's cache of `cached` tokens. By arithmetic: two operations
+    a weight and row, at the rate of a large float32 product.
+    """
+    torch.set_num_threads(os.cpu_count() or 1)
+    config = model.config
+    weights = sum(p.numel() for p in model.parameters())
+    width = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    block, square = torch.ones(2**28), torch.ones(2048, 2048)
+    read = block.numel() * 4 / _fastest(block.sum)
+    flops = 2 * 2048**3 / _fastest(lambda: square @ square)
+    torch.set_num_threads(1)
+    return {
+        "memory": rows / (4 * (weights + rows * cached * width) / read),
+        "arithmetic": rows / (2 * rows * weights / flops),
+    }
+
+
+def _fastest(work: Callable[[], Any]) -> float:
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)

@@ -8,11 +8,11 @@ import torch
 from scipy import stats
 
 from infalign.generation.hf import HFSampler, decode_rows
-from infalign.generation.likelihood import completion_logits, sequence_kl
+from infalign.generation.likelihood import completion_states, logits_of, sequence_kl
 from infalign.generation.plan import Request, plan_batches
 from infalign.runtime.models import end_token_ids, load_policy, load_tokenizer
 from infalign.runtime.seeds import uniforms
-from infalign.runtime.shared_prefix import is_shareable
+from infalign.runtime.shared_prefix import why_plain
 from infalign.types import SamplingSettings
 from tests.tiny import tiny_causal
 
@@ -119,9 +119,9 @@ def test_truncating_settings_truncate(llama):
 
 def test_a_sliding_window_takes_the_plain_path(tmp_path):
     model = load_policy(tiny_causal(tmp_path / "m", "mistral", sliding_window=4), device=CPU)
-    assert not is_shareable(model)
+    assert "DynamicSlidingWindowLayer" in why_plain(model)
     model = load_policy(tiny_causal(tmp_path / "l", "llama"), device=CPU)
-    assert is_shareable(model)
+    assert why_plain(model) is None
 
 
 def test_a_damaged_model_is_named(llama, tmp_path):
@@ -134,7 +134,8 @@ def test_a_damaged_model_is_named(llama, tmp_path):
 
 def test_completion_logits_equal_plain_forwards(model):
     completions = [(4, 5, 6), (7,), (8, 9), (10, 11)]
-    found = completion_logits(model[0], PROMPTS, completions)
+    with torch.no_grad():
+        found = logits_of(model[0], completion_states(model[0], PROMPTS, completions))
     for row, (prompt, completion) in enumerate(zip(PROMPTS, completions, strict=True)):
         with torch.no_grad():
             expected = model[0](torch.tensor([[*prompt, *completion]])).logits[0, len(prompt) - 1 : -1]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
-from infalign.rewards.classifier import ClassifierReward, _buckets
+from infalign.rewards.classifier import ClassifierReward
 from infalign.types import InputError, RewardError
 from tests.tiny import BOS, CHAT_TEMPLATE, EOS, PAD, tiny_causal, tiny_classifier, tiny_tokenizer
 
@@ -56,13 +56,6 @@ def test_small_batches_score_like_one(tmp_path):
     path = tiny_classifier(tmp_path / "rm")
     whole, pieces = (ClassifierReward(path, batch_tokens=n, device="cpu")(PROMPTS, COMPLETIONS) for n in (10**6, 1))
     np.testing.assert_allclose(whole, pieces, atol=1e-5)
-
-
-def test_buckets_hold_every_index_once_within_the_budget():
-    lengths = [3, 9, 1, 7, 7, 20, 2]
-    batches = list(_buckets(lengths, 14))
-    assert batches == [[5], [1], [3, 4], [0, 6, 2]]
-    assert list(_buckets([], 14)) == []
 
 
 def test_chats_go_through_the_models_own_template(tmp_path):

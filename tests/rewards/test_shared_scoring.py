@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from infalign.rewards.classifier import ClassifierReward
-from infalign.rewards.shared_scoring import LEAST, Group, batches_of, groups_of
+from infalign.rewards.shared_scoring import LEAST, Group, groups_of
 from tests.tiny import WORDS, tiny_classifier, tiny_tokenizer
 
 RNG = np.random.default_rng(0)
@@ -51,13 +51,9 @@ def test_groups_share_what_all_begin_with():
 
 
 @pytest.mark.parametrize("tokens", [1, 40, 100, 10**6])
-def test_batches_hold_every_row_once_within_the_budget(tokens):
-    sequences = [[row] * 10 + list(range(row % 7 + 1)) for row in range(12)]
-    groups = [Group((0, 1, 2, 3, 4), 9), Group((5, 6), 8), Group((7, 8, 9, 10, 11), 8)]
-    batches = list(batches_of(sequences, groups, tokens))
-    rows = [row for batch in batches for group in batch for row in group.rows]
-    assert sorted(rows) == list(range(12))
-    for batch in batches:
-        count = sum(len(group.rows) for group in batch)
-        width = max(g.shared for g in batch) + max(len(sequences[row]) - g.shared + 1 for g in batch for row in g.rows)
-        assert count == 1 or count * width <= tokens
+def test_budgets_change_no_score(tokens, tmp_path):
+    reward = ClassifierReward(tiny_classifier(tmp_path), batch_tokens=10**6)
+    prompts, completions = map(list, zip(*ROWS, strict=True))
+    whole = reward(prompts=prompts, completions=completions)
+    reward.batch_tokens = tokens
+    np.testing.assert_allclose(reward(prompts=prompts, completions=completions), whole, atol=1e-5)
