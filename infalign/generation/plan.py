@@ -23,7 +23,7 @@ class Request:
 
 
 class Sampler(Protocol):
-    """Anything that draws samples; see `infalign.generation.hf.HFSampler`."""
+    """Anything that draws samples; see `infalign.generation.hf.HFSampler` and `infalign.generation.openai`."""
 
     def sample(self, requests: Sequence[Request]) -> list[Sample]:
         """One sample a request, in their order, drawn as one batch."""

@@ -19,10 +19,13 @@ from infalign.data.prompts import LoadedPrompts, load_prompts
 from infalign.data.splits import Splits, split_prompts
 from infalign.data.templates import check_lengths, render, with_system
 from infalign.generation.hf import HFSampler
+from infalign.generation.openai import OpenAISampler
+from infalign.generation.plan import Sampler
 from infalign.rewards.loader import Reward, load_reward
 from infalign.runtime.artifacts import differences, fingerprint, read_json, without_secrets, write_json
 from infalign.runtime.console import notice
 from infalign.runtime.distributed import barrier, is_main, join, together
+from infalign.runtime.layout import lay_columnwise
 from infalign.runtime.models import (
     choose_device,
     context_length,
@@ -34,12 +37,14 @@ from infalign.runtime.models import (
 )
 from infalign.stages.objective import load_procedure, load_transform
 from infalign.stages.recipe import Recipe, require
+from infalign.stages.serving import served_end_ids, server_of, server_url, warn_of_exposed_key
 from infalign.theory.procedures import Procedure
 from infalign.types import InputError, Prompt, prompt_key
 
 CALIBRATION = "calibration"
 QUANTISED = ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "use_bnb_nested_quant")
 ENGINE = 1  # of the sampler: raise it when the same stream would give other samples
+SERVED = {"generation": "openai", "engine": 1}  # likewise, of the server's client
 
 
 class Experiment:
@@ -56,6 +61,7 @@ class Experiment:
         join(recipe.use_cpu)
         if recipe.trust_remote_code:
             notice("trust_remote_code: true runs Python code that ships with a model: trust it, or leave it out")
+        warn_of_exposed_key(recipe)
         self.recipe = recipe
         self._models: dict[tuple[str, bool], Any] = {}
 
@@ -110,12 +116,16 @@ class Experiment:
                 str(path),
                 device=choose_device(self.recipe.use_cpu),
                 dtype=getattr(torch, self.recipe.dtype),
-                revision=self.recipe.model_revision if str(path) == self.base_path else None,
+                revision=self._revision(path),
                 trust_remote_code=self.recipe.trust_remote_code,
                 attn_implementation=self.recipe.attn_implementation,
                 quantization=quantization,
             )
+            lay_columnwise(self._models[name])
         return self._models[name]
+
+    def _revision(self, path: str | Path) -> str | None:
+        return self.recipe.model_revision if str(path) == self.base_path else None
 
     def release_models(self) -> None:
         """Let go of loaded policies (before training needs the memory)."""
@@ -124,28 +134,43 @@ class Experiment:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def sampler(self, path: str | Path, purpose: str) -> HFSampler:
+    def sampler(self, path: str | Path, purpose: str) -> Sampler:
         """A sampler of the model at `path`; `purpose` separates its random streams from other stages'.
 
         Calibration draws from what training starts from: with QLoRA the quantised base. What is measured is the base
         and the merged policy as they are deployed.
+
+        Raises:
+            InputError: the model can't be loaded, or the server's API key is not in the environment.
         """
-        model = self.model(path, self.quantization if purpose == CALIBRATION else None)
-        ends = end_token_ids(model, self.tokenizer)
-        return HFSampler(model, self.tokenizer, self.recipe.sampling, ends, f"{self.recipe.seed}/{purpose}")
+        recipe, seed = self.recipe, f"{self.recipe.seed}/{purpose}"
+        quantization = self.quantization if purpose == CALIBRATION else None
+        server = server_of(recipe, policy=str(path) != self.base_path)
+        if server is None:
+            model = self.model(path, quantization)
+            return HFSampler(model, self.tokenizer, recipe.sampling, end_token_ids(model, self.tokenizer), seed)
+        return OpenAISampler(
+            server,
+            self.tokenizer,
+            recipe.sampling,
+            served_end_ids(str(path), self.tokenizer, self._revision(path), recipe.trust_remote_code),
+            seed,
+            local=None if recipe.server_tolerance is None else lambda: self.model(path, quantization),
+            tolerance=recipe.server_tolerance or 0.0,
+        )
 
     def sampling_parts(self, path: str | Path, purpose: str) -> dict[str, Any]:
         """Everything that shapes the samples of the model at `path`, for fingerprints."""
-        revision = self.recipe.model_revision if str(path) == self.base_path else None
         quantised = {name: self.recipe.training[name] for name in QUANTISED if self.recipe.training.get(name)}
         return {
             **(quantised if purpose == CALIBRATION and self.quantization is not None else {}),
-            "model": model_fingerprint(str(path), revision),
+            "model": model_fingerprint(str(path), self._revision(path)),
             **self.recipe.sampling.as_dict(),
             "dtype": self.recipe.dtype,
             "seed": self.recipe.seed,
             "purpose": purpose,
             "engine": ENGINE,
+            **(SERVED if server_url(self.recipe, policy=str(path) != self.base_path) else {}),
         }
 
     # --- prompts --------------------------------------------------------------------------------------------------

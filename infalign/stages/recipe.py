@@ -7,11 +7,14 @@ their types, and travels in `Recipe.training`.
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from infalign.generation.address import address_problem
 from infalign.runtime.config import check, field_hints, read_yaml
 from infalign.runtime.launch import FLAGS as LAUNCH_FLAGS
 from infalign.types import InputError, SamplingSettings
@@ -85,6 +88,21 @@ class Recipe:
     min_p: float | None = key(None, "only unset outside `generate`", "sampling")
     repetition_penalty: float = key(1.0, "only 1.0 outside `generate`", "sampling")
     tokens_per_batch: int = key(16384, "KV-cache tokens of a sampling batch", "sampling")
+
+    generation: Literal["transformers", "openai"] = key(
+        "transformers", "openai: calibrate, evaluate and generate sample from a server; rollouts never do", "server"
+    )
+    base_url: str | None = key(None, "server of the base, e.g. http://127.0.0.1:8000/v1; unset: in process", "server")
+    policy_base_url: str | None = key(None, "server of the policy (evaluate, generate); unset: in process", "server")
+    served_model_name: str | None = key(None, "the base's name there; unset: the only model listed", "server")
+    policy_served_model_name: str | None = key(None, "the policy's name there; unset: the only one listed", "server")
+    server_concurrency: int = key(32, "requests under way at a time", "server")
+    server_timeout: float = key(600.0, "seconds for one request", "server")
+    server_retries: int = key(4, "further attempts after no connection, a time-out, 429 or 5xx", "server")
+    server_tolerance: float | None = key(
+        0.2, "nats between its log-probabilities and the local model's; unset: no check, no local model", "server"
+    )
+    api_key_env: str | None = key(None, "NAME of the environment variable that holds the API key", "server")
 
     eval_samples: int = key(64, "M, samples per test prompt and model", "evaluation")
     eval_n: list[int] = key([1, 2, 4, 8], "N of the Best-of-N and Worst-of-N win rates", "evaluation")
@@ -211,8 +229,33 @@ def _check_together(recipe: Recipe) -> None:
         problems.append("dataset_name and datasets are both given: keep one")
     if any(one < 1 for one in recipe.eval_n):
         problems.append(f"eval_n must be positive integers, got {recipe.eval_n}")
+    problems += _server_problems(recipe)
     if problems:
         raise InputError("; ".join(problems))
+
+
+def _server_problems(recipe: Recipe) -> list[str]:
+    """What is wrong with the server's keys."""
+    urls = {name: getattr(recipe, name) for name in ("base_url", "policy_base_url") if getattr(recipe, name)}
+    problems = [f"{name} {problem}" for name, url in urls.items() if (problem := address_problem(url))]
+    if recipe.generation == "openai" and not urls:
+        problems.append("generation: openai needs base_url or policy_base_url, e.g. http://127.0.0.1:8000/v1")
+    if recipe.generation != "openai" and urls:
+        problems.append(f"{' and '.join(urls)} is set, but generation is {recipe.generation}: set generation: openai")
+    if recipe.server_concurrency < 1:
+        problems.append(f"server_concurrency must be at least 1, got {recipe.server_concurrency}")
+    if not 0 < recipe.server_timeout < math.inf:
+        problems.append(f"server_timeout must be seconds above 0, got {recipe.server_timeout}")
+    if not 0 <= recipe.server_retries <= 20:
+        problems.append(f"server_retries must be between 0 and 20, got {recipe.server_retries}")
+    if recipe.server_tolerance is not None and not recipe.server_tolerance > 0:
+        problems.append(f"server_tolerance must be nats above 0, or unset for no check, got {recipe.server_tolerance}")
+    if recipe.api_key_env is not None and not re.fullmatch(r"[A-Z_][A-Z0-9_]*", recipe.api_key_env):
+        problems.append(
+            "api_key_env must be the NAME of an environment variable in capitals, e.g. INFALIGN_API_KEY; what is given "
+            "is none, and not shown in case it is the key itself: put the key into that variable"
+        )
+    return problems
 
 
 def require(recipe: Recipe, *names: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +13,7 @@ from infalign.types import InputError
 
 MOST_KL_AT_START = 0.05  # nats; rounding gives about 1e-4 in float32 and up to 1e-2 in bf16
 SIGMAS = 6.0
+HARMLESS = {"seed", "use_cache", "cache_implementation", "disable_compile", "detokenize", "skip_special_tokens"}
 
 
 def check_kl_at_start(kl_B: NDArray[np.float64], policy: str, reference: str) -> None:
@@ -49,4 +52,29 @@ def check_calibration_at_start(mean: float, rollouts: int, prompts: int, referen
             f"at step 0 the mean calibrated reward is {mean:.3f} and must be 0.5 ± {SIGMAS * spread:.3f}: the "
             "calibration was not sampled from this policy with these prompts, template, temperature and length limit, "
             "or the reward is not the one it was scored with: run `infalign calibrate` again"
+        )
+
+
+def check_rollout_settings(generation_kwargs: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Rollouts must be drawn from the distribution that calibration was.
+
+    TRL lays `generation_kwargs` over the settings, in `generate` as in vLLM (`use_vllm`).
+
+    Args:
+        generation_kwargs: TRL's further arguments of generation.
+        settings: the sampling settings that calibration shares, by their names there.
+
+    Raises:
+        InputError: they change the distribution, or may.
+    """
+    other = {
+        name: value
+        for name, value in generation_kwargs.items()
+        if name not in HARMLESS and not (name in settings and (value or None) == (settings[name] or None))
+    }
+    if other:
+        shown = ", ".join(f"{name}={value!r}" for name, value in other.items())
+        raise InputError(
+            f"generation_kwargs would draw rollouts otherwise than calibration ({shown}): leave it out, and set "
+            "temperature and max_completion_length, which both share"
         )

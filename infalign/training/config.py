@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from trl import RLOOConfig
 
+from infalign.training.checks import check_rollout_settings
 from infalign.types import InputError
 
 
@@ -62,6 +63,13 @@ class CTRLConfig(RLOOConfig):
                 f"log-probabilities and KL would be those of another distribution; got top_p={self.top_p}, "
                 f"top_k={self.top_k}, min_p={self.min_p}, repetition_penalty={self.repetition_penalty}"
             )
+        if self.use_vllm and self.vllm_structured_outputs_regex:
+            raise InputError(
+                "vllm_structured_outputs_regex constrains rollouts, and calibration samples are free: leave it out"
+            )
         if getattr(self, "activation_checkpointing", False) is None:  # transformers' new name for the same setting
             self.activation_checkpointing = self.gradient_checkpointing
         super().__post_init__()
+        shared = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+        given = self.generation_kwargs if isinstance(self.generation_kwargs, dict) else {}
+        check_rollout_settings(given, {name: getattr(self, name) for name in shared})
