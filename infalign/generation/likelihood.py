@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
+from infalign.runtime.head import Head, head_of, pieces
 from infalign.runtime.shared_prefix import (
     continuation,
     encode_prefixes,
@@ -24,9 +24,6 @@ from infalign.runtime.shared_prefix import (
     why_plain,
 )
 from infalign.types import InputError
-
-HEAD_TOKENS = 64
-"""Tokens whose (tokens, V) logits are held at a time."""
 
 
 def completion_states(model: Any, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> Tensor:
@@ -46,41 +43,6 @@ def completion_states(model: Any, prompts: Sequence[Sequence[int]], completions:
     return model.base_model(**continuation(prefix, of_row, ids, mask)).last_hidden_state
 
 
-def logits_of(model: Any, states: Tensor) -> Tensor:
-    """(..., V) float32 logits of last hidden states (..., H): the head, and the scale and cap of models that have one.
-
-    Raises:
-        InputError: the head does something else (seen by comparing with the model's own logits, once a model).
-    """
-    if model not in _known_heads:
-        ids = torch.arange(1, 5, device=model.device)[None]
-        with torch.no_grad():
-            own = model(input_ids=ids, use_cache=False).logits.float()
-            found = _projected(model, model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
-        if not torch.allclose(found, own, rtol=1e-3, atol=1e-3 * float(own.abs().max())):
-            raise InputError(
-                f"{type(model).__name__}: its logits are not those of its head, scale and cap; its KL can't be measured"
-            )
-        _known_heads.add(model)
-    return _projected(model, states)
-
-
-_known_heads: WeakSet[Any] = WeakSet()
-
-
-def _projected(model: Any, states: Tensor) -> Tensor:
-    config = model.config.get_text_config()
-    logits = model.get_output_embeddings()(states).float()
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):  # Cohere, Muse, Falcon-H1
-        if getattr(config, name, None) is not None:
-            logits *= getattr(config, name)
-            break
-    if getattr(config, "logits_scaling", None) is not None:  # Granite and MiniCPM divide, HyperCLOVA X multiplies
-        logits *= config.logits_scaling if config.model_type == "hyperclovax" else 1 / config.logits_scaling
-    cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
-    return logits if cap is None else torch.tanh(logits / cap) * cap
-
-
 @torch.no_grad()
 def sequence_kl(
     policy: Any,
@@ -93,7 +55,7 @@ def sequence_kl(
 ) -> tuple[Tensor, Tensor]:
     """Two estimates per completion of KL(policy || reference), in nats, at the sampling temperature.
 
-    No (B, T, V) tensor is made: hidden states go through the heads `HEAD_TOKENS` at a time.
+    No (B, T, V) tensor is made: hidden states go through the heads some tokens at a time.
 
     Args:
         policy, reference: causal language models on one device.
@@ -103,7 +65,11 @@ def sequence_kl(
 
     Returns:
         (B,) k1 log-ratios and (B,) summed conditional KLs, float64 on the CPU.
+
+    Raises:
+        InputError: a model's logits are not those of its head.
     """
+    heads = _head(policy), _head(reference)
     log_ratios, conditionals = torch.zeros(len(prompts)).double(), torch.zeros(len(prompts)).double()
     for rows in _chunks(prompts, completions, tokens_per_batch):
         batch = [prompts[row] for row in rows], [completions[row] for row in rows]
@@ -111,16 +77,23 @@ def sequence_kl(
         real = mask.bool()
         of_row = torch.tensor(rows, device=ids.device)[:, None].expand_as(ids)[real].cpu()
         states = [completion_states(model, *batch)[real] for model in (policy, reference)]
-        for piece in torch.arange(len(of_row)).split(HEAD_TOKENS):
+        for piece in pieces(len(of_row), len(heads[0].weight)):
             logp, logq = (
-                torch.log_softmax(logits_of(model, of_model[piece]) / temperature, dim=-1)
-                for model, of_model in zip((policy, reference), states, strict=True)
+                torch.log_softmax(head.logits(of_model[piece]) / temperature, dim=-1)
+                for head, of_model in zip(heads, states, strict=True)
             )
             chosen = (logp - logq).gather(-1, ids[real][piece, None])[:, 0]
             conditional = (logp.exp() * (logp - logq)).sum(-1)
             log_ratios.index_add_(0, of_row[piece], chosen.double().cpu())
             conditionals.index_add_(0, of_row[piece], conditional.double().cpu())
     return log_ratios, conditionals
+
+
+def _head(model: Any) -> Head:
+    head = head_of(model)
+    if head is None:
+        raise InputError(f"{type(model).__name__}: its logits are not those of its head; its KL can't be measured")
+    return head
 
 
 def _chunks(

@@ -4,7 +4,7 @@ The algorithm stays TRL's: leave-one-out advantages of `Phi(C(x, y)) - beta * su
 
 - `_generate_single_turn`: the sampler that calibration used, one random stream per rollout; its log-probabilities are
   kept, so the exactly on-policy "old" pass costs nothing (in float32; under autocast it is recomputed).
-- `_get_per_token_logps_and_entropies`: each distinct prompt once (`runtime/shared_prefix.py`).
+- `_get_per_token_logps_and_entropies`: each distinct prompt once (`runtime/shared_prefix.py`), the head in pieces.
 - `_prepare_inputs`: whole prompt groups stay together when a generation is cut into steps.
 - `_generate_and_score_completions`: logs `kl_seq`, and at step 0 checks KL ~ 0 and mean calibrated reward ~ 1/2.
 - `training_step`, `_compute_loss`: a loss that is not finite is never propagated, on any rank.
@@ -55,6 +55,7 @@ from infalign.training.callbacks import (
 from infalign.training.card import model_card
 from infalign.training.checkpoints import check_resumable, newest_whole, seal
 from infalign.training.checks import check_calibration_at_start, check_kl_at_start
+from infalign.training.chunked_head import add_chunked_head
 from infalign.training.config import CTRLConfig
 from infalign.training.held_out import measure
 from infalign.training.reward import CTRLReward
@@ -109,6 +110,7 @@ class CTRLTrainer(RLOOTrainer):
         self._scored_logps: list[Tensor] | None = None
         super().__init__(model, functions, args, **kwargs)
         _keep_differentiable(self.model)
+        self._add_chunked_heads()
         self.identity = {**(identity or {}), "processes": world_size(), "sharding": self._sharding()}
         self.not_finite = SkipNotFinite(args.max_skipped_steps)
         self.on_signal = SaveOnSignal()
@@ -379,6 +381,14 @@ class CTRLTrainer(RLOOTrainer):
     def _keep_scored(self, logps: Tensor) -> None:
         if self._scored_logps is not None:
             self._scored_logps.append(logps.detach())
+
+    def _add_chunked_heads(self) -> None:
+        """Log-probabilities without (B, T, V) logits, also where TRL has no kernel for them."""
+        if not self._fast or self._sharding() in ("zero3", "fsdp"):
+            return
+        add_chunked_head(_causal_model(self.model), self.temperature, entropy=True)
+        if self.ref_model is not None:
+            add_chunked_head(self.accelerator.unwrap_model(self.ref_model), self.temperature, entropy=False)
 
     def _can_share(self, model: Any) -> bool:
         """Whether shared prefixes can be used for `model`; every rank finds the same."""

@@ -230,7 +230,7 @@ def cache(folder: Path) -> None:
     drawn, seconds = [], {}
     for run in ("first run", "second run"):
         start = time.process_time()
-        drawn.append(calibrate(Experiment(recipe))["drawn"])
+        drawn.append(calibrate(recipe)["drawn"])
         seconds[run] = time.process_time() - start
     assert drawn[0] > 0 and drawn[1] == 0
     told("cache", seconds, drawn_first=drawn[0], drawn_second=drawn[1])

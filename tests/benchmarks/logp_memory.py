@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
+from infalign.training.chunked_head import add_chunked_head
 from infalign.training.shared_logps import shared_logps
 from tests.tiny import tiny_causal
 
@@ -28,6 +29,8 @@ def main(name: str, folder: str) -> None:
         tiny_causal(path, "llama", vocab_size=VOCABULARY, hidden=64, tie_word_embeddings=True, initializer_range=0.05)
     model = AutoModelForCausalLM.from_pretrained(path)
     add_fused_lm_head(model, outputs=("log_probs", "entropy"))  # as RLOOTrainer does
+    if name == "infalign":
+        add_chunked_head(model, 1.0, entropy=True)
     ids = torch.randint(1, VOCABULARY, (ROWS, PROMPT + NEW), generator=torch.Generator().manual_seed(0))
     ids[:, :PROMPT] = ids[:1, :PROMPT]
     logps(name, model, ids[:2, -20:], 4).sum().backward()

@@ -8,8 +8,9 @@ import torch
 from scipy import stats
 
 from infalign.generation.hf import HFSampler, decode_rows
-from infalign.generation.likelihood import completion_states, logits_of, sequence_kl
+from infalign.generation.likelihood import completion_states, sequence_kl
 from infalign.generation.plan import Request, plan_batches
+from infalign.runtime.head import head_of
 from infalign.runtime.models import end_token_ids, load_policy, load_tokenizer
 from infalign.runtime.seeds import uniforms
 from infalign.runtime.shared_prefix import why_plain
@@ -135,7 +136,7 @@ def test_a_damaged_model_is_named(llama, tmp_path):
 def test_completion_logits_equal_plain_forwards(model):
     completions = [(4, 5, 6), (7,), (8, 9), (10, 11)]
     with torch.no_grad():
-        found = logits_of(model[0], completion_states(model[0], PROMPTS, completions))
+        found = head_of(model[0]).logits(completion_states(model[0], PROMPTS, completions))
     for row, (prompt, completion) in enumerate(zip(PROMPTS, completions, strict=True)):
         with torch.no_grad():
             expected = model[0](torch.tensor([[*prompt, *completion]])).logits[0, len(prompt) - 1 : -1]

@@ -1,0 +1,50 @@
+"""TRL's fused head, computed by `runtime/head.py` where TRL has no kernel for it.
+
+On a GPU TRL's Triton kernel stays. Elsewhere TRL makes the logits of all tokens for 32,768 candidates at a time; this
+makes those of a few tokens that count, which takes a fraction of the memory and of the time.
+"""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import torch
+from trl.trainer.utils import FusedCausalLMOutput
+
+from infalign.runtime.head import head_of
+
+
+def add_chunked_head(model: Any, temperature: float, *, entropy: bool) -> None:
+    """Let `model(..., labels=..., fused_lm_head=True)` take this path, after TRL's `add_fused_lm_head`.
+
+    Args:
+        model: a causal language model, unwrapped, its weights whole.
+        temperature: that logits are divided by.
+        entropy: whether entropies are wanted too.
+    """
+    trl_forward = model.forward
+
+    def forward(self: Any, *args: Any, labels: Any = None, fused_lm_head: bool = False, **kwargs: Any) -> Any:
+        head = None
+        if fused_lm_head and labels is not None and labels.device.type != "cuda" and not _routes(self, kwargs):
+            head = head_of(self)
+        if head is None:
+            return trl_forward(*args, labels=labels, fused_lm_head=fused_lm_head, **kwargs)
+        states = self.base_model(*args, **{**kwargs, "use_cache": False}).last_hidden_state[:, :-1]
+        next_tokens = torch.as_tensor(labels)[:, 1:]
+        real = next_tokens != -100
+        logps, entropies = head.logps(states[real], next_tokens[real], temperature, entropy=entropy)
+        logps, entropies = (
+            None if one is None else one.new_zeros(real.shape).masked_scatter(real, one) for one in (logps, entropies)
+        )
+        return FusedCausalLMOutput(log_probs=logps, entropy=entropies, label_mask=real)
+
+    model.forward = types.MethodType(forward, model)
+
+
+def _routes(model: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether TRL's own path has more to do: routers of mixtures of experts, labels that are shifted already."""
+    return bool(getattr(model.config.get_text_config(), "output_router_logits", False)) or any(
+        kwargs.get(name) is not None for name in ("shift_labels", "num_items_in_batch", "output_router_logits")
+    )
