@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import time
 from typing import Any
 
+import psutil
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from trl import ModelConfig, get_peft_config
@@ -16,7 +18,14 @@ from infalign.runtime.models import choose_device, replicated
 from infalign.stages.experiment import Experiment
 from infalign.stages.train import training_arguments
 from infalign.stages.training_keys import split_training
-from infalign.training.memory import PolicyShape, Setup, cache_bytes_per_token, rollout_bytes, training_bytes
+from infalign.training.memory import (
+    PolicyShape,
+    Setup,
+    cache_bytes_per_token,
+    fitting_batch,
+    rollout_bytes,
+    training_bytes,
+)
 from infalign.types import InputError
 
 GIB = 2**30
@@ -29,7 +38,8 @@ def dry_run(experiment: Experiment) -> dict[str, Any]:
 
     Returns:
         `tokens` by stage (prompt tokens computed once each, completion tokens at the length limit), `bytes` on each
-        process by what holds them, `seconds` by stage at the matrix-product rate measured on the spot.
+        process by what holds them, `seconds` by stage at the matrix-product rate measured on the spot, and the largest
+        `tokens_per_batch` that the free memory allows.
     """
     splits = experiment.splits
     beta, reward = experiment.beta, experiment.reward
@@ -60,7 +70,28 @@ def dry_run(experiment: Experiment) -> dict[str, Any]:
     for name, size in held.items():
         if size:
             say(f"    {name:<17} {size / GIB:8.2f} GiB")
-    return {"tokens": tokens, "bytes": held, "seconds": seconds, "drawn": 0}
+    fitting = _fitting_batch(experiment, shape, held["reward model"])
+    return {"tokens": tokens, "bytes": held, "seconds": seconds, "tokens_per_batch": fitting, "drawn": 0}
+
+
+def _fitting_batch(experiment: Experiment, shape: PolicyShape, reward: int) -> int:
+    """The largest `tokens_per_batch` for half of the memory that is free beside the policy and the reward; says it."""
+    recipe, width = experiment.recipe, _width(experiment)
+    longest = max(map(len, experiment.prompt_ids.values())) + recipe.max_completion_length
+    free = _free_bytes(choose_device(recipe.use_cpu)) - shape.parameters * width - reward
+    fitting = fitting_batch(shape, free / 2, longest, width)
+    rows = max(1, recipe.tokens_per_batch // longest)
+    most = f"holds one of up to {fitting:,}" if fitting else "does not hold one row of it"
+    say(f"  tokens_per_batch {recipe.tokens_per_batch:,}: {rows} rows of the longest prompt at a time; half of the")
+    say(f"  {max(free, 0) / GIB:.1f} GiB that the models leave free {most} (what is drawn already keeps its own)")
+    return fitting
+
+
+def _free_bytes(device: torch.device) -> float:
+    """Memory that this process can still take: of its GPU, or its share of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _set_up(experiment: Experiment, arguments: Any) -> tuple[PolicyShape, Setup]:

@@ -43,7 +43,7 @@ from infalign.types import InputError, Prompt, prompt_key
 
 CALIBRATION = "calibration"
 QUANTISED = ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "use_bnb_nested_quant")
-ENGINE = 1  # of the sampler: raise it when the same stream would give other samples
+ENGINE = 2  # of the sampler: raise it when the same stream would give other samples
 SERVED = {"generation": "openai", "engine": 1}  # likewise, of the server's client
 
 

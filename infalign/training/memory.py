@@ -38,7 +38,7 @@ Method = Literal["full", "lora", "qlora"]
 
 GIB = 2**30
 FLOAT32 = 4
-DRAW = 20  # bytes a candidate token: float32 logits, log-probabilities and probabilities, float64 cumulative sums
+DRAW = 8  # bytes a candidate token: float32 logits, and once more in whole blocks
 NF4 = 0.5 + 4 / 64  # bytes a number of a bitsandbytes 4-bit weight: 4 bits and a float32 scale for every 64
 SUB_GROUP = 10**9  # numbers that ZeRO-3 updates at a time (DeepSpeed's sub_group_size)
 
@@ -199,12 +199,12 @@ def gathered_bytes(policy: PolicyShape, setup: Setup) -> float:
 def rollout_bytes(policy: PolicyShape, rows: int, tokens: int, width: int) -> dict[str, int]:
     """What sampling holds for `rows` completions of `tokens` tokens each, prompt included.
 
-    KV cache: 2 x layers x kv_heads x head_dim x tokens x width, for every row. Logits: 20 bytes a row and candidate
-    token (the whole vocabulary in float32 twice over, and its cumulative sum in float64); training takes fewer, it
-    goes over the vocabulary in tiles.
+    KV cache: 2 x layers x kv_heads x head_dim x tokens x width, for every row; an upper bound, for a prompt's part is
+    kept once for all of its completions. Logits: 8 bytes a row and candidate token; training takes fewer, it goes over
+    some tokens at a time.
 
     >>> rollout_bytes(PolicyShape(10, layers=2, kv_heads=3, head_dim=4, vocabulary=5), rows=6, tokens=7, width=2)
-    {'KV cache': 4032, 'logits': 600}
+    {'KV cache': 4032, 'logits': 240}
     """
     cache = cache_bytes_per_token(policy, width) * rows * tokens
     return {"KV cache": cache, "logits": DRAW * rows * policy.vocabulary}
@@ -213,6 +213,19 @@ def rollout_bytes(policy: PolicyShape, rows: int, tokens: int, width: int) -> di
 def cache_bytes_per_token(policy: PolicyShape, width: int) -> int:
     """Keys and values of one token: 2 x layers x kv_heads x head_dim x width bytes."""
     return 2 * policy.layers * policy.kv_heads * policy.head_dim * width
+
+
+def fitting_batch(policy: PolicyShape, memory: float, row_tokens: int, width: int) -> int:
+    """The largest `tokens_per_batch` that is a power of two and whose batch takes at most `memory` bytes; 0 if none.
+
+    A row of `row_tokens` (its prompt and the length limit) takes its cache and its logits.
+
+    >>> fitting_batch(PolicyShape(10, layers=2, kv_heads=3, head_dim=4, vocabulary=5), 10_000, row_tokens=7, width=2)
+    64
+    """
+    row = sum(rollout_bytes(policy, 1, row_tokens, width).values())
+    tokens = int(memory / row) * row_tokens
+    return 1 << (tokens.bit_length() - 1) if tokens else 0
 
 
 # --- the sizing table -------------------------------------------------------------------------------------------------

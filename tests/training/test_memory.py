@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, TrainerCallback
 
 import infalign
 from infalign.runtime.distributed import rank
+from infalign.stages import estimate
 from infalign.training.memory import PolicyShape, Setup, cache_bytes_per_token, rollout_bytes, table, training_bytes
 from infalign.types import InputError
 from tests.e2e.experiment import tiny_experiment
@@ -127,6 +128,23 @@ def test_the_dry_run_counts_with_the_formulas(adapter, tmp_path, capsys):
     out = capsys.readouterr().out
     assert f"memory of each of 1 process(es), ddp, {setup.method}" in out
     assert ("reference" in out) == (not adapter)
+
+
+def test_the_dry_run_suggests_a_batch_that_fits(tmp_path, capsys, monkeypatch):
+    """The largest power of two whose cache and logits take half of what the policy leaves free, counted by hand."""
+    keys = tiny_experiment(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(str(keys["model_name_or_path"]), dtype=torch.float32)
+    weights = 4 * sum(p.numel() for p in model.parameters())
+    monkeypatch.setattr(estimate, "_free_bytes", lambda device: weights + 1_000_000)
+    found = infalign.run(keys, dry=True)["tokens_per_batch"]
+    longest = 5 + 5  # tokens of the longest prompt, and of a completion at most
+    row = longest * 2 * 2 * 16 * 4 + 8 * model.config.vocab_size  # two layers, keys and values, one head of 16, float32
+    rows = int(500_000 / row)
+    assert found <= rows * longest < 2 * found
+    assert f"holds one of up to {found:,} " in capsys.readouterr().out
+    monkeypatch.setattr(estimate, "_free_bytes", lambda device: weights + 10)
+    assert infalign.run(keys, dry=True)["tokens_per_batch"] == 0
+    assert "does not hold one row of it" in capsys.readouterr().out
 
 
 def test_the_dry_run_refuses_an_adapter_that_does_not_fit(tmp_path):
