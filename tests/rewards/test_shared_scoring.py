@@ -20,7 +20,7 @@ PROMPTS = [words(20), words(9), words(3), words(14)]
 ROWS = [(prompt, words(int(size))) for prompt in PROMPTS for size in RNG.integers(1, 12, 5)]
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2", "qwen3", "gpt_neox"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2", "qwen3", "gemma", "gpt_neox"])
 @pytest.mark.parametrize("pad", ["<pad>", "</s>"])
 def test_scores_are_those_of_single_sequences(family, pad, tmp_path):
     reward = ClassifierReward(tiny_classifier(tmp_path, family, tokenizer=tiny_tokenizer(pad=pad)), batch_tokens=200)

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from transformers import TrainerState
+from transformers import AutoModelForCausalLM, TrainerState
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+from trl.trainer.utils import add_fused_lm_head
 
+from infalign.runtime.shared_prefix import positions
 from infalign.theory.procedures import BestOfN
 from infalign.theory.transforms import identity
 from infalign.training.callbacks import GRPOCheck, NegativeKL
@@ -53,7 +55,7 @@ def trainer(model, folder, reward=None, dataset=None, **changes):
     return CTRLTrainer(model, reward, CTRLConfig(**config(folder, **changes)), train_dataset=dataset or references())
 
 
-@pytest.fixture(scope="module", params=["llama", "gpt2", "qwen2"])
+@pytest.fixture(scope="module", params=["llama", "gpt2", "qwen2", "gemma"])
 def model(request, tmp_path_factory):
     return tiny_causal(tmp_path_factory.mktemp(request.param), request.param)
 
@@ -106,13 +108,31 @@ def test_logps_and_gradients_equal_forwards_of_single_rows(model, tmp_path, chun
     torch.testing.assert_close(gradients(subject.model), expected_gradients, atol=5e-5, rtol=1e-4)
 
 
-def test_entropies_equal_trls(llama, tmp_path):
+def test_entropies_are_those_of_whole_logits(llama, tmp_path):
     subject = trainer(llama, tmp_path)
     ids, mask = batch_of(subject)
     real = mask[:, -3:].bool()
-    arguments = (subject.model, ids, mask, 3)
-    _, ours, _ = subject._get_per_token_logps_and_entropies(*arguments, compute_entropy=True)
-    _, theirs, _ = RLOOTrainer._get_per_token_logps_and_entropies(subject, *arguments, compute_entropy=True)
+    _, found, _ = subject._get_per_token_logps_and_entropies(subject.model, ids, mask, 3, compute_entropy=True)
+    expected = []
+    for row, keep in zip(ids, mask.bool(), strict=True):
+        logits = subject.model(row[keep][None]).logits[0, int(keep[:3].sum()) - 1 : -1]
+        expected.append(torch.distributions.Categorical(logits=logits).entropy())
+    torch.testing.assert_close(found[real], torch.cat(expected), atol=2e-5, rtol=1e-4)
+
+
+def test_log_probabilities_equal_trls_own_head(llama, tmp_path):
+    """A plain RLOOTrainer's fused head, on its own model, against infalign's."""
+    subject = trainer(llama, tmp_path)
+    ids, mask = batch_of(subject)
+    plain = AutoModelForCausalLM.from_pretrained(llama)
+    add_fused_lm_head(plain, temperature=subject.temperature)
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, :3] = -100
+    theirs = plain(
+        input_ids=ids, attention_mask=mask, position_ids=positions(mask), labels=labels, fused_lm_head=True
+    ).log_probs[:, -3:]
+    ours, _, _ = subject._get_per_token_logps_and_entropies(subject.model, ids, mask, 3)
+    real = mask[:, -3:].bool()
     torch.testing.assert_close(ours[real], theirs[real], atol=2e-5, rtol=1e-4)
 
 
