@@ -18,14 +18,21 @@ SHAPE = {"hidden": 512, "layers": 6, "num_attention_heads": 8, "num_key_value_he
 LONGEST = {"max_position_embeddings": 2048, "initializer_range": 0.05}
 
 
+def tokenizer() -> Any:
+    """One token a word."""
+    found = tiny_tokenizer(WORDS)
+    found.model_max_length = 2048
+    return found
+
+
 def policy(folder: Path) -> str:
     """A random Llama of about 5 M parameters in its layers, with its tokenizer."""
-    return tiny_causal(folder / "policy", "llama", tokenizer=tiny_tokenizer(WORDS), **SHAPE, **LONGEST)
+    return tiny_causal(folder / "policy", "llama", tokenizer=tokenizer(), **SHAPE, **LONGEST)
 
 
 def reward_model(folder: Path) -> str:
     """A random classifier of the policy's size."""
-    return tiny_classifier(folder / "reward", "llama", tokenizer=tiny_tokenizer(WORDS), seed=1, **SHAPE, **LONGEST)
+    return tiny_classifier(folder / "reward", "llama", tokenizer=tokenizer(), seed=1, **SHAPE, **LONGEST)
 
 
 def prompts(count: int, length: int) -> list[str]:
