@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from infalign.runtime.head import Head, head_of, pieces
+from infalign.runtime.head import head_of, pieces
 from infalign.runtime.shared_prefix import (
     continuation,
     encode_prefixes,
@@ -23,7 +23,6 @@ from infalign.runtime.shared_prefix import (
     unique_rows,
     why_plain,
 )
-from infalign.types import InputError
 
 
 def completion_states(model: Any, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> Tensor:
@@ -43,6 +42,16 @@ def completion_states(model: Any, prompts: Sequence[Sequence[int]], completions:
     return model.base_model(**continuation(prefix, of_row, ids, mask)).last_hidden_state
 
 
+def completion_logits(model: Any, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> Tensor:
+    """(B, T, V) float32 logits that predict each completion token, in one plain pass, for a model of any head."""
+    ids, mask = pad_left([[*p, *c] for p, c in zip(prompts, completions, strict=True)], 0, model.device)
+    logits = model(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False).logits.float()
+    width, longest = ids.shape[1], max(map(len, completions))
+    starts = torch.tensor([width - len(completion) - 1 for completion in completions], device=ids.device)
+    places = (starts[:, None] + torch.arange(longest, device=ids.device)).clamp(max=width - 1)
+    return logits.gather(1, places[..., None].expand(-1, -1, logits.shape[-1]))
+
+
 @torch.no_grad()
 def sequence_kl(
     policy: Any,
@@ -51,7 +60,7 @@ def sequence_kl(
     completions: Sequence[Sequence[int]],
     *,
     temperature: float = 1.0,
-    tokens_per_batch: int = 2048,
+    tokens_per_batch: int = 8192,
 ) -> tuple[Tensor, Tensor]:
     """Two estimates per completion of KL(policy || reference), in nats, at the sampling temperature.
 
@@ -61,25 +70,27 @@ def sequence_kl(
         policy, reference: causal language models on one device.
         prompts, completions: B token sequences each; completions were drawn from the policy.
         temperature: the one that they were drawn at.
-        tokens_per_batch: completion tokens of a forward pass.
+        tokens_per_batch: tokens of a forward pass, prompts and padding included.
 
     Returns:
         (B,) k1 log-ratios and (B,) summed conditional KLs, float64 on the CPU.
-
-    Raises:
-        InputError: a model's logits are not those of its head.
     """
-    heads = _head(policy), _head(reference)
+    heads = [head_of(model) for model in (policy, reference)]
+    if None in heads:  # logits of a whole batch, then
+        tokens_per_batch = min(tokens_per_batch, 512)
     log_ratios, conditionals = torch.zeros(len(prompts)).double(), torch.zeros(len(prompts)).double()
     for rows in _chunks(prompts, completions, tokens_per_batch):
         batch = [prompts[row] for row in rows], [completions[row] for row in rows]
         ids, mask = pad_right(batch[1], 0, policy.device)
         real = mask.bool()
         of_row = torch.tensor(rows, device=ids.device)[:, None].expand_as(ids)[real].cpu()
-        states = [completion_states(model, *batch)[real] for model in (policy, reference)]
-        for piece in pieces(len(of_row), len(heads[0].weight)):
+        states = [
+            (completion_logits(model, *batch) if head is None else completion_states(model, *batch))[real]
+            for model, head in zip((policy, reference), heads, strict=True)
+        ]
+        for piece in pieces(len(of_row), policy.get_input_embeddings().weight.shape[0]):
             logp, logq = (
-                torch.log_softmax(head.logits(of_model[piece]) / temperature, dim=-1)
+                torch.log_softmax((of_model[piece] if head is None else head.logits(of_model[piece])) / temperature, -1)
                 for head, of_model in zip(heads, states, strict=True)
             )
             chosen = (logp - logq).gather(-1, ids[real][piece, None])[:, 0]
@@ -89,25 +100,18 @@ def sequence_kl(
     return log_ratios, conditionals
 
 
-def _head(model: Any) -> Head:
-    head = head_of(model)
-    if head is None:
-        raise InputError(f"{type(model).__name__}: its logits are not those of its head; its KL can't be measured")
-    return head
-
-
 def _chunks(
     prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], tokens_per_batch: int
 ) -> Iterator[list[int]]:
-    """Row numbers in chunks of about `tokens_per_batch` completion tokens, rows of one prompt side by side."""
+    """Row numbers in chunks of about `tokens_per_batch` tokens, rows of one prompt side by side."""
     order = sorted(range(len(prompts)), key=lambda row: (len(prompts[row]), tuple(prompts[row]), len(completions[row])))
     chunk: list[int] = []
-    longest = 0
+    longest = prompt = 0
     for row in order:
-        longest = max(longest, len(completions[row]))
-        if chunk and longest * (len(chunk) + 1) > tokens_per_batch:
+        longest, prompt = max(longest, len(completions[row])), max(prompt, len(prompts[row]))
+        if chunk and (prompt + longest) * (len(chunk) + 1) > tokens_per_batch:
             yield chunk
-            chunk, longest = [], len(completions[row])
+            chunk, longest, prompt = [], len(completions[row]), len(prompts[row])
         chunk.append(row)
     if chunk:
         yield chunk

@@ -147,8 +147,10 @@ def continuation(prefix: SharedPrefix, rows_B: Tensor, ids_BT: Tensor, mask_BT: 
         "position_ids": positions(mask)[:, -ids_BT.shape[1] :],
     }
     if prefix.cache is not None:
-        repeated = [(k.index_select(0, rows_B), v.index_select(0, rows_B)) for k, v in _keys_and_values(prefix.cache)]
-        inputs["past_key_values"] = DynamicCache(repeated)
+        pairs = _keys_and_values(prefix.cache)  # repeated one by one: the cache copies what it is given
+        inputs["past_key_values"] = DynamicCache(
+            (k.index_select(0, rows_B), v.index_select(0, rows_B)) for k, v in pairs
+        )
     return inputs
 
 
@@ -178,7 +180,8 @@ class Decoding:
         first, self.prompt_of_row = unique_rows(ids, mask)
         prefix = encode_prefixes(model, ids[first], mask[first])
         self.prefixes = [] if prefix.cache is None else _keys_and_values(prefix.cache)
-        self.bias = _bias(prefix.mask_UP, next(model.parameters()).dtype)
+        self.bias = _bias(prefix.mask_UP, self.prefixes[0][0].dtype if self.prefixes else torch.float32)
+        self.attended = 0
         self.positions = mask.sum(1, keepdim=True) - 1
         self.own = new_cache(model)
         layers: list[Any] = self.own.layers
@@ -270,14 +273,19 @@ class _OwnLayer(DynamicLayer):
         return keys, values
 
 
+_KNOWN = {"dropout", "is_causal", "position_ids", "use_cache", "cache_position", "output_attentions", "logits_to_keep"}
+"""What models hand to their attention that changes nothing for one query in eval mode."""
+
+
 def _attend(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float | None = None, **kw: Any
 ) -> tuple[Tensor, None]:
     """Attention of one query a row (B, heads, 1, D) over its prompt's shared keys and its own (B, kv heads, T, D)."""
-    unknown = [name for name in ("softcap", "s_aux", "position_bias", "sliding_window") if kw.get(name) is not None]
-    if unknown:
-        raise NotImplementedError(f"attention with {', '.join(unknown)}")
+    unknown = [name for name, value in kw.items() if value is not None and name not in _KNOWN]
+    if unknown or attention_mask is not None:
+        raise NotImplementedError(f"attention with {', '.join(unknown) or 'a mask of its own'}")
     decoding = _decoding.get()
+    decoding.attended += 1
     rows, heads, _, width = query.shape
     query = (query * (width**-0.5 if scaling is None else scaling)).view(rows, key.shape[1], -1, width)
     scores = query @ key.transpose(-1, -2)
@@ -320,70 +328,105 @@ def _bias(mask_UP: Tensor, dtype: torch.dtype) -> Tensor | None:
 
 # --- trust ------------------------------------------------------------------------------------------------------------
 
-_verdicts: WeakKeyDictionary[Any, str | None] = WeakKeyDictionary()
+_verdicts: WeakKeyDictionary[Any, dict[Any, str | None]] = WeakKeyDictionary()
 
 
 def why_plain(model: Any) -> str | None:
     """Why `model` must take the plain path, or None when shared prefixes give what it gives.
 
-    The first call for a model runs a dozen tokens both ways, in eval mode and without gradients.
+    The first call for a model (and for an autocast type) runs a dozen tokens both ways, in eval mode and without
+    gradients.
 
     Args:
         model: a causal language model, or a classifier with a causal backbone (unwrapped, its weights in place).
     """
     if any(getattr(module, "gradient_checkpointing", False) and module.training for module in model.modules()):
         return "gradient checkpointing keeps no cache"
-    if model not in _verdicts:
-        _verdicts[model] = _compared(model)
-    return _verdicts[model]
+    kind = next(model.parameters()).device.type
+    precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    verdicts = _verdicts.setdefault(model, {})
+    if precision not in verdicts:
+        verdicts[precision] = _verdict(model)
+    return verdicts[precision]
 
 
-def _compared(model: Any) -> str | None:
+def _verdict(model: Any) -> str | None:
     layers = new_cache(model).layers
     other = next((type(layer).__name__ for layer in layers if type(layer) is not DynamicLayer), None)
     if other or not layers:
         return f"its cache has {other or 'no'} layers, which cannot be repeated row by row"
+    ropes = {str(getattr(module, "rope_type", "")) for module in model.modules()}
+    changing = next((rope for rope in ropes if "longrope" in rope or "dynamic" in rope), None)
+    if changing:
+        return f"its positions turn at other speeds once a sequence is long ({changing})"
     training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            worst = max(_differences(model))
+            return _compared(model)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # whatever a model does with inputs that it was not written for
         return f"it fails with shared prefixes ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
     finally:
         model.train(training)
-    exact = next(model.parameters()).dtype in (torch.float32, torch.float64)
-    return None if worst <= (1e-4 if exact else 5e-2) else f"shared prefixes change its results by {worst:.2g}"
 
 
-def _differences(model: Any) -> Iterator[float]:
-    """How far a continued prefix, and decoding, are from plain passes; relative to the largest value."""
+def _compared(model: Any) -> str | None:
+    """Continued prefixes, and decoding, beside plain passes: as close as two plain passes are to each other."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
     numbers = np.random.default_rng(0).integers(0, vocabulary, (3, 9)).tolist()
     prompts = [numbers[0][:5], numbers[1][:3], numbers[0][:5]]
     tails = [numbers[0][5:], numbers[1][5:], numbers[2][5:]]
     device = next(model.parameters()).device
-    ids, mask = pad_left([[*prompt, *tail] for prompt, tail in zip(prompts, tails, strict=True)], 0, device)
-    plain = model.base_model(
-        input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False
-    ).last_hidden_state[:, -5:]
+    whole = [[*prompt, *tail] for prompt, tail in zip(prompts, tails, strict=True)]
+    ids, mask = pad_left(whole, 0, device)
+
+    def plainly(run: Any, read: str) -> tuple[Tensor, float]:
+        """What `run` gives for the last 5 places, and how far off it is limited to be by its own rounding."""
+        padded = run(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False)
+        alone = [run(input_ids=torch.tensor([row], device=device), use_cache=False) for row in whole]
+        given = getattr(padded, read)[:, -5:]
+        noise = _apart(torch.cat([getattr(one, read)[:, -5:] for one in alone]), given)
+        return given, max(_rounding(given), 4 * noise)
+
     ids_BP, mask_BP = pad_left(prompts, 0, device)
     first, of_row = unique_rows(ids_BP, mask_BP)
     prefix = encode_prefixes(model, ids_BP[first], mask_BP[first])
     inputs = torch.cat([ids_BP[:, -1:], torch.tensor(tails, device=device)], dim=1)
     shared = model.base_model(**continuation(prefix, of_row, inputs, torch.ones_like(inputs))).last_hidden_state
-    yield _apart(shared, plain)
-    head = model.get_output_embeddings()
-    if head is not None:
-        decoding = Decoding(model, prompts, room=5)
-        whole = model(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False).logits
-        for place in range(5):
-            rows = torch.arange(3, device=device)
-            if place == 4:
-                rows = torch.tensor([1, 2], device=device)
-                decoding.keep(rows)
-            yield _apart(decoding.logits(inputs[rows, place]), whole[rows, place - 5])
+    plain, limit = plainly(model.base_model, "last_hidden_state")
+    if not (apart := _apart(shared, plain)) <= limit:
+        return f"shared prefixes change its results by {apart:.2g}"
+    if model.get_output_embeddings() is None:
+        return None
+    plain, limit = plainly(model, "logits")
+    decoding = Decoding(model, prompts, room=5)
+    for place in range(5):
+        rows = torch.arange(3, device=device)
+        if place == 4:
+            rows = torch.tensor([1, 2], device=device)
+            decoding.keep(rows)
+        if not (apart := _apart(decoding.logits(inputs[rows, place]), plain[rows, place])) <= limit:
+            return f"decoding with shared prefixes changes its results by {apart:.2g}"
+    return (
+        None if decoding.attended == 5 * len(decoding.own.layers) else "some of its layers have attention of their own"
+    )
 
 
 def _apart(a: Tensor, b: Tensor) -> float:
-    return float((a.double() - b.double()).abs().max() / b.double().abs().max().clamp(min=1e-12))
+    """The largest root mean square difference of two vectors (..., H), over the typical size of a number in `b`."""
+    differences = (a.double() - b.double()).square().mean(-1).sqrt()
+    return float(differences.max() / b.double().abs().median().clamp(min=1e-12))
+
+
+def _rounding(values: Tensor) -> float:
+    """How far apart, in the sense of `_apart`, results may be by the precision that `values` were computed in.
+
+    That shows in the values: mixed precision hands out float32 tensors that hold bfloat16 numbers.
+    """
+    if torch.equal(values, values.to(torch.bfloat16).to(values.dtype)):
+        return 0.05
+    if torch.equal(values, values.to(torch.float16).to(values.dtype)) or values.device.type == "cuda":  # or TF32
+        return 0.01
+    return 1e-4

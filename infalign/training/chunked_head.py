@@ -6,6 +6,7 @@ makes those of a few tokens that count, which takes a fraction of the memory and
 
 from __future__ import annotations
 
+import functools
 import types
 from typing import Any
 
@@ -23,22 +24,26 @@ def add_chunked_head(model: Any, temperature: float, *, entropy: bool) -> None:
         temperature: that logits are divided by.
         entropy: whether entropies are wanted too.
     """
-    trl_forward = model.forward
+    trl_forward = model.forward.__func__
 
+    @functools.wraps(type(model).forward)  # `generate` reads the signature
     def forward(self: Any, *args: Any, labels: Any = None, fused_lm_head: bool = False, **kwargs: Any) -> Any:
         head = None
         if fused_lm_head and labels is not None and labels.device.type != "cuda" and not _routes(self, kwargs):
             head = head_of(self)
         if head is None:
-            return trl_forward(*args, labels=labels, fused_lm_head=fused_lm_head, **kwargs)
+            if labels is not None:
+                kwargs["labels"] = labels
+            return trl_forward(self, *args, fused_lm_head=fused_lm_head, **kwargs)
         states = self.base_model(*args, **{**kwargs, "use_cache": False}).last_hidden_state[:, :-1]
         next_tokens = torch.as_tensor(labels)[:, 1:]
         real = next_tokens != -100
         logps, entropies = head.logps(states[real], next_tokens[real], temperature, entropy=entropy)
-        logps, entropies = (
-            None if one is None else one.new_zeros(real.shape).masked_scatter(real, one) for one in (logps, entropies)
-        )
-        return FusedCausalLMOutput(log_probs=logps, entropy=entropies, label_mask=real)
+        logps = logps.new_zeros(real.shape).masked_scatter(real, logps)
+        if entropies is not None:
+            entropies = entropies.new_zeros(real.shape).masked_scatter(real, entropies)
+        loss = -logps.sum() / real.sum().clamp(min=1)
+        return FusedCausalLMOutput(loss=loss, log_probs=logps, entropy=entropies, label_mask=real)
 
     model.forward = types.MethodType(forward, model)
 

@@ -109,6 +109,9 @@ class CTRLTrainer(RLOOTrainer):
         self._sampled_logps: Tensor | None = None
         self._scored_logps: list[Tensor] | None = None
         super().__init__(model, functions, args, **kwargs)
+        if is_peft_model(self.model) and self.model.active_peft_config.is_prompt_learning:
+            kind = self.model.active_peft_config.peft_type.value
+            raise InputError(f"peft_type {kind}: rollouts would be drawn without its virtual tokens; use LoRA")
         _keep_differentiable(self.model)
         self._add_chunked_heads()
         self.identity = {**(identity or {}), "processes": world_size(), "sharding": self._sharding()}
@@ -119,6 +122,7 @@ class CTRLTrainer(RLOOTrainer):
         if args.kl_budget is not None:
             self.add_callback(KLBudget(args.kl_budget))
         self._warned: set[str] = set()
+        self._shares: dict[tuple[int, bool], bool] = {}
 
     # --- rollouts -------------------------------------------------------------------------------------------------
 
@@ -162,8 +166,9 @@ class CTRLTrainer(RLOOTrainer):
             training = model.training
             model.eval()
             inner = _causal_model(model)
+            layout = nullcontext() if self._sharding() in ("zero3", "fsdp") else columnwise(inner)
             try:
-                with nullcontext() if self._sharding() in ("zero3", "fsdp") else columnwise(inner):
+                with layout, self.accelerator.autocast():
                     return decode_rows(
                         inner,
                         prompt_ids,
@@ -354,8 +359,9 @@ class CTRLTrainer(RLOOTrainer):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Log-probabilities (B, T) and entropies of the completion tokens; prompts that rows share are run once."""
         kept = self._sampled_logps if model is self.model and not torch.is_grad_enabled() else None
-        if kept is not None and not compute_entropy and kept.shape == (len(input_ids), logits_to_keep):
+        if kept is not None and not compute_entropy and len(kept) == len(input_ids):
             self._sampled_logps = None
+            kept = torch.nn.functional.pad(kept, (0, logits_to_keep - kept.shape[1]))  # pad_to_multiple_of
             self._keep_scored(kept)
             return kept, None, None
         plain = compute_aux_loss or any(value is not None for value in multimodal.values())
@@ -394,16 +400,18 @@ class CTRLTrainer(RLOOTrainer):
         """Whether shared prefixes can be used for `model`; every rank finds the same."""
         if not self._fast:
             return False
-        if self._sharding() in ("zero3", "fsdp"):
-            why = "parameters are sharded"
-        else:
-            why = why_plain(_causal_model(self.accelerator.unwrap_model(model)))
-            if any_rank(why is not None) and why is None:
-                why = "another rank can't share them"
-        if why is not None and "prefix" not in self._warned:
-            self._warned.add("prefix")
-            notice(f"log-probabilities compute each prompt once per rollout, not once per group: {why}")
-        return why is None
+        inner = _causal_model(self.accelerator.unwrap_model(model))
+        asked = id(inner), inner.training
+        if asked not in self._shares:
+            sharded = self._sharding() in ("zero3", "fsdp")
+            with self.accelerator.autocast():
+                why = "parameters are sharded" if sharded else why_plain(inner)
+            self._shares[asked] = not any_rank(why is not None)
+            if not self._shares[asked] and "prefix" not in self._warned:
+                self._warned.add("prefix")
+                why = why or "another rank can't share them"
+                notice(f"log-probabilities compute each prompt once per rollout, not once per group: {why}")
+        return self._shares[asked]
 
     # --- held-out measurement -------------------------------------------------------------------------------------
 

@@ -307,6 +307,7 @@ def memory(folder: Path) -> None:
         subprocesses[name] = json.loads(found.stdout.splitlines()[-1])
     sums = [one["sum"] for one in subprocesses.values()]
     assert max(sums) - min(sums) < 1e-3 * abs(sums[0])
+    assert all(one["bytes"] > 0 for one in subprocesses.values())
     mib = {name: round(one["bytes"] / 2**20) for name, one in subprocesses.items()}
     print(json.dumps({"case": "memory", "vocabulary": 128_000, "rows": 8, "tokens": 128, "MiB": mib, **VERSIONS}))
 

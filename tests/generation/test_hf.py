@@ -7,6 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
+from infalign.generation import likelihood
 from infalign.generation.hf import HFSampler, decode_rows
 from infalign.generation.likelihood import completion_states, sequence_kl
 from infalign.generation.plan import Request, plan_batches
@@ -156,6 +157,26 @@ def test_sequence_kl_by_enumeration(tmp_path):
     assert (np.exp(logp) * conditional.numpy()).sum() == pytest.approx(exact, abs=1e-4)
     assert (np.exp(logp) * log_ratio.numpy()).sum() == pytest.approx(exact, abs=1e-4)
     assert conditional.numpy().std() < log_ratio.numpy().std()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kl_of_a_capped_model(dtype, tmp_path):
+    """Gemma 2 rounds its cap in bf16: of itself its KL is 0 all the same."""
+    policy = load_policy(tiny_causal(tmp_path, "gemma2", final_logit_softcapping=30.0), device=CPU, dtype=dtype)
+    log_ratio, conditional = sequence_kl(policy, policy, PROMPTS[:2], [(4, 5, 6), (7,)])
+    assert log_ratio.abs().max() == conditional.abs().max() == 0
+
+
+def test_kl_without_a_known_head(tmp_path, monkeypatch):
+    """A model whose logits are not its head's is measured on whole logits: the same numbers."""
+    policy = load_policy(tiny_causal(tmp_path / "a", "llama", seed=1), device=CPU)
+    base = load_policy(tiny_causal(tmp_path / "b", "llama", seed=2), device=CPU)
+    completions = [(4, 5, 6), (7,), (8, 9), (10, 11, 12, 13)]
+    expected = sequence_kl(policy, base, PROMPTS, completions)
+    monkeypatch.setattr(likelihood, "head_of", lambda model: None)
+    found = sequence_kl(policy, base, PROMPTS, completions)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
 def test_the_plan_depends_on_requests_and_budget_alone():

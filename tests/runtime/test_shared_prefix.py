@@ -197,6 +197,50 @@ class TestTrust:
         monkeypatch.setattr(shared_prefix, "ATTENTION", "sdpa")
         assert why_plain(model) is not None
 
+    @pytest.mark.parametrize("rope", ["longrope", "dynamic"])
+    def test_positions_that_change_with_the_length(self, rope, tmp_path):
+        """Longer than the probe, a prefix and its continuation would be turned at different speeds."""
+        factors = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8} if rope == "longrope" else {}
+        scaling = {
+            "rope_type": rope,
+            "rope_theta": 1e4,
+            "factor": 4.0,
+            "original_max_position_embeddings": 16,
+            **factors,
+        }
+        model = AutoModelForCausalLM.from_pretrained(tiny_causal(tmp_path, "llama", rope_parameters=scaling))
+        assert rope in why_plain(model)
+
+    @pytest.mark.parametrize("broken", ["states", "decoding"])
+    def test_numbers_that_are_none(self, broken, tmp_path, monkeypatch):
+        model = AutoModelForCausalLM.from_pretrained(tiny_causal(tmp_path, "llama"))
+        if broken == "states":
+            before = shared_prefix.encode_prefixes
+
+            def wrong(*args):
+                prefix = before(*args)
+                prefix.cache.layers[0].keys.fill_(float("nan"))
+                return prefix
+
+            monkeypatch.setattr(shared_prefix, "encode_prefixes", wrong)
+        else:
+            monkeypatch.setattr(Decoding, "logits", lambda self, ids: torch.full((len(ids), 100), float("nan")))
+        assert "its results by nan" in why_plain(model)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_a_layer_with_attention_of_its_own(self, dtype, tmp_path):
+        """In bf16, with flat attention, its numbers alone would not tell."""
+        path = tiny_causal(tmp_path, "bloom", n_head=2, initializer_range=0.02)
+        assert why_plain(AutoModelForCausalLM.from_pretrained(path, dtype=dtype)) is not None
+
+    def test_mixed_precision_is_judged_as_such(self, tmp_path):
+        model = AutoModelForCausalLM.from_pretrained(tiny_causal(tmp_path, "llama"))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert why_plain(model) is None
+        other = AutoModelForCausalLM.from_pretrained(tiny_causal(tmp_path, "llama"))
+        other.forward = torch.autocast("cpu", dtype=torch.bfloat16)(other.forward)  # as accelerate wraps it
+        assert why_plain(other) is None
+
     def test_a_model_that_fails(self, tmp_path, monkeypatch):
         model = AutoModelForCausalLM.from_pretrained(tiny_causal(tmp_path, "llama"))
 

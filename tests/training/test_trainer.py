@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from peft import PromptTuningConfig
 from transformers import AutoModelForCausalLM, TrainerState
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from trl.trainer.utils import add_fused_lm_head
@@ -106,6 +109,60 @@ def test_logps_and_gradients_equal_forwards_of_single_rows(model, tmp_path, chun
     weighted(found, real).backward()
     torch.testing.assert_close(found[real], expected[real], atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(gradients(subject.model), expected_gradients, atol=5e-5, rtol=1e-4)
+
+
+def test_mixed_precision_shares_too(llama, tmp_path):
+    subject = trainer(llama, tmp_path, bf16=True, max_steps=1)
+    subject.train()
+    assert subject._shares and all(subject._shares.values())
+
+
+def test_padding_to_a_multiple(llama, tmp_path):
+    """The sampler's log-probabilities are as wide as the longest completion, TRL's batch is wider."""
+    losses = []
+    for multiple in (None, 8):
+        subject = trainer(llama, tmp_path / str(multiple), pad_to_multiple_of=multiple, max_steps=2)
+        subject.train()
+        losses.append([row["loss"] for row in subject.state.log_history if "loss" in row])
+    assert len(losses[0]) == 2 and losses[1] == pytest.approx(losses[0], abs=1e-6)
+
+
+def test_generate_is_left_alone(tmp_path):
+    """`generate` reads the signature of `forward`: positions of left-padded prompts depend on it."""
+    path = tiny_causal(tmp_path / "model", "gpt2")
+    ids, mask = torch.tensor([[0, 0, 5], [6, 7, 8]]), torch.tensor([[0, 0, 1], [1, 1, 1]])
+    plain = AutoModelForCausalLM.from_pretrained(path)
+    subject = trainer(path, tmp_path / "out")
+    found, expected = (
+        model.eval().generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0)
+        for model in (subject.model, plain)
+    )
+    assert torch.equal(found, expected)
+    assert subject.model._supports_logits_to_keep()
+
+
+def test_a_copy_of_the_model_is_its_own(llama, tmp_path):
+    """The head's path is bound to the model that is called, not to the one it was made for."""
+    subject = trainer(llama, tmp_path)
+    twin = copy.deepcopy(subject.model)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    ids = torch.tensor([[5, 6, 7]])
+    found = twin.forward.__func__(twin, input_ids=ids, labels=ids, fused_lm_head=True).log_probs
+    torch.testing.assert_close(found, torch.full((1, 2), -np.log(twin.config.vocab_size), dtype=torch.float32))
+
+
+def test_virtual_tokens_are_refused(llama, tmp_path):
+    with pytest.raises(InputError, match="PROMPT_TUNING: rollouts would be drawn without"):
+        peft = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+        CTRLTrainer(
+            llama,
+            CTRLReward(token_sum, identity),
+            CTRLConfig(**config(tmp_path)),
+            train_dataset=references(),
+            peft_config=peft,
+        )
 
 
 def test_entropies_are_those_of_whole_logits(llama, tmp_path):
