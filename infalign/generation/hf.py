@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from transformers import (
 )
 
 from infalign.generation.plan import Request
+from infalign.runtime.console import notice
 from infalign.runtime.distributed import any_rank
 from infalign.runtime.seeds import uniforms
 from infalign.runtime.shared_prefix import Decoding, pad_left, positions, why_plain
@@ -100,7 +102,8 @@ def decode_rows(
     uniforms = torch.as_tensor(uniforms_BT, device=device)
     ends = torch.tensor(list(end_ids), device=device)
     count = uniforms.shape[1]
-    rows = _Plainly(model, prompts) if in_step or why_plain(model) else Decoding(model, prompts, room=count)
+    shared = not in_step and _shares(model)
+    rows = Decoding(model, prompts, room=count) if shared else _Plainly(model, prompts)
     active = torch.arange(len(prompts), device=device)
     tokens_BT = torch.zeros(uniforms.shape, dtype=torch.long, device=device)
     logps_BT = torch.zeros(uniforms.shape, dtype=torch.float32, device=device)
@@ -130,6 +133,18 @@ def decode_rows(
         (tokens[:length], logps[:length])
         for tokens, logps, length in zip(tokens_BT.tolist(), logps_BT.tolist(), lengths_B.tolist(), strict=True)
     ]
+
+
+def _shares(model: Any) -> bool:
+    """Whether prompts are computed once for all of their completions; says once a model why not."""
+    why = why_plain(model)
+    if why is not None and model not in _told:
+        _told.add(model)
+        notice(f"sampling computes each prompt once per completion: {why}")
+    return why is None
+
+
+_told: WeakSet[Any] = WeakSet()
 
 
 class _Plainly:

@@ -119,9 +119,12 @@ def test_truncating_settings_truncate(llama):
     assert all(len(distinct) == 1 for distinct in by_prompt.values())
 
 
-def test_a_sliding_window_takes_the_plain_path(tmp_path):
+def test_a_sliding_window_takes_the_plain_path(tmp_path, capsys):
     model = load_policy(tiny_causal(tmp_path / "m", "mistral", sliding_window=4), device=CPU)
     assert "DynamicSlidingWindowLayer" in why_plain(model)
+    for _ in range(2):
+        decode_rows(model, PROMPTS, np.full((len(PROMPTS), 2), 0.5), SamplingSettings(2), [])
+    assert capsys.readouterr().err.count("sampling computes each prompt once per completion: its cache has") == 1
     model = load_policy(tiny_causal(tmp_path / "l", "llama"), device=CPU)
     assert why_plain(model) is None
 
