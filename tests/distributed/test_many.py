@@ -22,6 +22,7 @@ CHECKS = [
     "resume_buffered",
     "resume_lora",
     "sharded_rollouts",
+    "padded_batches",
     "evaluate",
     "reward_fails_on_one_rank",
     "wrong_count_on_one_rank",
@@ -117,6 +118,11 @@ def test_rollouts_of_sharded_weights_keep_step(launched):
     found = result(launched, "sharded_rollouts")
     assert len(found["True"]) == 2
     np.testing.assert_allclose(found["False"], found["True"], rtol=1e-6)
+
+
+def test_padded_batches_train_alike(launched):
+    found = result(launched, "padded_batches")
+    assert len(found["1"]) == 3 and found["8"] == pytest.approx(found["1"], abs=1e-6)
 
 
 def test_a_step_with_a_nan_loss_is_left_out(launched):

@@ -94,6 +94,17 @@ def check_sharded_rollouts() -> dict:
     return found
 
 
+def check_padded_batches() -> dict:
+    """`pad_to_multiple_of`: batches are wider than what some rank has sampled, and ranks still ask the same."""
+    found = {}
+    for multiple in (1, 8):
+        folder = FOLDER / f"multiple-{multiple}"
+        subject = make(folder, max_steps=3, save_strategy="no", max_completion_length=8, pad_to_multiple_of=multiple)
+        subject.train()
+        found[str(multiple)] = [row["loss"] for row in subject.state.log_history if "loss" in row]
+    return found
+
+
 def check_resume_lora() -> dict:
     return resume("lora", 3, peft_config=LoraConfig(r=4, target_modules="all-linear"))
 
