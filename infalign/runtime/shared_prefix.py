@@ -423,10 +423,11 @@ def _apart(a: Tensor, b: Tensor) -> float:
 def _rounding(values: Tensor) -> float:
     """How far apart, in the sense of `_apart`, results may be by the precision that `values` were computed in.
 
-    That shows in the values: mixed precision hands out float32 tensors that hold bfloat16 numbers.
+    That shows in the values: mixed precision hands out float32 tensors that hold bfloat16 numbers. SmolLM2-135M in
+    bfloat16 is 0.05 apart between two kernels of attention, and 0.94 with positions off by one.
     """
     if torch.equal(values, values.to(torch.bfloat16).to(values.dtype)):
-        return 0.05
+        return 0.15
     if torch.equal(values, values.to(torch.float16).to(values.dtype)) or values.device.type == "cuda":  # or TF32
-        return 0.01
+        return 0.03
     return 1e-4
