@@ -64,8 +64,8 @@ def test_two_processes_run_the_recipe(runs):
     assert first[0]["num_tokens"] == first[1]["num_tokens"], "world size is not 2"
     weights = [load_file(folder / name / "policy" / "model.safetensors") for name in ("two", "one")]
     for name, value in weights[0].items():
-        # One step of AdamW is 1e-3, and turns a gradient near 0 with its rounding into a part of that: in float32 weights
-        # are .014e-3 apart. The claim in float64 with SGD, to 1e-5, is in test_many.py and test_invariance.py.
+        # One step of AdamW is 1e-3, and turns the rounding of a gradient near 0 into a part of that: float32 weights
+        # are 1.4e-5 apart. The claim in float64 with SGD, to 1e-5, is in test_many.py and test_invariance.py.
         np.testing.assert_allclose(value, weights[1][name], atol=5e-5, rtol=0)
 
 
