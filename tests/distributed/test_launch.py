@@ -44,7 +44,7 @@ def call(recipe: Path, values: dict, verb: str, *words: str) -> str:
 def runs(tmp_path_factory):
     """The whole recipe on one process and on two, with eight rollouts a step on either."""
     folder = tmp_path_factory.mktemp("runs")
-    keys = tiny_experiment(folder)
+    keys = {**tiny_experiment(folder), "optim": "sgd", "learning_rate": 0.1}  # AdamW makes steps of rounding
     for name, words, batch in (("one", [], 8), ("two", TWO, 4)):
         values = {**keys, "output_dir": str(folder / name), "per_device_train_batch_size": batch}
         out = call(folder / f"{name}.yaml", values, "run", *words)
@@ -54,7 +54,7 @@ def runs(tmp_path_factory):
 
 @pytest.mark.slow
 def test_two_processes_run_the_recipe(runs):
-    folder, _ = runs
+    folder, keys = runs
     two, one = tables(folder / "two"), tables(folder / "one")
     assert two["calibration"] == one["calibration"]
     assert two["evaluation/base"] == one["evaluation/base"]
@@ -64,9 +64,9 @@ def test_two_processes_run_the_recipe(runs):
     assert first[0]["num_tokens"] == first[1]["num_tokens"], "world size is not 2"
     weights = [load_file(folder / name / "policy" / "model.safetensors") for name in ("two", "one")]
     for name, value in weights[0].items():
-        # One step of AdamW is 1e-3, and turns the rounding of a gradient near 0 into a part of that: float32 weights
-        # are 1.4e-5 apart. The claim in float64 with SGD, to 1e-5, is in test_many.py and test_invariance.py.
-        np.testing.assert_allclose(value, weights[1][name], atol=5e-5, rtol=0)
+        np.testing.assert_allclose(value, weights[1][name], atol=1e-5, rtol=0)
+    base = load_file(Path(str(keys["model_name_or_path"])) / "model.safetensors")
+    assert max(np.abs(value - base[name]).max() for name, value in weights[0].items()) > 1e-3, "nothing was learnt"
 
 
 @pytest.mark.slow
