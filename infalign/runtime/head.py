@@ -14,6 +14,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from infalign.runtime.console import notice
+
 PIECE_BYTES = 32 * 2**20
 """Of the float32 logits that are held at a time; two such buffers are."""
 
@@ -63,6 +65,8 @@ def head_of(model: Any) -> Head | None:
         coarse = torch.equal(own, own.to(torch.bfloat16).to(own.dtype)) or own.dtype == torch.float16
         tolerance = (5e-2 if coarse else 1e-3) * float(own.abs().max())
         _agrees[model] = float((found - own.float()).abs().max()) <= tolerance
+        if not _agrees[model]:
+            notice(f"{type(model).__name__}: its logits are not those of its head alone, and are made whole")
     return head if _agrees[model] else None
 
 

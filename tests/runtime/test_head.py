@@ -91,7 +91,7 @@ def test_the_heads_of_real_models(family, config, tmp_path):
         torch.testing.assert_close(found, model(input_ids=ids).logits, atol=1e-5, rtol=1e-5)
 
 
-def test_a_model_with_more_behind_its_head_is_not_trusted(tmp_path):
+def test_a_model_with_more_behind_its_head_is_not_trusted(tmp_path, capsys):
     model = AutoModelForCausalLM.from_pretrained(tiny_causal(tmp_path, "llama"))
     forward = model.forward
 
@@ -101,7 +101,8 @@ def test_a_model_with_more_behind_its_head_is_not_trusted(tmp_path):
         return output
 
     model.forward = doubled
-    assert head_of(model) is None
+    assert head_of(model) is None and head_of(model) is None
+    assert capsys.readouterr().err.count("its logits are not those of its head alone") == 1
 
 
 def test_an_adapter_on_the_head_is_not_skipped(tmp_path):
