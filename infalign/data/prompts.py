@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from infalign.data.sources import Row, read_rows
 from infalign.data.transcripts import parse_transcript, prompt_of
@@ -19,6 +19,8 @@ DataFormat = Literal["auto", "prompt", "transcript"]
 DATA_FORMATS = ("auto", "prompt", "transcript")
 RESERVED_COLUMNS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 """Arguments that every reward call fills itself: no column may have such a name."""
+
+Content = TypeVar("Content")
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _SHOWN = 5
@@ -100,7 +102,7 @@ def prompts_from_rows(
     if not rows:
         raise InputError(f"{source}: no rows")
     column, found_format = _pick_column(rows[0], source, prompt_column, data_format)
-    read = _from_transcript if found_format == "transcript" else _from_prompt
+    read = _from_transcript if found_format == "transcript" else from_prompt
     contents = _read_contents(rows, source, column, read)
     dropped = {"chosen", "rejected"} if found_format == "transcript" else {column}
     columns = tuple(dict.fromkeys(name for row in rows for name in row if name not in dropped))
@@ -147,24 +149,35 @@ def _pick_column(row: Row, source: str, prompt_column: str, data_format: str) ->
 def _read_contents(
     rows: Sequence[Row], source: str, column: str, read: Callable[[Any], str | Messages]
 ) -> list[str | Messages]:
-    contents: list[str | Messages] = []
-    problems: list[str] = []
-    for number, row in enumerate(rows, start=1):
-        try:
-            contents.append(read(row.get(column)))
-        except InputError as error:
-            problems.append(f"row {number}: {error}")
-    if problems:
-        more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-        head = f"{source}, column {column!r}: {len(problems)} of {len(rows)} rows cannot be used: "
-        raise InputError(head + "; ".join(problems[:_SHOWN]) + more)
+    contents = read_checked(rows, f"{source}, column {column!r}", lambda row: read(row.get(column)))
     kinds = {isinstance(content, str) for content in contents}
     if len(kinds) > 1:
         raise InputError(f"{source}, column {column!r}: some prompts are text and some are chats; make them alike")
     return contents
 
 
-def _from_prompt(value: Any) -> str | Messages:
+def read_checked(rows: Sequence[Row], where: str, read: Callable[[Row], Content]) -> list[Content]:
+    """What `read` makes of every row.
+
+    Raises:
+        InputError: with the rows that cannot be read: how many, and the first five with their numbers (from 1).
+    """
+    contents: list[Content] = []
+    problems: list[str] = []
+    for number, row in enumerate(rows, start=1):
+        try:
+            contents.append(read(row))
+        except InputError as error:
+            problems.append(f"row {number}: {error}")
+    if problems:
+        more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        head = f"{where}: {len(problems)} of {len(rows)} rows cannot be used: "
+        raise InputError(head + "; ".join(problems[:_SHOWN]) + more)
+    return contents
+
+
+def from_prompt(value: Any) -> str | Messages:
+    """A prompt as data has it: a text, or a chat that ends with the user's turn. Raises InputError."""
     if isinstance(value, str):
         if not value.strip():
             raise InputError("the prompt is empty")
@@ -173,17 +186,18 @@ def _from_prompt(value: Any) -> str | Messages:
         return value
     if not isinstance(value, (list, tuple)):
         raise InputError(f"the prompt is {value!r:.40}, neither text nor a chat")
-    messages = _checked_chat(value)
+    messages = checked_chat(value)
     if messages[-1]["role"] not in ("user", "tool"):
         raise InputError(f"the last turn is the {messages[-1]['role']}'s, it must be the user's")
     return messages
 
 
 def _from_transcript(value: Any) -> Messages:
-    return prompt_of(parse_transcript(value) if isinstance(value, str) else _checked_chat(value))
+    return prompt_of(parse_transcript(value) if isinstance(value, str) else checked_chat(value))
 
 
-def _checked_chat(value: Any) -> Messages:
+def checked_chat(value: Any) -> Messages:
+    """A chat, its turns reduced to role and content. Raises InputError for anything else."""
     if not isinstance(value, (list, tuple)) or not value:
         raise InputError(f"an empty chat or none at all ({value!r:.40})")
     for number, turn in enumerate(value, start=1):

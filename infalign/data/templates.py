@@ -153,7 +153,7 @@ def check_lengths(
             f"e.g. the prompt {long[0]}); raise max_prompt_length, or choose drop or truncate"
         )
     if policy == "truncate":
-        cut = {key: _last_tokens(ids, limit, bos_token_id) for key, ids in ids_by_key.items()}
+        cut = {key: last_tokens(ids, limit, bos_token_id) for key, ids in ids_by_key.items()}
         return CheckedLengths(cut, longest, limit, truncated=tuple(long))
     kept = {key: ids for key, ids in ids_by_key.items() if len(ids) <= limit}
     if not kept:
@@ -172,7 +172,8 @@ def _limit(max_prompt_length: int | None, model_max: int | None, reserve: int) -
     return min(limits, default=None)
 
 
-def _last_tokens(ids: list[int], limit: int, bos_token_id: int | None) -> list[int]:
+def last_tokens(ids: list[int], limit: int, bos_token_id: int | None) -> list[int]:
+    """The last `limit` tokens; a beginning-of-text token in front stays there."""
     if len(ids) <= limit:
         return ids
     if bos_token_id is not None and ids[0] == bos_token_id and limit > 1:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -99,10 +100,20 @@ def judged_win_rate(
 def tied_weights(rewards_M: Array, procedure: Procedure) -> Array:
     """(M,) chance that the procedure picks each sample, tied samples sharing theirs equally."""
     order = np.argsort(rewards_M, kind="stable")
-    weights = np.empty(rewards_M.size)
-    weights[order] = procedure.order_weights(rewards_M.size)
+    weights, ascending = np.empty(rewards_M.size), rewards_M[order]
+    weights[order] = _order_weights(procedure, rewards_M.size)
+    if not np.any(ascending[1:] == ascending[:-1]):
+        return weights
     _, block = np.unique(rewards_M, return_inverse=True)
     return (np.bincount(block, weights) / np.bincount(block))[block]
+
+
+@lru_cache(maxsize=1024)
+def _order_weights(procedure: Procedure, m: int) -> Array:
+    """The procedure's weights of m samples, once for all prompts with so many."""
+    weights_m = procedure.order_weights(m)
+    weights_m.setflags(write=False)
+    return weights_m
 
 
 def summarise(per_prompt_P: Array, confidence: float = 0.95, seed: int = 0) -> WinRate:
@@ -159,7 +170,8 @@ def _standard_error(values_P: Array) -> float:
 
 
 def _prompt_win_rate(policy_M: Array, base_M: Array, procedure: Procedure) -> float:
-    return _cross(policy_M, procedure.order_weights(policy_M.size), base_M, procedure.order_weights(base_M.size))
+    weights = _order_weights(procedure, policy_M.size), _order_weights(procedure, base_M.size)
+    return _cross(policy_M, weights[0], base_M, weights[1])
 
 
 def _cross(policy_M: Array, weights_M: Array, base_M: Array, base_weights_M: Array) -> float:

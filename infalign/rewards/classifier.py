@@ -24,6 +24,7 @@ from infalign.rewards.classifier_loading import (
     model_fingerprint,
 )
 from infalign.rewards.contract import Text
+from infalign.rewards.encoding import encode_pair, last_index
 from infalign.rewards.shared_scoring import groups_of, shared_states
 from infalign.runtime.console import notice, say
 from infalign.runtime.shared_prefix import buckets, why_plain
@@ -128,16 +129,14 @@ class ClassifierReward:
         Raises:
             InputError: a chat and no template, or a template that refuses it.
         """
-        if isinstance(prompt, str) and isinstance(completion, str):
-            ids = list(self.tokenizer(prompt + completion)["input_ids"])
-        else:
-            ids = self._encode_chat(_as_messages(prompt, "user") + _as_messages(completion, "assistant"))
-        bos = self.tokenizer.bos_token_id
-        while bos is not None and ids[:2] == [bos, bos]:
-            ids = ids[1:]
-        if not ids:
-            raise InputError(f"reward model {self.name!r}: prompt and completion together have no tokens")
-        return ids
+        return encode_pair(
+            self.tokenizer,
+            prompt,
+            completion,
+            name=self.name,
+            chat_template=self.chat_template,
+            chat_template_kwargs=self.chat_template_kwargs,
+        )
 
     def render(self, prompt: Text, completion: Text) -> str:
         """The text that `encode` stands for, special tokens shown: to print one example."""
@@ -160,7 +159,7 @@ class ClassifierReward:
         """
         scores = np.empty(len(sequences))
         groups = groups_of(sequences, names) if names is not None and self._shares else []
-        last = [_last_index(ids, self._skipped_id) for ids in sequences]
+        last = [last_index(ids, self._skipped_id) for ids in sequences]
         shared = [g for g in groups if g.shared and all(last[row] >= g.shared - 1 for row in g.rows)]
         with torch.inference_mode():
             for rows, states in shared_states(self.model, sequences, shared, last, self._pad_id, self.batch_tokens):
@@ -182,32 +181,11 @@ class ClassifierReward:
         mask = (torch.arange(width) < lengths[:, None]).long().to(device)
         if self._is_decoder:
             hidden = self._backbone(input_ids=inputs, attention_mask=mask, use_cache=False).last_hidden_state
-            last = torch.tensor([_last_index(ids, self._skipped_id) for ids in sequences], device=device)
+            last = torch.tensor([last_index(ids, self._skipped_id) for ids in sequences], device=device)
             logits = self.model.score(hidden[torch.arange(len(sequences), device=device), last])
         else:
             logits = self.model(input_ids=inputs, attention_mask=mask).logits
         return logits[:, self.label].double().cpu().numpy()
-
-    def _encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
-        if not self.chat_template:
-            raise InputError(
-                f"the prompts are chats but the tokenizer of the reward model {self.name!r} has no chat template; "
-                f"give chat_template, or use text prompts"
-            )
-        try:
-            ids = self.tokenizer.apply_chat_template(
-                messages,
-                chat_template=self.chat_template,
-                tokenize=True,
-                return_dict=False,
-                **self.chat_template_kwargs,
-            )
-        except Exception as error:  # jinja errors, and whatever a template raises by itself
-            roles = ", ".join(message["role"] for message in messages)
-            raise InputError(
-                f"the chat template of the reward model {self.name!r} refuses a chat with the roles {roles}: {error}"
-            ) from error
-        return list(ids)
 
     def _fitted(self, ids: list[int], index: int) -> list[int] | None:
         limit = self.max_length
@@ -246,18 +224,9 @@ def _check_options(batch_tokens: int, max_length: int | None, too_long: str) -> 
         raise InputError(f"too_long is one of {', '.join(TOO_LONG)}, got {too_long!r}")
 
 
-def _as_messages(content: Text, role: str) -> list[dict[str, str]]:
-    return [{"role": role, "content": content}] if isinstance(content, str) else list(content)
-
-
 def _context(model: Any, tokenizer: Any) -> int | None:
     limits = (getattr(model.config, "max_position_embeddings", None), getattr(tokenizer, "model_max_length", None))
     return min((limit for limit in limits if limit is not None and 0 < limit < 10**9), default=None)
-
-
-def _last_index(ids: Sequence[int], skipped_id: int | None) -> int:
-    """Index of the last token that is not `skipped_id`, 0 if there is none."""
-    return max((index for index, token_id in enumerate(ids) if token_id != skipped_id), default=0)
 
 
 def _text_config(model: Any) -> Any:

@@ -6,7 +6,7 @@ grouped by the longest beginning that they have in common, in the reward model's
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from infalign.runtime.shared_prefix import buckets, continuation, encode_prefixes, pad_left, pad_right
+
+Reader = Callable[[dict[str, Any], tuple[Tensor, Tensor]], Tensor]
 
 LEAST = 8
 """Tokens that a group must share for sharing to pay."""
@@ -54,7 +56,14 @@ def _common(sequences: Sequence[list[int]]) -> int:
 
 
 def shared_states(
-    model: Any, sequences: Sequence[list[int]], groups: Sequence[Group], last: Sequence[int], pad_id: int, tokens: int
+    model: Any,
+    sequences: Sequence[list[int]],
+    groups: Sequence[Group],
+    last: Sequence[int],
+    pad_id: int,
+    tokens: int,
+    *,
+    read: Reader | None = None,
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Rows in batches, with the (B, width) hidden states at position `last[row]` of each.
 
@@ -67,7 +76,9 @@ def shared_states(
         last: by sequence, not before its group's last shared token.
         pad_id: any token id.
         tokens: most tokens of a batch, repeated caches and padding included; one row at least.
+        read: what is taken from a forward pass, by the model's inputs and (rows, places); the last layer's states.
     """
+    read = read or (lambda inputs, places: model.base_model(**inputs).last_hidden_state[places])
     device = next(model.parameters()).device
     for chosen in buckets([group.shared for group in groups], tokens):
         batch = [groups[number] for number in chosen]
@@ -80,5 +91,5 @@ def shared_states(
             tails = [sequences[row][batch[number].shared - 1 : last[row] + 1] for number, row in rows]
             ids_BT, mask_BT = pad_right(tails, pad_id, device)
             of_row = torch.tensor([number for number, _ in rows], device=device)
-            hidden = model.base_model(**continuation(prefix, of_row, ids_BT, mask_BT)).last_hidden_state
-            yield [row for _, row in rows], hidden[torch.arange(len(rows), device=device), mask_BT.sum(1) - 1]
+            places = torch.arange(len(rows), device=device), mask_BT.sum(1) - 1
+            yield [row for _, row in rows], read(continuation(prefix, of_row, ids_BT, mask_BT), places)

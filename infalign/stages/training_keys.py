@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from trl import ModelConfig, get_quantization_config
+from trl import ModelConfig, RewardConfig, get_quantization_config
 
 from infalign.runtime.config import field_hints
 from infalign.training.config import CTRLConfig
@@ -15,9 +15,14 @@ def training_hints() -> dict[str, Any]:
     return field_hints(CTRLConfig, ModelConfig)
 
 
-def split_training(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A recipe's training keys as those of `CTRLConfig` and those of `ModelConfig` (adapters, quantisation)."""
-    ours = set(field_hints(CTRLConfig))
+def reward_training_hints() -> dict[str, Any]:
+    """Every field of TRL's `RewardConfig` and `ModelConfig` with its type."""
+    return field_hints(RewardConfig, ModelConfig)
+
+
+def split_training(values: dict[str, Any], config: type = CTRLConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A recipe's training keys as those of `config` and those of `ModelConfig` (adapters, quantisation)."""
+    ours = set(field_hints(config))
     return (
         {name: value for name, value in values.items() if name in ours},
         {name: value for name, value in values.items() if name not in ours},

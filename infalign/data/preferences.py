@@ -1,0 +1,139 @@
+"""Preference pairs: hh-rlhf transcripts and TRL's preference formats, checked row by row.
+
+A pair is a prompt with the completion that was chosen and the one that was rejected. TRL's formats: `prompt`, `chosen`,
+`rejected` as texts or as chats ("explicit"), or whole conversations under `chosen` and `rejected` ("implicit"), of
+which the turns that both begin with are the prompt. A transcript is an implicit conversation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from infalign.data.prompts import DataFormat, checked_chat, from_prompt, read_checked
+from infalign.data.sources import Row
+from infalign.data.transcripts import parse_transcript, prompt_of
+from infalign.types import InputError, Messages, prompt_key
+
+
+@dataclass(frozen=True)
+class Preference:
+    """One pair: `chosen` and `rejected` follow `prompt`, all three texts or all three chats.
+
+    `key` is the prompt's (`types.prompt_key` of the chat up to the last user turn that both sides answer).
+    """
+
+    prompt: str | Messages
+    chosen: str | Messages
+    rejected: str | Messages
+    key: str
+
+
+@dataclass(frozen=True)
+class LoadedPreferences:
+    """Pairs and what was left out: rows whose two sides are the same, and repeated rows."""
+
+    pairs: tuple[Preference, ...]
+    source: str
+    rows: int
+    identical: int
+    duplicates: int
+
+
+def preferences_from_rows(
+    rows: Sequence[Row], source: str, *, prompt_column: str = "prompt", data_format: DataFormat = "auto"
+) -> LoadedPreferences:
+    """Check rows and turn them into distinct pairs, in order.
+
+    Args:
+        rows: with `chosen` and `rejected`, and for the explicit formats `prompt_column`.
+        source: the data's name, for messages.
+        prompt_column: the column of explicit prompts.
+        data_format: `transcript` reads texts as transcripts; `prompt` asks for an explicit prompt; `auto` looks.
+
+    Raises:
+        InputError: no rows, a missing column, or pairs that cannot be read (counted, the first five shown).
+
+    >>> rows = [{"prompt": "2+2=", "chosen": "4", "rejected": "5"}]
+    >>> preferences_from_rows(rows, "rows").pairs[0].chosen
+    '4'
+    """
+    if not rows:
+        raise InputError(f"{source}: no rows")
+    for column in ("chosen", "rejected"):
+        if column not in rows[0]:
+            raise InputError(
+                f"{source}: no column {column!r}; preference pairs have chosen and rejected, the columns are "
+                f"{', '.join(map(repr, rows[0]))}"
+            )
+    explicit = prompt_column in rows[0] and data_format != "transcript"
+    if data_format == "prompt" and not explicit:
+        raise InputError(f"{source}: no column {prompt_column!r}; set prompt_column, or data_format: auto")
+    read = read_checked(rows, source, lambda row: _explicit(row, prompt_column) if explicit else _implicit(row))
+    _check_alike(read, source)
+    distinct: dict[str, Preference] = {}
+    for pair in read:
+        if pair.chosen != pair.rejected:
+            distinct.setdefault(repr((pair.prompt, pair.chosen, pair.rejected)), pair)
+    identical = sum(pair.chosen == pair.rejected for pair in read)
+    if not distinct:
+        raise InputError(f"{source}: chosen and rejected are the same in all {len(rows)} rows")
+    return LoadedPreferences(
+        tuple(distinct.values()), source, len(rows), identical, len(read) - identical - len(distinct)
+    )
+
+
+def split_pairs(
+    pairs: Sequence[Preference], test_keys: set[str]
+) -> tuple[tuple[Preference, ...], tuple[Preference, ...]]:
+    """Pairs for training and pairs held out: those whose prompt is one of `test_keys`; no prompt is in both."""
+    train = tuple(pair for pair in pairs if pair.key not in test_keys)
+    return train, tuple(pair for pair in pairs if pair.key in test_keys)
+
+
+def _explicit(row: Row, prompt_column: str) -> Preference:
+    prompt = from_prompt(row.get(prompt_column))
+    if isinstance(prompt, str):
+        sides = [_text(row.get(name), name) for name in ("chosen", "rejected")]
+    else:
+        sides = [_answer(row.get(name), prompt, name) for name in ("chosen", "rejected")]
+    return Preference(prompt, sides[0], sides[1], prompt_key(prompt))
+
+
+def _implicit(row: Row) -> Preference:
+    chosen, rejected = (_conversation(row.get(name)) for name in ("chosen", "rejected"))
+    least = min(len(chosen), len(rejected))
+    shared = next((turn for turn in range(least) if chosen[turn] != rejected[turn]), least - 1)
+    while shared and chosen[shared - 1]["role"] == "assistant":  # the answer belongs to what is compared
+        shared -= 1
+    if not shared:
+        raise InputError("chosen and rejected have no first turn in common: they answer different prompts")
+    prompt = prompt_of(chosen[:shared])
+    return Preference(prompt, chosen[shared:], rejected[shared:], prompt_key(prompt))
+
+
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise InputError(f"{name} is {value!r:.40}, no text, but the prompt is a text")
+    return value
+
+
+def _answer(value: Any, prompt: Messages, name: str) -> Messages:
+    """The turns after the prompt; a text is one assistant turn, a conversation that repeats the prompt loses it."""
+    if isinstance(value, str):
+        return [{"role": "assistant", "content": value}]
+    turns = checked_chat(value)
+    turns = turns[len(prompt) :] if turns[: len(prompt)] == prompt else turns
+    if not turns or turns[-1]["role"] != "assistant":
+        raise InputError(f"{name} does not end with an assistant turn")
+    return turns
+
+
+def _conversation(value: Any) -> Messages:
+    return parse_transcript(value) if isinstance(value, str) else checked_chat(value)
+
+
+def _check_alike(pairs: Sequence[Preference], source: str) -> None:
+    if len({isinstance(pair.prompt, str) for pair in pairs}) > 1:
+        raise InputError(f"{source}: some pairs are texts and some are chats; make them alike")

@@ -1,0 +1,118 @@
+"""Win rates by a pairwise judge: decoded pairs are drawn, judged in both orders, and averaged over prompts.
+
+A judge reads two answers, so it cannot be asked about every pair of samples. Pairs are drawn from the decoder's exact
+law on the samples at hand: sample i with its order weight, ties shared: the law of the decoder run on n of them that are
+drawn without replacement. So the mean over pairs is an unbiased estimate of the judged win rate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from infalign.evaluation.pairs import clustered_mean
+from infalign.evaluation.winrate import WinRate, tied_weights
+from infalign.types import InputError
+
+if TYPE_CHECKING:
+    from infalign.theory.procedures import Procedure
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class DecodedPair:
+    """Of prompt number `prompt`, the policy's sample and the base's that the decoder picked."""
+
+    prompt: int
+    policy: int
+    base: int
+
+
+@dataclass(frozen=True)
+class JudgedWins:
+    """How often the judge prefers the policy, and how far its word can be trusted.
+
+    Attributes:
+        win_rate: both orders averaged; interval over prompts.
+        pairs, unjudged: how many pairs were judged, and how many got no verdict.
+        disagreement: share of judged pairs whose two orders name different winners.
+        first_preferred: how often the answer shown first wins; 1/2 without position bias.
+        proxy_agreement: share of pairs on which judge and decoding reward name the same winner, ties left out.
+    """
+
+    win_rate: WinRate
+    pairs: int
+    unjudged: int
+    disagreement: float
+    first_preferred: float
+    proxy_agreement: float
+
+
+def draw_pairs(
+    policy_rewards_PM: Sequence[Array], base_rewards_PM: Sequence[Array], procedure: Procedure, count: int, seed: int
+) -> list[DecodedPair]:
+    """`count` decoded pairs of every prompt.
+
+    Args:
+        policy_rewards_PM, base_rewards_PM: what decodes; NaN (no score) is never picked.
+        procedure: decodes both sides.
+        count: pairs a prompt.
+        seed: of the draws; each prompt has its own stream.
+    """
+    drawn: list[DecodedPair] = []
+    for prompt, rows in enumerate(zip(policy_rewards_PM, base_rewards_PM, strict=True)):
+        rng = np.random.default_rng([seed, prompt])
+        picks = [_picks(np.asarray(row, dtype=np.float64), procedure, count, rng) for row in rows]
+        drawn += [DecodedPair(prompt, int(ours), int(theirs)) for ours, theirs in zip(*picks, strict=True)]
+    return drawn
+
+
+def _picks(rewards_M: Array, procedure: Procedure, count: int, rng: np.random.Generator) -> NDArray[np.intp]:
+    scored = np.flatnonzero(~np.isnan(rewards_M))
+    weights = np.maximum(tied_weights(rewards_M[scored], procedure), 0.0)
+    return rng.choice(scored, size=count, p=weights / weights.sum())
+
+
+def judged_wins(
+    pairs: Sequence[DecodedPair],
+    first_B: Array,
+    second_B: Array,
+    margins_B: Array,
+    *,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> JudgedWins:
+    """What the verdicts on decoded pairs say.
+
+    Args:
+        pairs: B of them.
+        first_B: P(the policy's answer is better) when it was shown first, NaN for no verdict.
+        second_B: the same when it was shown second.
+        margins_B: decoding reward of the policy's answer minus the base's.
+        confidence: of the interval.
+        seed: of the bootstrap.
+
+    Raises:
+        InputError: no pair was judged in both orders.
+    """
+    judged = ~(np.isnan(first_B) | np.isnan(second_B))
+    if not judged.any():
+        raise InputError(f"the judge gave no verdict on any of {len(pairs)} pairs: look at its answers")
+    first, second = first_B[judged], second_B[judged]
+    wins = (first + second) / 2.0
+    prompts = [str(pair.prompt) for pair, kept in zip(pairs, judged, strict=True) if kept]
+    told = (wins != 0.5) & (margins_B[judged] != 0.0)
+    agree = (wins > 0.5) == (margins_B[judged] > 0.0)
+    return JudgedWins(
+        win_rate=clustered_mean(wins, prompts, confidence, seed),
+        pairs=int(judged.sum()),
+        unjudged=int((~judged).sum()),
+        disagreement=float(((first - 0.5) * (second - 0.5) < 0.0).mean()),
+        first_preferred=float(((first + (1.0 - second)) / 2.0).mean()),
+        proxy_agreement=float(agree[told].mean()) if told.any() else float("nan"),
+    )

@@ -1,0 +1,129 @@
+"""Length-controlled win rates: how often the policy would win if its answers were as long as the base's.
+
+A logistic regression of "the policy's decoded answer wins" on the difference in length, evaluated at difference 0:
+P(win) = sigmoid(theta + phi tanh(d / s)), s the standard deviation of d. This is the length term of length-controlled
+AlpacaEval (Dubois et al. 2024, arXiv:2404.04475); its term for how hard an instruction is is left out. Pairs count by
+the chance that the decoder produces them (the order weights of both sides): every N comes from one table of samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import special
+
+from infalign.evaluation.winrate import tied_weights
+from infalign.types import InputError
+
+if TYPE_CHECKING:
+    from infalign.theory.procedures import Procedure
+
+Array = NDArray[np.float64]
+
+BINS = 81  # of tanh(d / s) in [-1, 1]; pairs in a bin share their mean
+RESAMPLES = 400
+_SEEN = 1e-12  # a sample whose weight is below is never decoded
+_STEPS = 30  # of Newton's method
+_LONGEST = 4.0  # step that Newton's method may make
+_RIDGE = 1e-6  # keeps the fit finite where one side always wins
+
+
+@dataclass(frozen=True)
+class LengthControlled:
+    """`mean` at equal length with its interval over prompts; `plain`, the same pairs without control; `slope` is phi.
+
+    `longer`: by how much the policy's decoded answers are longer on average, in the unit of the lengths.
+    """
+
+    mean: float
+    low: float
+    high: float
+    plain: float
+    slope: float
+    longer: float
+
+
+@dataclass(frozen=True)
+class Side:
+    """Per prompt, of one model: the rewards that decode (M,), those that judge (M,), and lengths (M,)."""
+
+    proxy: Sequence[Array]
+    judge: Sequence[Array]
+    lengths: Sequence[Array]
+
+
+def length_controlled_win_rate(
+    policy: Side, base: Side, procedure: Procedure, confidence: float = 0.95, seed: int = 0
+) -> LengthControlled:
+    """The win rate at equal length, from all pairs of samples of each prompt.
+
+    Args:
+        policy, base: P prompts each; samples with a score missing are left out.
+        procedure: decodes both sides.
+        confidence: of the interval (percentiles of refits on resampled prompts).
+        seed: of the bootstrap.
+
+    Raises:
+        InputError: another number of prompts.
+    """
+    if len(policy.proxy) != len(base.proxy):
+        raise InputError(f"policy and base must have the same prompts, got {len(policy.proxy)} and {len(base.proxy)}")
+    prompts = [_weighted(policy, base, procedure, number) for number in range(len(policy.proxy))]
+    mean = float(np.mean([(w * d).sum() for w, d, _ in prompts]))
+    spread = float(np.sqrt(np.mean([(w * (d - mean) ** 2).sum() for w, d, _ in prompts])))
+    binned_PBF = np.stack([_binned(*one, spread) for one in prompts])
+    theta, slope = _fit(binned_PBF.sum(0)[None])[0].tolist()
+    count = len(prompts)
+    drawn_RP = np.random.default_rng(seed).multinomial(count, np.full(count, 1.0 / count), size=RESAMPLES)
+    refits = _fit(np.tensordot(drawn_RP.astype(np.float64), binned_PBF, 1))[:, 0]
+    tail = (1.0 - confidence) / 2.0
+    low, high = special.expit(np.quantile(refits, [tail, 1.0 - tail])).tolist() if count > 1 else (np.nan, np.nan)
+    total = binned_PBF.sum((0, 1))
+    return LengthControlled(float(special.expit(theta)), low, high, float(total[1] / total[0]), slope, mean)
+
+
+def _weighted(policy: Side, base: Side, procedure: Procedure, number: int) -> tuple[Array, Array, Array]:
+    """Of one prompt's pairs that can be decoded: weight, difference in length, and win, flat."""
+    ours, theirs = (_decoded(side, procedure, number) for side in (policy, base))
+    weight = ours[0][:, None] * theirs[0]
+    longer = ours[2][:, None] - theirs[2]
+    win = (ours[1][:, None] > theirs[1]) + 0.5 * (ours[1][:, None] == theirs[1])
+    return weight.ravel(), longer.ravel(), win.ravel()
+
+
+def _decoded(side: Side, procedure: Procedure, number: int) -> tuple[Array, Array, Array]:
+    proxy, judge, lengths = (np.asarray(rows[number]) for rows in (side.proxy, side.judge, side.lengths))
+    scored = ~(np.isnan(proxy) | np.isnan(judge))
+    weights = tied_weights(proxy[scored], procedure)
+    seen = weights > _SEEN
+    return weights[seen], judge[scored][seen], lengths[scored][seen]
+
+
+def _binned(weight: Array, longer: Array, win: Array, spread: float) -> Array:
+    """(BINS, 3): weight, weighted wins and weighted tanh(d / s) of the pairs in each bin."""
+    x = np.tanh(longer / spread) if spread > 0.0 else np.zeros_like(longer)
+    which = np.minimum(((x + 1.0) / 2.0 * BINS).astype(np.int64), BINS - 1)
+    sums = [np.bincount(which, weights=values, minlength=BINS) for values in (weight, weight * win, weight * x)]
+    return np.stack([one.astype(np.float64) for one in sums], axis=1)
+
+
+def _fit(binned_RBF: Array) -> Array:
+    """theta and phi of R weighted logistic regressions, (R, 2), by Newton's method on all of them at once."""
+    weight, wins = (binned_RBF[..., part] / binned_RBF[..., 0].sum(1, keepdims=True) for part in (0, 1))
+    x = np.divide(binned_RBF[..., 2], binned_RBF[..., 0], out=np.zeros_like(weight), where=binned_RBF[..., 0] > 0.0)
+    theta, phi = np.zeros((2, len(weight)))
+    for _ in range(_STEPS):
+        chance = special.expit(theta[:, None] + phi[:, None] * x)
+        left, spread = wins - weight * chance, weight * chance * (1.0 - chance)
+        g0, g1 = left.sum(1) - _RIDGE * theta, (left * x).sum(1) - _RIDGE * phi
+        a, b, c = spread.sum(1) + _RIDGE, (spread * x).sum(1), (spread * x * x).sum(1) + _RIDGE
+        steps = np.stack([c * g0 - b * g1, a * g1 - b * g0]) / (a * c - b * b)
+        steps *= np.minimum(1.0, _LONGEST / np.maximum(np.abs(steps).max(0), 1e-300))
+        theta, phi = theta + steps[0], phi + steps[1]
+        if np.abs(steps).max() < 1e-9:
+            break
+    return np.stack([theta, phi], axis=1)
