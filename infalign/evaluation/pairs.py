@@ -156,7 +156,7 @@ def wilson_interval(share: float, count: int, confidence: float = 0.95) -> tuple
     z = float(stats.norm.ppf(0.5 + confidence / 2.0))
     centre = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * float(np.sqrt(share * (1 - share) / count + z * z / (4 * count * count)))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half))  # rounding at 0 and 1
 
 
 def _mean(values: NDArray[np.generic], where: NDArray[np.bool_]) -> float:

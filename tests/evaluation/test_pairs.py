@@ -97,6 +97,8 @@ def test_the_intervals_cover():
     low, high = wilson_interval(0.65, 150)
     expected = stats.binomtest(round(0.65 * 150), 150).proportion_ci(method="wilson")
     assert (low, high) == pytest.approx((expected.low, expected.high), abs=4e-3)
+    for count in range(1, 60):
+        assert wilson_interval(1.0, count)[1] == 1.0 and wilson_interval(0.0, count)[0] == 0.0
 
 
 @pytest.mark.parametrize(
