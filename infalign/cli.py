@@ -28,6 +28,9 @@ VERBS = {
     "evaluate": "win rates of policy against base as decoded, KL, the exact limit",
     "report": "one HTML page and PNGs of what was measured",
     "generate": "decode prompts with the policy and its procedure, to JSONL",
+    "serve": "an OpenAI-compatible endpoint of the policy and its procedure",
+    "reward-model": "train a reward model on preference pairs, and measure it on held-out ones",
+    "reward": "`reward check SPEC`: try a reward on a few samples; what it returns, speed, ties, determinism",
     "theory": "every transform against the optimum for a procedure; loads no model",
     "env": "versions and devices, for a bug report",
 }
@@ -115,6 +118,8 @@ def _dispatch(words: list[str], debug: bool) -> int:
             raise InputError(f"env takes no arguments, got {' '.join(rest)}")
         _stage("env", "env")()
         return 0
+    if verb == "reward":
+        return _reward(rest)
     if any(word in ("-h", "--help") for word in rest):
         print(_verb_help(verb))
         return 0
@@ -125,12 +130,16 @@ def _recipe_verb(verb: str, words: list[str], debug: bool) -> int:
     """Every verb that reads a recipe: here, or (`--accelerate_config`) on several processes once the recipe is read."""
     from infalign.runtime import launch  # noqa: PLC0415 - keeps --help fast
     from infalign.runtime.config import read_flags  # noqa: PLC0415
-    from infalign.stages.recipe import find_recipe, load_recipe  # noqa: PLC0415
+    from infalign.stages.recipe import find_recipe  # noqa: PLC0415
 
     asked, words = launch.take_flags(words)
     if asked and verb not in launch.VERBS:
         raise InputError(f"{verb} runs in one process: leave --{next(iter(asked))} out")
     flags = read_flags(words)
+    if verb == "evaluate" and not {"base", "policy"}.isdisjoint(flags):
+        asked_files = _stage("comparison", "load_comparison")(flags)
+        _stage("compare", "tell")(asked_files, _stage("compare", "compare")(asked_files))
+        return 0
     config = flags.pop("config", None)
     if config is not None and not isinstance(config, str):
         raise InputError("--config takes one path, e.g. --config recipe.yaml")
@@ -139,10 +148,10 @@ def _recipe_verb(verb: str, words: list[str], debug: bool) -> int:
     planned = launch.plan(asked)
     if planned is None:
         launch.check_started()
-    if config is None and verb != "report":
+    if config is None and verb not in ("report", "reward-model"):
         raise InputError(f"give a recipe: infalign {verb} --config RECIPE.yaml (or --config quickstart)")
     options = {name: flags.pop(name) for name in _OPTIONS.get(verb, {}) if name in flags}
-    recipe = load_recipe(config, flags)
+    recipe = _reader(verb)(config, flags)
     if planned is not None:
         planned.start(verb, [*words, *(["--debug"] if debug else [])])
     with _alone(verb, recipe, options):
@@ -155,7 +164,7 @@ def _alone(verb: str, recipe: Any, options: dict[str, Any]) -> contextlib.Abstra
     from infalign.runtime.artifacts import at_work  # noqa: PLC0415 - keeps --help fast
 
     dry = _as_bool("dry_run", options.get("dry_run", False))
-    writes = verb in ("run", "calibrate", "train", "evaluate") and not dry and recipe.output_dir
+    writes = verb in ("run", "calibrate", "train", "evaluate", "reward-model") and not dry and recipe.output_dir
     return at_work(recipe.output) if writes and is_main() else contextlib.nullcontext()
 
 
@@ -163,7 +172,8 @@ def _call(verb: str, recipe: Any, options: dict[str, Any]) -> None:
     """One stage, and the line that says what it made."""
     from infalign.runtime.console import say  # noqa: PLC0415 - keeps --help fast
 
-    stage = _stage(verb, verb)
+    name = verb.replace("-", "_")
+    stage = _stage(name, name)
     if verb == "run":
         stage(recipe, dry=_as_bool("dry_run", options.get("dry_run", False)))
     elif verb == "generate":
@@ -171,24 +181,48 @@ def _call(verb: str, recipe: Any, options: dict[str, Any]) -> None:
             if not isinstance(value, str):
                 raise InputError(f"--{name} takes one path, got {value!r}")
         stage(recipe, **options)
+    elif verb == "serve":
+        stage(recipe, **options)
+    elif verb == "reward-model":
+        result = stage(recipe)
+        if is_main():
+            _stage("reward_quality", "tell")(result)
     elif verb == "report":
         say(f"report: {stage(recipe)}")
     else:
         result = stage(recipe)
         if verb == "evaluate":
-            _stage("evaluate", "tell")(result)
+            _stage("evaluation_table", "tell")(result)
         if verb == "train" and result["trained"]:
             say(f"policy: {result['folder']} ({result['steps']} steps)")
 
 
 _OPTIONS: dict[str, dict[str, str]] = {
     "run": {"dry_run": "check everything, estimate tokens, memory and time; write nothing"},
-    "generate": {"prompts": "file of prompts; unset: the test prompts", "output": "JSONL to write"},
+    "generate": {
+        "prompts": "file of prompts, or - for standard input (JSONL or lines of text); unset: the test prompts",
+        "output": "JSONL to write, or - for standard output, batch by batch",
+    },
+    "serve": {
+        "served": "policy, or base to serve that [policy]",
+        "host": "address to listen on; other than loopback only with a token [127.0.0.1]",
+        "port": "0 for any free one [8000]",
+        "api_token_env": "NAME of the environment variable that holds the token to ask for",
+        "max_queue": "requests that may wait; more get 429 [64]",
+        "request_timeout": "seconds for a request; then 504 [300]",
+    },
 }
 
 
 def _stage(module: str, name: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(f"infalign.stages.{module}"), name)
+
+
+def _reader(verb: str) -> Callable[..., Any]:
+    """What reads the verb's recipe."""
+    if verb == "reward-model":
+        return _stage("reward_model_recipe", "load_reward_model_recipe")
+    return _stage("recipe", "load_recipe")
 
 
 def _as_bool(name: str, value: Any) -> bool:
@@ -200,9 +234,10 @@ def _as_bool(name: str, value: Any) -> bool:
 def _verb_help(verb: str) -> str:
     """The keys that a recipe may set, by heading, with their defaults."""
     from infalign.runtime import launch  # noqa: PLC0415 - keeps --help fast
-    from infalign.stages.recipe import Recipe, own_keys  # noqa: PLC0415 - keeps --help fast
+    from infalign.stages.recipe import Recipe, own_keys  # noqa: PLC0415
+    from infalign.stages.reward_model_recipe import RewardModelRecipe  # noqa: PLC0415
 
-    defaults = Recipe()
+    defaults, config = (RewardModelRecipe(), "RewardConfig") if verb == "reward-model" else (Recipe(), "RLOOConfig")
     lines = [f"usage: infalign {verb} --config RECIPE.yaml [--KEY VALUE ...]", "", VERBS[verb], ""]
     for option, text in _OPTIONS.get(verb, {}).items():
         lines.append(f"  --{option:<25} {text}")
@@ -211,14 +246,14 @@ def _verb_help(verb: str) -> str:
         lines.append(f"several processes (launch/README.md; names: {', '.join(launch.names())}):")
         lines += [f"  --{flag:<25} {text}" for flag, text in launch.FLAGS.items()]
     kind = ""
-    for one in own_keys():
+    for one in own_keys(type(defaults)):
         if one.metadata["kind"] != kind:
             kind = one.metadata["kind"]
             lines += ["", f"{kind}:"]
         value = getattr(defaults, one.name)
         shown = "" if value in (None, "", [], {}) else f" [{value}]"
         lines.append(f"  --{one.name:<25} {one.metadata['help']}{shown}")
-    lines += ["", "training: every field of TRL's RLOOConfig and ModelConfig (learning_rate, max_steps, use_peft, ...)"]
+    lines += ["", f"training: every field of TRL's {config} and ModelConfig (learning_rate, max_steps, use_peft, ...)"]
     return "\n".join(lines)
 
 
@@ -256,6 +291,26 @@ def _theory(words: list[str]) -> int:
     if given.plot and Path(given.plot).suffix.lower() != ".png":
         raise InputError(f"--plot writes a PNG, got {given.plot!r}: name it FILE.png")
     theory(procedure, kl=given.kl, beta=given.beta, as_json=given.json, plot=given.plot)
+    return 0
+
+
+def _reward(words: list[str]) -> int:
+    parser = _Parser(prog="infalign reward check", description=VERBS["reward"], allow_abbrev=False)
+    parser.add_argument("spec", metavar="SPEC", help="as a recipe's reward: file.py:name, module:name, model, URL")
+    parser.add_argument("--reward_kwargs", default="{}", help="keyword arguments, e.g. '{target: 20}'")
+    parser.add_argument("--prompts", help="file of prompts with their columns, in place of the built-in ones")
+    parser.add_argument("--samples", help="file of rows of prompt and completions, in place of the built-in ones")
+    if not words or not {"-h", "--help"}.isdisjoint(words):
+        parser.print_help()
+        return 0
+    if words[0] != "check":
+        raise InputError(f"infalign reward {words[0]}: the only sub-verb is check: infalign reward check SPEC")
+    given = parser.parse_args(words[1:])
+    from infalign.runtime.config import check  # noqa: PLC0415 - keeps --help fast
+
+    kwargs = check({}, {"reward_kwargs": given.reward_kwargs}, {"reward_kwargs": dict[str, Any]})["reward_kwargs"]
+    found = _stage("reward_check", "reward_check")(given.spec, kwargs, prompts=given.prompts, samples=given.samples)
+    _stage("reward_check", "tell")(given.spec, found)
     return 0
 
 

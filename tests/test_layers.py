@@ -24,6 +24,7 @@ ORDER = [
     "evaluation",
     "training",
     "report",
+    "serving",
     "stages",
     "cli",
 ]
@@ -32,9 +33,10 @@ BEYOND = {  # what a room may import beyond the standard library, infalign and n
     "theory": {"scipy"},
     "calibration": {"scipy", "pyarrow"},
     "data": {"datasets", "pyarrow"},
-    "decoding": set(),
+    "decoding": {"scipy"},
     "evaluation": {"scipy"},
     "report": {"matplotlib", "jinja2", "pyarrow"},
+    "serving": {"starlette", "uvicorn"},
     "cli": set(),
 }
 PURE = ["theory", "calibration/quantile.py", "evaluation/winrate.py"]

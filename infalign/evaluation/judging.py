@@ -1,8 +1,8 @@
 """Win rates by a pairwise judge: decoded pairs are drawn, judged in both orders, and averaged over prompts.
 
 A judge reads two answers, so it cannot be asked about every pair of samples. Pairs are drawn from the decoder's exact
-law on the samples at hand: sample i with its order weight, ties shared: the law of the decoder run on n of them that are
-drawn without replacement. So the mean over pairs is an unbiased estimate of the judged win rate.
+law on the samples at hand: sample i with its order weight, ties shared: the law of the decoder run on n of them, drawn
+without replacement. So the mean over pairs is an unbiased estimate of the judged win rate.
 """
 
 from __future__ import annotations

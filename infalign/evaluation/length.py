@@ -86,6 +86,15 @@ def length_controlled_win_rate(
     return LengthControlled(float(special.expit(theta)), low, high, float(total[1] / total[0]), slope, mean)
 
 
+def decoded_reward(side: Side, procedure: Procedure) -> float:
+    """The mean judged reward of what the decoder picks; with a binary reward and Best-of-N this is pass@N, unbiased."""
+    means = []
+    for proxy, judge in zip(side.proxy, side.judge, strict=True):
+        scored = ~(np.isnan(proxy) | np.isnan(judge))
+        means.append(float(tied_weights(proxy[scored], procedure) @ judge[scored]))
+    return float(np.mean(means))
+
+
 def _weighted(policy: Side, base: Side, procedure: Procedure, number: int) -> tuple[Array, Array, Array]:
     """Of one prompt's pairs that can be decoded: weight, difference in length, and win, flat."""
     ours, theirs = (_decoded(side, procedure, number) for side in (policy, base))

@@ -54,26 +54,49 @@ class HFSampler:
     end_ids: tuple[int, ...]
     seed: int | str
 
-    @torch.no_grad()
     def sample(self, requests: Sequence[Request]) -> list[Sample]:
         """One sample a request, in their order, as one batch; `token_logps` are the model's, in nats."""
-        count = self.settings.max_tokens
-        uniforms_BT = np.stack([uniforms(self.seed, request.key, request.index, count) for request in requests])
-        rows = decode_rows(
-            self.model, [request.prompt_ids for request in requests], uniforms_BT, self.settings, self.end_ids
-        )
-        texts = self.tokenizer.batch_decode([ids for ids, _ in rows], skip_special_tokens=True)
-        return [
-            Sample(
-                key=request.key,
-                index=request.index,
-                token_ids=tuple(ids),
-                token_logps=np.asarray(logps, dtype=np.float32),
-                text=text,
-                finished=ids[-1] in self.end_ids,
-            )
-            for request, (ids, logps), text in zip(requests, rows, texts, strict=True)
+        return self._continued(requests, [_NOTHING] * len(requests), self.settings.max_tokens)
+
+    def begin(self, requests: Sequence[Request], tokens: int) -> list[Sample]:
+        """The first `tokens` tokens of what `sample` draws for these requests; all of it, where it ends by then."""
+        return self._continued(requests, [_NOTHING] * len(requests), min(tokens, self.settings.max_tokens))
+
+    def resume(self, requests: Sequence[Request], begun: Sequence[Sample]) -> list[Sample]:
+        """What `sample` draws for these requests, from its beginnings: each goes on in its own random stream.
+
+        A beginning is read like a prompt, so that it is the same completion up to rounding, as in any other batch.
+
+        Args:
+            requests: those that were begun.
+            begun: their unfinished beginnings, in the same order.
+        """
+        return self._continued(requests, [(one.token_ids, one.token_logps) for one in begun], self.settings.max_tokens)
+
+    @torch.no_grad()
+    def _continued(
+        self, requests: Sequence[Request], begun: Sequence[tuple[tuple[int, ...], np.ndarray]], limit: int
+    ) -> list[Sample]:
+        """Samples of at most `limit` tokens that start with the tokens begun."""
+        room = limit - min(len(ids) for ids, _ in begun)
+        uniforms_BT = np.zeros((len(requests), room))
+        for row, (request, (ids, _)) in enumerate(zip(requests, begun, strict=True)):
+            uniforms_BT[row, : limit - len(ids)] = uniforms(self.seed, request.key, request.index, limit)[len(ids) :]
+        prompts = [(*request.prompt_ids, *ids) for request, (ids, _) in zip(requests, begun, strict=True)]
+        rows = decode_rows(self.model, prompts, uniforms_BT, self.settings, self.end_ids)
+        whole = [
+            ([*before, *ids][:limit], np.concatenate([earlier, np.asarray(logps, np.float32)])[:limit])
+            for (before, earlier), (ids, logps) in zip(begun, rows, strict=True)
         ]
+        texts = self.tokenizer.batch_decode([ids for ids, _ in whole], skip_special_tokens=True)
+        return [
+            Sample(request.key, request.index, tuple(ids), logps, text, finished=ids[-1] in self.end_ids)
+            for request, (ids, logps), text in zip(requests, whole, texts, strict=True)
+        ]
+
+
+_NOTHING: tuple[tuple[int, ...], np.ndarray] = ((), np.empty(0, dtype=np.float32))
+"""What a sample that starts afresh has of itself."""
 
 
 def decode_rows(

@@ -9,7 +9,6 @@ samples are compared with the local model (`served_model.py`).
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from infalign.generation.server import Refused, Server
 from infalign.generation.wire import DIALECTS, Answer, Dialect, body, read_answer
 from infalign.rewards.calls import CoroutineRunner
 from infalign.runtime.console import notice, say
+from infalign.runtime.http import at_a_time
 from infalign.runtime.seeds import stream
 from infalign.types import InputError, Sample, SamplingSettings
 
@@ -84,18 +84,9 @@ class OpenAISampler:
         """All requests at the server, so many at a time; the first that fails for good cancels the others."""
         dialect = self._dialect
         assert dialect is not None
-        free = asyncio.Semaphore(1 if dialect.one_by_one else self.server.concurrency)
-
-        async def one(client: httpx.AsyncClient, request: Request) -> Answer:
-            async with free:
-                return await self._ask(client, dialect, request, settings, seed)
-
-        try:
-            async with self.server.client() as client, asyncio.TaskGroup() as group:
-                tasks = [group.create_task(one(client, request)) for request in requests]
-        except ExceptionGroup as failures:
-            raise failures.exceptions[0] from None
-        return [task.result() for task in tasks]
+        count = 1 if dialect.one_by_one else self.server.concurrency
+        async with self.server.client() as client:
+            return await at_a_time(count, requests, lambda one: self._ask(client, dialect, one, settings, seed))
 
     async def _ask(
         self,

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infalign.report.calibration_plot import COVERAGE, draw_calibration, held_out_ranks
+from infalign.report.compute_plot import COMPUTE_CAPTION, draw_compute
 from infalign.report.evaluation_plot import draw_rewards, draw_win_rates
 from infalign.report.findings import Findings
 from infalign.report.limit_plot import Point, draw_limit
@@ -75,6 +76,8 @@ def _of_evaluation(found: Findings, objective: Objective | None) -> Iterator[Plo
         "trained for. Left of the dashed line the base is better.",
         to_png(draw_win_rates(evaluation["win_rates"], evaluation["procedure"])),
     )
+    if evaluation.get("compute", {}).get("curves"):
+        yield Plot("compute", "evaluation", COMPUTE_CAPTION, to_png(draw_compute(evaluation["compute"])))
     if found.rewards:
         yield Plot(
             "rewards",

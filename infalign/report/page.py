@@ -12,6 +12,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from infalign.calibration.diagnostics import Diagnostics
+from infalign.report.compute_plot import compute_table, saving
 from infalign.report.findings import Findings
 from infalign.report.names import short_transform
 from infalign.report.tables import (
@@ -85,6 +86,7 @@ def _results(findings: Findings) -> dict[str, Any]:
     main = (evaluation or {}).get("main", {})
     described = (calibration or {}).get("diagnostics")
     table = None if evaluation is None else win_rate_table(evaluation)
+    compute = (evaluation or {}).get("compute")
     return {
         "found": findings,
         "outcome": outcome(main["low"], main["high"]) if main else "unknown",
@@ -93,7 +95,10 @@ def _results(findings: Findings) -> dict[str, Any]:
         "win_rates": table,
         "win_rates_markdown": markdown(table) if table else "",
         "kl_line": kl_line(evaluation) if evaluation else "",
+        "judge_line": judge_line(evaluation) if evaluation else "",
         "samples": sample_table(evaluation) if evaluation else None,
+        "compute_line": saving(compute) if compute else "",
+        "compute_costs": compute_table(compute) if compute else None,
         "diagnostics": diagnostics_table(described) if described else None,
         "warnings": Diagnostics(**described).warnings() if described else [],
         "training": training_table(findings.log) if findings.log else None,
@@ -111,6 +116,19 @@ def kl_line(evaluation: Mapping[str, Any]) -> str:
     return (
         f"Sequence KL {number(kl['mean'], 3)} ± {number(kl['error'], 3)} nats (summed over tokens; the plain log-ratio "
         f"gives {number(kl['k1'], 3)} ± {number(kl['k1_error'], 3)}; ± is one standard error over prompts).{aimed}"
+    )
+
+
+def judge_line(evaluation: Mapping[str, Any]) -> str:
+    """What a pairwise judge said of decoded answers, and how far its two orders agree; empty without one."""
+    found = evaluation.get("pairwise")
+    if not found:
+        return ""
+    rate = found["win_rate"]
+    return (
+        f"A pairwise judge ({found['judge']}) prefers the policy's decoded answer in {number(rate['mean'], 3)} "
+        f"[{number(rate['low'], 3)}, {number(rate['high'], 3)}] of {found['pairs']} pairs; its two orders name other "
+        f"winners in {100 * found['disagreement']:.0f} % of them."
     )
 
 

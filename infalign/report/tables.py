@@ -32,7 +32,7 @@ def win_rate_table(evaluation: Mapping[str, Any]) -> Table:
     """
     labels = ordered_labels(evaluation["win_rates"])
     rows = sorted(evaluation["win_rates"], key=lambda row: (row["judge"] != "reward", labels.index(row["label"])))
-    heads = ("decoder", "judge", "win rate", "interval", "limit", "attainment", "regret ratio")
+    heads = ("decoder", "judge", "win rate", "interval", "limit", "attainment", "regret ratio", "at equal length")
     marked = tuple(at for at, row in enumerate(rows) if row["label"] == evaluation["procedure"])
     return Table(heads, tuple(_win_rate_row(row) for row in rows), marked)
 
@@ -47,6 +47,7 @@ def _win_rate_row(row: Mapping[str, Any]) -> tuple[str, ...]:
         number(row["limit"], 3) if own else ABSENT,
         number(row["attainment"], 2) if own else ABSENT,
         number(row["regret_ratio"], 1) if own else ABSENT,
+        number(row.get("length_controlled", {}).get("mean"), 3),
     )
 
 

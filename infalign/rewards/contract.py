@@ -51,7 +51,7 @@ def completion_text(completion: Text) -> str:
 
 
 def as_rewards(
-    output: Any, expected_count: int, name: str, *, infinite: Literal["error", "keep"] = "error"
+    output: Any, expected_count: int, name: str, *, infinite: Literal["error", "keep"] = "error", kind: str = "reward"
 ) -> NDArray[np.float64]:
     """What a reward returned, as float64 of shape (B,), NaN for no score.
 
@@ -60,6 +60,7 @@ def as_rewards(
         expected_count: B.
         name: the reward's name, for messages.
         infinite: `error` refuses infinities, `keep` leaves them to the caller.
+        kind: what it is, the first word of every message.
 
     Raises:
         RewardError: not a sequence, a wrong count or shape, an entry that is no real number, or an infinity.
@@ -67,47 +68,48 @@ def as_rewards(
     >>> as_rewards([1, None, True], 3, "mine")
     array([ 1., nan,  1.])
     """
-    values = _entries(output, name)
+    subject = f"{kind} {name!r}"
+    values = _entries(output, subject)
     if len(values) != expected_count:
         raise RewardError(
-            f"reward {name!r} returned {len(values)} values for {expected_count} completions; "
+            f"{subject} returned {len(values)} values for {expected_count} completions; "
             f"return exactly one per completion, None for no score"
         )
-    rewards = np.array([_number(value, i, name) for i, value in enumerate(values)], dtype=np.float64)
+    rewards = np.array([_number(value, i, subject) for i, value in enumerate(values)], dtype=np.float64)
     if infinite == "error" and np.isinf(rewards).any():
         index = int(np.isinf(rewards).argmax())
-        raise RewardError(f"reward {name!r} is not finite: {rewards[index]} at index {index}; return None for no score")
+        raise RewardError(f"{subject} is not finite: {rewards[index]} at index {index}; return None for no score")
     return rewards
 
 
-def _entries(output: Any, name: str) -> list[Any]:
+def _entries(output: Any, subject: str) -> list[Any]:
     if hasattr(output, "detach"):  # a torch tensor; cpu first, since not every device knows float64
         output = output.detach().cpu()
         output = output.double().numpy() if output.is_floating_point() else output.numpy()
     if isinstance(output, np.ndarray):
         if output.ndim != 1:
-            raise RewardError(f"reward {name!r} returned an array of shape {output.shape}; one number per completion")
+            raise RewardError(f"{subject} returned an array of shape {output.shape}; one number per completion")
         return list(output)
     if isinstance(output, (str, bytes, dict, set)) or not hasattr(output, "__len__") or not hasattr(output, "__iter__"):
-        raise RewardError(f"reward {name!r} returned {_described(output)}; return a list with a number per completion")
+        raise RewardError(f"{subject} returned {_described(output)}; return a list with a number per completion")
     return list(output)
 
 
-def _number(value: Any, index: int, name: str) -> float:
+def _number(value: Any, index: int, subject: str) -> float:
     if value is None:
         return np.nan
     if isinstance(value, (str, bytes, list, tuple, dict, complex, np.complexfloating, np.ndarray)):
-        raise _no_number(value, index, name)
+        raise _no_number(value, index, subject)
     try:
         return float(value)
     except OverflowError:
         return np.inf if value > 0 else -np.inf
     except (TypeError, ValueError, RuntimeError) as error:
-        raise _no_number(value, index, name) from error
+        raise _no_number(value, index, subject) from error
 
 
-def _no_number(value: Any, index: int, name: str) -> RewardError:
-    return RewardError(f"reward {name!r} returned {_described(value)} at index {index}; a number or None is wanted")
+def _no_number(value: Any, index: int, subject: str) -> RewardError:
+    return RewardError(f"{subject} returned {_described(value)} at index {index}; a number or None is wanted")
 
 
 def _described(value: Any) -> str:

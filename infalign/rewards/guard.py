@@ -42,6 +42,8 @@ class GuardedReward:
         timeout: seconds per attempt, or None. A sync function that hangs is left behind in a daemon thread.
         backoff: seconds before the first retry, doubled each time, times a random factor in [0.5, 1.5].
         strip_reasoning: (opening tag, closing tag) of reasoning that the function must not see, or None.
+        kind: what it is, the first word of every message.
+        read: makes values (B,) of what the function returned, from (output, B); `as_rewards` for None.
 
     Attributes:
         counts: `calls` (batches), `scored` and `missing` (completions), `infinite` (completions masked for it),
@@ -61,8 +63,11 @@ class GuardedReward:
         timeout: float | None = None,
         backoff: float = 1.0,
         strip_reasoning: tuple[str, str] | None = None,
+        kind: str = "reward",
+        read: Callable[[Any, int], NDArray[np.float64]] | None = None,
     ) -> None:
-        _check_options(name, on_error, retries, timeout, backoff, strip_reasoning)
+        _check_options(f"{kind} {name!r}", on_error, retries, timeout, backoff, strip_reasoning)
+        self.kind, self.read = kind, read
         self.function = function
         self.name = self.__name__ = name
         self.on_error = on_error
@@ -113,7 +118,7 @@ class GuardedReward:
         ]  # fmt: skip
         if lacking:
             raise RewardError(
-                f"reward {self.name!r} needs the column {lacking[0]!r}, which the data does not have; "
+                f"{self.kind} {self.name!r} needs the column {lacking[0]!r}, which the data does not have; "
                 f"its columns are {', '.join(columns) or 'none'}"
             )
         if any(p.kind is p.VAR_KEYWORD for p in named):
@@ -142,6 +147,8 @@ class GuardedReward:
         return self._coroutines.run(output, self.timeout) if inspect.isawaitable(output) else output
 
     def _checked(self, output: Any, count: int) -> NDArray[np.float64]:
+        if self.read is not None:
+            return self.read(output, count)
         rewards = as_rewards(output, count, self.name, infinite="error" if self.on_error == "error" else "keep")
         infinite = np.isinf(rewards)
         self.counts["infinite"] += int(infinite.sum())
@@ -153,9 +160,10 @@ class GuardedReward:
         lines = str(cause).strip().splitlines()
         what = f"{type(cause).__name__}: {lines[0][:200]}" if lines else type(cause).__name__
         times = "once" if failure.attempts == 1 else f"{failure.attempts} times in a row"
-        message = f"reward {self.name!r} failed {times} ({what})"
+        message = f"{self.kind} {self.name!r} failed {times} ({what})"
         if self.on_error == "error":
-            raise RewardError(f"{message}; mend it, or set on_error (in a recipe reward_on_error) to mask") from cause
+            way_out = ", or set on_error (in a recipe reward_on_error) to mask" if self.kind == "reward" else ""
+            raise RewardError(f"{message}; mend it{way_out}") from cause
         self.counts["failures"] += 1
         logger.warning("%s; %d completions have no score", message, count)
         return np.full(count, np.nan)
@@ -181,7 +189,7 @@ def _signature(function: Callable[..., Any]) -> inspect.Signature | None:
 
 
 def _check_options(
-    name: str, on_error: str, retries: int, timeout: float | None, backoff: float, tags: tuple[str, str] | None
+    subject: str, on_error: str, retries: int, timeout: float | None, backoff: float, tags: tuple[str, str] | None
 ) -> None:
     problems = []
     if on_error not in ON_ERROR:
@@ -195,4 +203,4 @@ def _check_options(
     if tags is not None and (isinstance(tags, str) or len(tags) != 2 or not all(tags)):
         problems.append(f"strip_reasoning is a pair of tags, got {tags!r}")
     if problems:
-        raise InputError(f"reward {name!r}: {'; '.join(problems)}")
+        raise InputError(f"{subject}: {'; '.join(problems)}")

@@ -5,6 +5,10 @@ What is called how, by its signature alone:
 - a callable that names `prompts`, `completions` or `completion_ids` is the reward; keyword arguments are bound to it;
 - one that takes `**kwargs`, and is given none, is the reward as well;
 - anything else is a builder: it is called with the keyword arguments and returns the reward (or a model).
+
+A class or builder that names `load_member` is given `load_reward` with the recipe's folder, tries and policy bound,
+for rewards made of others; one that names `recipe_dir` is given that folder. A URL is a reward on a server
+(`rewards.http`).
 """
 
 from __future__ import annotations
@@ -86,9 +90,9 @@ def load_reward(
     """The reward that `spec` names, inside a guard.
 
     Args:
-        spec: `path/to/file.py:name`, `package.module:name`, `package.module.name`, the folder or Hub id of a
+        spec: `path/to/file.py:name`, `package.module:name`, `package.module.name`, a URL, the folder or Hub id of a
             sequence classifier, a callable, a class, or a model.
-        kwargs: keyword arguments; for a model those of `ClassifierReward`.
+        kwargs: keyword arguments; for a model those of `ClassifierReward`, for a URL those of `HTTPReward`.
         base_dir: folder of the recipe, for relative paths (the working directory is tried after it).
         name: for logs, instead of the object's own.
         on_error: see `GuardedReward`, as for the arguments that follow.
@@ -105,18 +109,14 @@ def load_reward(
     """
     options = dict(kwargs or {})
     found = _find(spec, Path(base_dir))
-    function = _build(found.value, options, name or found.name)
+    policy: dict[str, Any] = {"on_error": on_error, "retries": retries, "timeout": timeout, "backoff": backoff}
+    given = {"load_member": partial(load_reward, base_dir=base_dir, **policy), "recipe_dir": Path(base_dir)}
+    function = _build(found.value, options, name or found.name, given)
     own = getattr(function, "fingerprint", None)
-    identity = own if _is_classifier(function) else [found.source, own, without_secrets(options)]
-    guard = GuardedReward(
-        function,
-        name=name or found.name,
-        on_error=on_error,
-        retries=retries,
-        timeout=timeout,
-        backoff=backoff,
-        strip_reasoning=strip_reasoning,
-    )
+    identity = own if _is_ours(function) and own else [found.source, own, without_secrets(options)]
+    if getattr(function, "tries_again", False):  # its parts have the time limit and the further attempts
+        policy |= {"retries": 0, "timeout": None}
+    guard = GuardedReward(function, name=name or found.name, strip_reasoning=strip_reasoning, **policy)
     return Reward(guard, digest(identity, strip_reasoning))
 
 
@@ -129,6 +129,9 @@ def _find(spec: Any, base_dir: Path) -> Found:
             raise InputError(f"a reward is a spec, a callable or a model, got {spec!r:.60} ({type(spec).__name__})")
         return Found(spec, _name_of(spec), [] if _is_torch_module(spec) else callable_digest(spec))
     spec = spec.strip()
+    if spec.startswith(("http://", "https://")):
+        build = importlib.import_module("infalign.rewards.http").HTTPReward
+        return Found(partial(build, spec), spec.rstrip("/").rpartition("/")[2] or "http", [])
     for folder in (base_dir / Path(spec).expanduser(), Path(spec).expanduser()):
         if spec and folder.is_dir():
             if not (folder / "config.json").is_file():
@@ -145,22 +148,11 @@ def _find(spec: Any, base_dir: Path) -> Found:
     return Found(spec, spec.split("/")[-1], [])
 
 
-def _build(value: Any, options: dict[str, Any], name: str) -> Callable[..., Any]:
+def _build(value: Any, options: dict[str, Any], name: str, given: Mapping[str, Any]) -> Callable[..., Any]:
     """The reward function that `value` is, builds, or (a model) is wrapped into."""
     if isinstance(value, str) or _is_torch_module(value):
         return _classifier(value, options, name)
-    if not callable(value):
-        raise InputError(f"reward {name!r} is not callable: {value!r:.60} ({type(value).__name__})")
-    if not _is_builder(value, options):
-        return partial(value, **options) if options else value
-    try:
-        built = value(**options)
-    except InputError:
-        raise
-    except Exception as error:  # the user's code
-        raise InputError(
-            f"reward {name!r}: building it with {without_secrets(options) or 'no arguments'} failed ({one_line(error)})"
-        ) from error
+    built = built_callable(value, options, f"reward {name!r}", _LISTS, given)
     if _is_torch_module(built):
         return _classifier(built, {}, name)
     if not callable(built):
@@ -168,14 +160,51 @@ def _build(value: Any, options: dict[str, Any], name: str) -> Callable[..., Any]
     return built
 
 
-def _is_builder(value: Callable[..., Any], options: Mapping[str, Any]) -> bool:
-    if inspect.isclass(value):
+def built_callable(
+    value: Any, options: dict[str, Any], subject: str, lists: set[str], given: Mapping[str, Any] | None = None
+) -> Any:
+    """What `value` is with its keyword arguments bound, or builds, by the rules of this module.
+
+    Args:
+        value: what a spec names.
+        options: the user's keyword arguments.
+        subject: the first words of every message.
+        lists: a callable that names one of these is no builder.
+        given: what a builder gets that names it, beside `options`.
+
+    Raises:
+        InputError: not callable, or the builder fails.
+    """
+    if not callable(value):
+        raise InputError(f"{subject} is not callable: {value!r:.60} ({type(value).__name__})")
+    if not _is_builder(value, options, lists):
+        return partial(value, **options) if options else value
+    wanted = {name: one for name, one in (given or {}).items() if name in _named(value) and name not in options}
+    try:
+        return value(**wanted, **options)
+    except InputError:
+        raise
+    except Exception as error:  # the user's code
+        raise InputError(
+            f"{subject}: building it with {without_secrets(options) or 'no arguments'} failed ({one_line(error)})"
+        ) from error
+
+
+def _named(value: Callable[..., Any]) -> set[str]:
+    try:
+        return set(inspect.signature(value).parameters)
+    except (TypeError, ValueError):  # a builtin without signature
+        return set()
+
+
+def _is_builder(value: Callable[..., Any], options: Mapping[str, Any], lists: set[str]) -> bool:
+    if inspect.isclass(value) or (isinstance(value, partial) and inspect.isclass(value.func)):
         return True
     try:
         parameters = inspect.signature(value).parameters.values()
     except (TypeError, ValueError):  # a builtin without signature
         return bool(options)
-    if any(parameter.name in _LISTS for parameter in parameters):
+    if any(parameter.name in lists for parameter in parameters):
         return False
     takes_anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
     return bool(options) or not takes_anything
@@ -195,9 +224,9 @@ def _is_torch_module(value: Any) -> bool:
     return torch is not None and isinstance(value, torch.nn.Module)
 
 
-def _is_classifier(value: Any) -> bool:
-    module = sys.modules.get("infalign.rewards.classifier")
-    return module is not None and isinstance(value, module.ClassifierReward)
+def _is_ours(value: Any) -> bool:
+    """Whether an object is of this room's own classes, whose fingerprints say all that shapes their scores."""
+    return type(value).__module__.startswith("infalign.rewards.") and hasattr(value, "fingerprint")
 
 
 def _name_of(value: Any) -> str:

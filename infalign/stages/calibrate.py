@@ -15,6 +15,7 @@ from infalign.runtime.console import notice, say
 from infalign.runtime.distributed import is_main
 from infalign.stages.experiment import CALIBRATION, Experiment
 from infalign.stages.filling import fill
+from infalign.stages.member_scores import members_to_score
 from infalign.stages.output import clear_if_stale
 from infalign.stages.recipe import Recipe, require_plain
 from infalign.types import InputError, Prompt
@@ -36,15 +37,18 @@ def calibrate(recipe: Recipe, experiment: Experiment | None = None) -> dict[str,
     prompts = calibration_prompts(experiment)
     table = open_table(experiment)
     count = recipe.num_calibration_samples
-    drawn = fill(
-        table,
-        [Wanted(prompt, experiment.prompt_ids[prompt.key], count) for prompt in prompts],
-        [reward],
-        lambda: experiment.sampler(experiment.base_path, CALIBRATION),
-        max_tokens=recipe.max_completion_length,
-        tokens_per_batch=recipe.tokens_per_batch,
-        title="calibrate",
-    )
+    wanted = [Wanted(prompt, experiment.prompt_ids[prompt.key], count) for prompt in prompts]
+    drawn = 0
+    for rewards in filter(None, (members_to_score(reward), [reward])):  # a sum needs its members' scores of all samples
+        drawn += fill(
+            table,
+            wanted,
+            rewards,
+            lambda: experiment.sampler(experiment.base_path, CALIBRATION),
+            max_tokens=recipe.max_completion_length,
+            tokens_per_batch=recipe.tokens_per_batch,
+            title="calibrate",
+        )
     diagnostics = describe(experiment, table, prompts, transform, beta)
     parts = calibration_parts(experiment)
     if is_main():
@@ -56,8 +60,9 @@ def calibrate(recipe: Recipe, experiment: Experiment | None = None) -> dict[str,
 
 
 def calibration_prompts(experiment: Experiment) -> list[Prompt]:
-    """The prompts that need reference rewards: train and validation."""
-    return [*experiment.splits.train, *experiment.splits.validation]
+    """The prompts that need reference rewards: train and validation; for a sum of calibrated rewards also test."""
+    splits = experiment.splits
+    return [*splits.train, *splits.validation, *(splits.test if members_to_score(experiment.reward) else ())]
 
 
 def open_table(experiment: Experiment) -> SampleTable:

@@ -15,6 +15,7 @@ from infalign.runtime.console import clock, say
 from infalign.runtime.distributed import world_size
 from infalign.runtime.launch import sharding
 from infalign.runtime.models import choose_device, replicated
+from infalign.stages.calibrate import calibration_prompts
 from infalign.stages.experiment import Experiment
 from infalign.stages.train import training_arguments
 from infalign.stages.training_keys import split_training
@@ -168,7 +169,7 @@ def _tokens(experiment: Experiment, arguments: Any) -> dict[str, int]:
     """Tokens through the policy by stage; a training step is one sampling, one reference and three policy passes."""
     recipe, splits, longest = experiment.recipe, experiment.splits, experiment.recipe.max_completion_length
     length = {key: len(ids) for key, ids in experiment.prompt_ids.items()}
-    calibrated = [*splits.train, *splits.validation]
+    calibrated = calibration_prompts(experiment)
     count = recipe.num_calibration_samples
     rollouts = int(arguments.generation_batch_size)
     groups = rollouts // int(arguments.num_generations)

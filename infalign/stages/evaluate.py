@@ -2,46 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
-from infalign.calibration.diagnostics import duplicate_rate, tie_rate
+from infalign.calibration.diagnostics import tie_rate
 from infalign.calibration.table import SampleTable, Wanted
+from infalign.evaluation.length import decoded_reward, length_controlled_win_rate
 from infalign.evaluation.limits import Estimate, attainment, cluster_mean, regret_ratio, tie_limit
-from infalign.evaluation.winrate import WinRate, judged_win_rate, tied_weights, win_rate
+from infalign.evaluation.winrate import WinRate, judged_win_rate, win_rate
 from infalign.generation.likelihood import sequence_kl
 from infalign.runtime.artifacts import differences, fingerprint, read_manifest, without_nan, write_json, write_whole
-from infalign.runtime.console import Progress, notice, say
+from infalign.runtime.console import Progress, notice
 from infalign.runtime.distributed import barrier, is_main, my_share
 from infalign.stages.experiment import Experiment
 from infalign.stages.filling import fill
+from infalign.stages.judging import judge_decoded
+from infalign.stages.measured import Measured, sample_facts
 from infalign.stages.objective import describe_transform
 from infalign.stages.output import clear_if_stale
 from infalign.stages.recipe import Recipe, require_plain
+from infalign.stages.strategy import load_strategy
 from infalign.theory.optimum import win_rate_limit
 from infalign.theory.procedures import BestOfN, Procedure, WorstOfN
 from infalign.types import InputError, Prompt, Sample
 
-EXAMPLES = 8
 KL_PROMPTS = 16  # prompts whose completions are compared at a time
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Everything that was sampled and scored, by prompt key; (M,) arrays in sample order, NaN for no score."""
-
-    keys: tuple[str, ...]
-    base: Mapping[str, NDArray[np.float64]]
-    policy: Mapping[str, NDArray[np.float64]]
-    base_gold: Mapping[str, NDArray[np.float64]] | None
-    policy_gold: Mapping[str, NDArray[np.float64]] | None
 
 
 def evaluate(recipe: Recipe, experiment: Experiment | None = None) -> dict[str, Any]:
@@ -56,6 +47,7 @@ def evaluate(recipe: Recipe, experiment: Experiment | None = None) -> dict[str, 
     require_plain(recipe)
     experiment = experiment or Experiment(recipe)
     check_samples(recipe, experiment.procedure)
+    load_strategy(recipe, experiment.procedure)  # its mistakes are told before anything is sampled
     experiment.claim_output()
     judged = experiment.judged_path
     _check_trained_for(experiment)
@@ -65,8 +57,8 @@ def evaluate(recipe: Recipe, experiment: Experiment | None = None) -> dict[str, 
     kl, log_ratio = _measure_kl(experiment, policy, prompts)
     measured = _scored(experiment, base, policy, prompts)
     with np.errstate(over="ignore"):  # rewards near the largest float: their mean is infinite, and shown as absent
-        result = summarise(experiment, measured, kl, log_ratio)
-        result = without_nan(result | _sample_facts(experiment, base, policy, prompts, measured))
+        result = summarise(experiment, measured, kl, log_ratio, prompts)
+        result = without_nan(result | sample_facts(experiment, prompts, measured))
     if is_main():
         write_json(recipe.output / "evaluation.json", result)
         experiment.record()
@@ -190,10 +182,17 @@ def _scored(experiment: Experiment, base: SampleTable, policy: SampleTable, prom
         raise InputError(f"no test prompt has {needed} scored samples on both sides: look at the reward")
     if len(keys) < len(prompts):
         notice(f"{len(prompts) - len(keys)} of {len(prompts)} test prompts have too few scores and are left out")
-    return Measured(keys=keys, **found)
+    samples = {side: _first(table.samples(), keys, count) for side, table in tables.items()}
+    return Measured(keys=keys, **found, base_samples=samples["base"], policy_samples=samples["policy"])
 
 
-def summarise(experiment: Experiment, measured: Measured, kl: Estimate, log_ratio: Estimate) -> dict[str, Any]:
+def _first(samples: Mapping[str, list[Sample]], keys: Sequence[str], count: int) -> dict[str, list[Sample]]:
+    return {key: samples[key][:count] for key in keys}
+
+
+def summarise(
+    experiment: Experiment, measured: Measured, kl: Estimate, log_ratio: Estimate, prompts: list[Prompt]
+) -> dict[str, Any]:
     """Win rates under the recipe's procedure and every N asked for, with limits at the measured KL."""
     recipe, procedure = experiment.recipe, experiment.procedure
     procedures = [procedure, *(kind(n) for kind in (BestOfN, WorstOfN) for n in recipe.eval_n)]
@@ -221,7 +220,32 @@ def summarise(experiment: Experiment, measured: Measured, kl: Estimate, log_rati
             "tie_attainment": attainment(main["mean"], tied, kl.mean),
             "tie_rate": tie_rate(base_rewards),
         },
+        "pairwise": _judged(recipe, procedure, measured, prompts),
     }
+
+
+def _judged(recipe: Recipe, procedure: Procedure, measured: Measured, prompts: list[Prompt]) -> dict[str, Any] | None:
+    """The recipe's pairwise judge over decoded pairs (rank 0 asks it), None without one."""
+    if recipe.judge is None or not is_main():
+        return None
+    by_key = {prompt.key: prompt for prompt in prompts}
+    texts = [
+        [[one.text for one in samples[key]] for key in measured.keys]
+        for samples in (measured.policy_samples, measured.base_samples)
+    ]
+    rewards = [[side[key] for key in measured.keys] for side in (measured.policy, measured.base)]
+    return judge_decoded(
+        recipe.judge,
+        recipe.judge_kwargs,
+        [by_key[key] for key in measured.keys],
+        (texts[0], texts[1]),
+        (rewards[0], rewards[1]),
+        procedure,
+        count=recipe.judge_samples,
+        confidence=recipe.confidence,
+        seed=recipe.seed,
+        base_dir=recipe.base_dir,
+    )
 
 
 def _judges(experiment: Experiment) -> list[str]:
@@ -232,6 +256,8 @@ def _row(measured: Measured, procedure: Procedure, kl: float, recipe: Recipe, ju
     found = _win_rate(measured, procedure, recipe, judge)
     bounded = judge == "reward"  # a gold judge is not what decodes: the limit does not hold for it
     limit = float(win_rate_limit(procedure, max(kl, 0.0))) if bounded else float("nan")
+    policy, base = (measured.side(name, judge) for name in ("policy", "base"))
+    controlled = length_controlled_win_rate(policy, base, procedure, recipe.confidence, recipe.seed)
     return {
         "label": repr(procedure),
         "kind": procedure.name,
@@ -243,20 +269,10 @@ def _row(measured: Measured, procedure: Procedure, kl: float, recipe: Recipe, ju
         "limit": limit,
         "attainment": attainment(found.mean, limit, kl),
         "regret_ratio": regret_ratio(found.mean, limit),
-        "policy_reward": _decoded_reward(measured, "policy", judge, procedure),
-        "base_reward": _decoded_reward(measured, "base", judge, procedure),
+        "length_controlled": asdict(controlled),
+        "policy_reward": decoded_reward(policy, procedure),
+        "base_reward": decoded_reward(base, procedure),
     }
-
-
-def _decoded_reward(measured: Measured, side: str, judge: str, procedure: Procedure) -> float:
-    """The mean reward of what the decoder picks; with a binary reward and Best-of-N this is pass@N, unbiased."""
-    proxy: Mapping[str, NDArray[np.float64]] = getattr(measured, side)
-    judged: Mapping[str, NDArray[np.float64]] = proxy if judge == "reward" else getattr(measured, f"{side}_gold")
-    means = []
-    for key in measured.keys:
-        scored = np.isfinite(proxy[key]) & np.isfinite(judged[key])
-        means.append(float(tied_weights(proxy[key][scored], procedure) @ judged[key][scored]))
-    return float(np.mean(means))
 
 
 def _win_rate(measured: Measured, procedure: Procedure, recipe: Recipe, judge: str) -> WinRate:
@@ -266,83 +282,3 @@ def _win_rate(measured: Measured, procedure: Procedure, recipe: Recipe, judge: s
     assert measured.policy_gold is not None and measured.base_gold is not None
     gold, base_gold = ([side[key] for key in measured.keys] for side in (measured.policy_gold, measured.base_gold))
     return judged_win_rate((ours, gold), (theirs, base_gold), procedure, recipe.confidence, recipe.seed)
-
-
-def _sample_facts(
-    experiment: Experiment, base: SampleTable, policy: SampleTable, prompts: list[Prompt], measured: Measured
-) -> dict[str, Any]:
-    """What the samples look like: mean reward, length, cut and duplicate shares, and a few side by side."""
-    drawn = {"base": base.samples(), "policy": policy.samples()}
-    rewards = {"base": measured.base, "policy": measured.policy}
-    count = experiment.recipe.eval_samples
-    facts: dict[str, Any] = {}
-    for side, samples in drawn.items():
-        rows = [samples[key][:count] for key in measured.keys]
-        flat = [sample for row in rows for sample in row]
-        facts[side] = {
-            "reward": float(np.nanmean(np.concatenate([rewards[side][key] for key in measured.keys]))),
-            "tokens": float(np.mean([len(sample.token_ids) for sample in flat])),
-            "clipped": float(np.mean([not sample.finished for sample in flat])),
-            "duplicates": duplicate_rate([[sample.text for sample in row] for row in rows]),
-        }
-    shown = [prompt for prompt in prompts if prompt.key in set(measured.keys)][:EXAMPLES]
-    facts["examples"] = [_example(experiment, prompt, drawn, rewards) for prompt in shown]
-    return facts
-
-
-def _example(
-    experiment: Experiment, prompt: Prompt, drawn: dict[str, dict[str, list[Sample]]], rewards: dict[str, Any]
-) -> dict[str, Any]:
-    """One prompt with what the decoder picks from the first n samples of either side."""
-    found: dict[str, Any] = {"prompt": prompt.content}
-    for side, samples in drawn.items():
-        scores = rewards[side][prompt.key]
-        scored = np.flatnonzero(np.isfinite(scores))[: experiment.procedure.n]
-        chosen = scored[int(experiment.procedure.select(scores[scored][None], np.random.default_rng(0))[0])]
-        found[side] = {
-            "decoded": {"text": samples[prompt.key][chosen].text, "reward": float(scores[chosen])},
-            "samples": [
-                {"text": samples[prompt.key][row].text, "reward": float(scores[row])} for row in scored.tolist()
-            ],
-        }
-    return found
-
-
-def tell(result: Mapping[str, Any]) -> None:
-    """Print the final table: what was measured, with intervals, the limit at the measured KL, and attainment."""
-    kl, main = result["kl"], result["main"]
-    interval = f"{100 * result['confidence']:g} % interval"
-    say()
-    say(
-        f"{result['procedure']}, reward {result['reward']}: policy against base on {result['prompts']} held-out prompts"
-    )
-    say(
-        f"  sequence KL {kl['mean']:.3f} ± {kl['error']:.3f} nats "
-        f"(from log-ratios alone {kl['k1']:.3f} ± {kl['k1_error']:.3f})"
-    )
-    say()
-    heads = ("judge", "win rate", interval, "limit", "attainment", "regret ratio", "decoded reward")
-    say(f"  {'decoder':<16}" + "".join(f"{head:<{width}}" for head, width in zip(heads, _WIDTHS, strict=True)).rstrip())
-    for row in result["win_rates"]:
-        mark = "*" if row["label"] == result["procedure"] else " "
-        between = f"[{row['low']:.3f}, {row['high']:.3f}]"
-        bounds = (_shown(row["limit"], 3), _shown(row["attainment"], 2), _shown(row["regret_ratio"], 1))
-        rewards = f"{_shown(row['base_reward'], 3)} -> {_shown(row['policy_reward'], 3)}"
-        cells = (row["judge"], f"{row['mean']:.3f}", between, *bounds, rewards)
-        say(
-            f"{mark} {row['label']:<16}"
-            + "".join(f"{cell:<{width}}" for cell, width in zip(cells, _WIDTHS, strict=True)).rstrip()
-        )
-    say()
-    say("  * the recipe's decoder. limit: the most that any method reaches at this KL with a reward that never ties;")
-    say(
-        f"    with this reward's ties ({main['tie_rate']:.0%}): {main['tie_limit']:.3f}, "
-        f"attainment {_shown(main['tie_attainment'], 2)}."
-    )
-
-
-_WIDTHS = (9, 10, 18, 8, 12, 14, 18)
-
-
-def _shown(value: float | None, digits: int) -> str:
-    return "-" if value is None or value != value else f"{value:.{digits}f}"

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from infalign.calibration.table import SampleTable
 from infalign.data.mixture import load_mixture
 from infalign.data.prompts import LoadedPrompts, load_prompts
 from infalign.data.splits import Splits, split_prompts
@@ -21,6 +22,7 @@ from infalign.data.templates import check_lengths, render, with_system
 from infalign.generation.hf import HFSampler
 from infalign.generation.openai import OpenAISampler
 from infalign.generation.plan import Sampler
+from infalign.rewards.calibrated_sum import sums_in
 from infalign.rewards.loader import Reward, load_reward
 from infalign.runtime.artifacts import differences, fingerprint, read_json, without_secrets, write_json
 from infalign.runtime.console import notice
@@ -35,6 +37,7 @@ from infalign.runtime.models import (
     model_fingerprint,
     resolve_model,
 )
+from infalign.stages.member_scores import bind_sums
 from infalign.stages.objective import load_procedure, load_transform
 from infalign.stages.recipe import Recipe, require
 from infalign.stages.serving import served_end_ids, server_of, server_url, warn_of_exposed_key
@@ -267,10 +270,16 @@ class Experiment:
         """The reward that judges beside it, or None."""
         if not self.recipe.gold_reward:
             return None
-        return self._reward(self.recipe.gold_reward, self.recipe.gold_reward_kwargs)
+        gold = self._reward(self.recipe.gold_reward, self.recipe.gold_reward_kwargs)
+        if sums_in(gold):
+            raise InputError(
+                "gold_reward: a weighted sum of calibrated rewards needs base samples scored by its members, which "
+                "`calibrate` makes for `reward` alone: give another gold_reward"
+            )
+        return gold
 
     def _reward(self, spec: str, kwargs: dict[str, Any]) -> Reward:
-        return load_reward(
+        reward = load_reward(
             spec,
             kwargs,
             base_dir=self.recipe.base_dir,
@@ -279,6 +288,10 @@ class Experiment:
             timeout=self.recipe.reward_timeout,
             strip_reasoning=("<think>", "</think>") if self.recipe.strip_reasoning else None,
         )
+        if not sums_in(reward):
+            return reward
+        folder, parts = self.recipe.output / "calibration", self.sampling_parts(self.base_path, CALIBRATION)
+        return bind_sums(reward, lambda: SampleTable.open(folder, parts), parts, self.recipe.num_calibration_samples)
 
     @cached_property
     def procedure(self) -> Procedure:

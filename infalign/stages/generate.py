@@ -1,43 +1,66 @@
 """`infalign generate`: decode prompts with the policy and the procedure that it was aligned for, to JSONL.
 
-Batches are shared out over the processes and written as they are done; a killed run goes on with what is missing.
+To a file: batches are shared out over the processes and written as they are done; a killed run goes on with what is
+missing, and the file is there whole or not at all. To standard output: batches of neighbouring prompts, each printed as
+soon as it is done.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
+import os
 import shutil
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from infalign.data.prompts import load_prompts
+from infalign.data.prompts import LoadedPrompts, load_prompts, prompts_from_rows
 from infalign.data.templates import check_lengths
+from infalign.decoding.course import Strategy
 from infalign.decoding.decode import Decoded, decode, plan_decoding
 from infalign.generation.plan import Request
 from infalign.rewards.scoring import score_samples
 from infalign.runtime.artifacts import fingerprint, read_json, write_json, write_whole
 from infalign.runtime.console import Progress, notice, say
-from infalign.runtime.distributed import barrier, is_main, my_share
+from infalign.runtime.distributed import barrier, is_main, my_share, world_size
 from infalign.runtime.models import context_length
 from infalign.stages.experiment import Experiment
 from infalign.stages.recipe import Recipe, require
+from infalign.stages.reference import REFERENCE, reference_sampler
+from infalign.stages.strategy import load_strategy
 from infalign.types import InputError, Prompt
 
+STANDARD = "-"
+"""In place of a file: standard input or output."""
 
-def generate(recipe: Recipe, *, prompts: str | None = None, output: str | None = None) -> Path:
-    """Decode prompts and write one JSON object a line: prompt, completion, reward, and all candidates.
+
+def generate(recipe: Recipe, *, prompts: str | None = None, output: str | None = None) -> Path | None:
+    """Decode prompts and write one JSON object a line: prompt, completion, reward, all candidates, what it has cost.
 
     Args:
         recipe: model, procedure, reward and sampling settings (here top_p, top_k, ... may be set).
-        prompts: a file of prompts; by default the recipe's test prompts.
-        output: the JSONL to write; by default `generations.jsonl` in `output_dir`.
+        prompts: a file of prompts, or "-" for standard input: JSON objects or plain text, one a line; by default the
+            recipe's test prompts.
+        output: the JSONL to write, or "-" for standard output; by default `generations.jsonl` in `output_dir`.
 
     Returns:
-        The path written.
+        The path written, None for standard output.
 
     Raises:
         InputError: no policy, no prompts, or prompts that do not fit the model.
     """
+    if STANDARD in (prompts, output) and world_size() > 1:
+        raise InputError(
+            "--prompts - and --output - are one process' own: give files, or leave --accelerate_config out"
+        )
+    if output == STANDARD:
+        results = sys.stdout
+        with contextlib.redirect_stdout(sys.stderr):  # whatever else is said must not come between the lines
+            _print(_rows(Experiment(recipe), prompts), results)
+        return None
     experiment = Experiment(recipe)
     if output is None:
         require(recipe, "output_dir")
@@ -50,7 +73,7 @@ def generate(recipe: Recipe, *, prompts: str | None = None, output: str | None =
     batches = plan_decoding(
         chosen,
         ids,
-        experiment.procedure,
+        _strategy(experiment),
         max_tokens=recipe.max_completion_length,
         tokens_per_batch=recipe.tokens_per_batch,
     )
@@ -61,33 +84,113 @@ def generate(recipe: Recipe, *, prompts: str | None = None, output: str | None =
     barrier()
     if is_main():
         _merge(list(parts), [prompt.key for prompt in chosen], path)
-        say(f"{len(chosen)} completions by {experiment.procedure!r} in {path}")
+        say(f"{len(chosen)} completions by {_strategy(experiment)!r} in {path}")
     barrier()
     return path
 
 
 def _decode_batches(experiment: Experiment, by_key: dict[str, Prompt], todo: dict[Path, list[Request]]) -> None:
     """Decode this rank's missing batches, each into its file."""
-    decoded = decode(
-        list(todo.values()),
-        by_key,
-        experiment.sampler(experiment.judged_path, "generate"),
-        lambda rows, samples: score_samples(experiment.reward, rows, samples),
-        experiment.procedure,
-        experiment.recipe.seed,
-    )
+    decoded = _decoded(experiment, by_key, list(todo.values()))
     count = sum(len(batch) for batch in todo.values())
-    with Progress(f"generate: {experiment.procedure!r}", count, "prompts") as progress:
+    with Progress(f"generate: {_strategy(experiment)!r}", count, "prompts") as progress:
         for file, batch in zip(todo, decoded, strict=True):
             write_json(file, [[one.prompt.key, _record(one)] for one in batch])
             progress.advance(len(batch))
+
+
+def _decoded(
+    experiment: Experiment, by_key: dict[str, Prompt], batches: Sequence[Sequence[Request]]
+) -> Iterator[list[Decoded]]:
+    return decode(
+        batches,
+        by_key,
+        experiment.sampler(experiment.judged_path, "generate"),
+        lambda rows, samples: score_samples(experiment.reward, rows, samples),
+        _strategy(experiment),
+        experiment.recipe.seed,
+        reference=reference_sampler(experiment),
+    )
+
+
+def _strategy(experiment: Experiment) -> Strategy:
+    """How candidates are drawn and one is chosen; by default as the recipe's procedure says."""
+    return load_strategy(experiment.recipe, experiment.procedure)
+
+
+def _reference_parts(experiment: Experiment) -> dict[str, Any]:
+    """What a strategy's comparisons with the base depend on; a procedure makes none."""
+    if experiment.recipe.strategy == "procedure":
+        return {}
+    return {"reference": experiment.sampling_parts(experiment.base_path, REFERENCE)}
+
+
+# --- to standard output -------------------------------------------------------------------------------------------
+
+
+def _rows(experiment: Experiment, prompts: str | None) -> Iterator[list[dict[str, Any]]]:
+    """What is decoded, in the order of the prompts, a batch at a time."""
+    chosen, ids = _prompts(experiment, prompts)
+    batches = _neighbours(experiment, chosen, ids)
+    by_key = {prompt.key: prompt for prompt in chosen}
+    place = {prompt.key: number for number, prompt in enumerate(chosen)}
+    unscored = 0
+    with Progress(f"generate: {_strategy(experiment)!r}", len(chosen), "prompts") as progress:
+        for decoded in _decoded(experiment, by_key, batches):
+            unscored += sum(one.chosen is None for one in decoded)
+            yield [_record(one) for one in sorted(decoded, key=lambda one: place[one.prompt.key])]
+            progress.advance(len(decoded))
+    _tell_unscored(unscored, len(chosen))
+
+
+def _neighbours(experiment: Experiment, prompts: list[Prompt], ids: list[tuple[int, ...]]) -> list[list[Request]]:
+    """Batches of prompts that follow each other: the first can be printed before the last is read by the model."""
+    recipe = experiment.recipe
+
+    def batches(start: int, end: int) -> list[list[Request]]:
+        return plan_decoding(
+            prompts[start:end],
+            ids[start:end],
+            _strategy(experiment),
+            max_tokens=recipe.max_completion_length,
+            tokens_per_batch=recipe.tokens_per_batch,
+        )
+
+    found: list[list[Request]] = []
+    start = 0
+    while start < len(prompts):
+        end = start + 1
+        while end < len(prompts) and len(batches(start, end + 1)) == 1:
+            end += 1
+        found += batches(start, end)
+        start = end
+    return found
+
+
+def _print(rows: Iterator[list[dict[str, Any]]], results: Any) -> None:
+    """JSON lines on a stream, flushed a batch at a time; a reader that has had enough ends it quietly."""
+    try:
+        for batch in rows:
+            text = "".join(_line(row) for row in batch)
+            if hasattr(results, "buffer"):
+                results.buffer.write(text.encode())  # UTF-8 whatever the locale
+            else:
+                results.write(text)
+            results.flush()
+    except BrokenPipeError:
+        with contextlib.suppress(OSError, ValueError):  # what is still in the buffer has nowhere to go
+            os.dup2(os.open(os.devnull, os.O_WRONLY), results.fileno())
+
+
+# --- to a file ----------------------------------------------------------------------------------------------------
 
 
 def _claim_parts(experiment: Experiment, path: Path, batches: list[list[Request]]) -> dict[Path, list[Request]]:
     """The file of every batch, in a folder beside the output that a killed run finds again if nothing has changed."""
     identity = {
         **experiment.sampling_parts(experiment.judged_path, "generate"),
-        "procedure": repr(experiment.procedure),
+        "procedure": repr(_strategy(experiment)),
+        **_reference_parts(experiment),
         "reward": experiment.reward.fingerprint,
         "batches": fingerprint([[(request.key, request.prompt_ids) for request in batch] for batch in batches]),
     }
@@ -104,13 +207,19 @@ def _claim_parts(experiment: Experiment, path: Path, batches: list[list[Request]
 def _merge(files: list[Path], order: list[str], path: Path) -> None:
     """One JSONL in the order of the prompts, whole; the batches' files go."""
     rows = {key: row for file in files for key, row in read_json(file, "the batch")}
-    unscored = sum(row["chosen"] is None for row in rows.values())
-    if unscored:
-        notice(f"{unscored} of {len(rows)} prompts have no scored candidate: their completion is null")
-    lines = "".join(json.dumps(rows[key], ensure_ascii=False) + "\n" for key in order)
+    _tell_unscored(sum(row["chosen"] is None for row in rows.values()), len(rows))
+    lines = "".join(_line(rows[key]) for key in order)
     write_whole(path, lambda temporary: temporary.write_text(lines, encoding="utf-8"))
     if files:
         shutil.rmtree(files[0].parent)
+
+
+def _tell_unscored(unscored: int, count: int) -> None:
+    if unscored:
+        notice(f"{unscored} of {count} prompts have no scored candidate: their completion is null")
+
+
+# --- prompts and records ------------------------------------------------------------------------------------------
 
 
 def _prompts(experiment: Experiment, file: str | None) -> tuple[list[Prompt], list[tuple[int, ...]]]:
@@ -118,11 +227,7 @@ def _prompts(experiment: Experiment, file: str | None) -> tuple[list[Prompt], li
     if file is None:
         test = list(experiment.splits.test)
         return test, [experiment.prompt_ids[prompt.key] for prompt in test]
-    if not any(candidate.exists() for candidate in (Path(file), recipe.base_dir / file)):
-        raise InputError(f"--prompts {file!r}: no such file")
-    loaded = load_prompts(
-        file, prompt_column=recipe.prompt_column, data_format=recipe.data_format, base_dir=recipe.base_dir
-    )
+    loaded = _loaded(recipe, file)
     if loaded.duplicates:
         notice(
             f"{loaded.duplicates} duplicate prompts merged: {len(loaded.prompts)} completions for {loaded.rows} rows"
@@ -140,6 +245,51 @@ def _prompts(experiment: Experiment, file: str | None) -> tuple[list[Prompt], li
     return kept, [tuple(checked.ids[prompt.key]) for prompt in kept]
 
 
+def _loaded(recipe: Recipe, file: str) -> LoadedPrompts:
+    """The prompts in a file or on standard input."""
+    if file == STANDARD:
+        rows = _read_lines(
+            sys.stdin.buffer.read() if hasattr(sys.stdin, "buffer") else sys.stdin.read().encode(), recipe
+        )
+        source = "standard input"
+        return prompts_from_rows(rows, source, prompt_column=recipe.prompt_column, data_format=recipe.data_format)
+    if not any(candidate.exists() for candidate in (Path(file), recipe.base_dir / file)):
+        raise InputError(f"--prompts {file!r}: no such file")
+    return load_prompts(
+        file, prompt_column=recipe.prompt_column, data_format=recipe.data_format, base_dir=recipe.base_dir
+    )
+
+
+def _read_lines(content: bytes, recipe: Recipe) -> list[dict[str, Any]]:
+    """Rows of standard input: JSON objects, if the first line is one, else a prompt a line; blank lines don't count.
+
+    Raises:
+        InputError: not UTF-8, or a line that is no JSON object after one that was.
+    """
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"standard input is not UTF-8 text ({error.reason} at byte {error.start})") from None
+    lines = [(number, line.rstrip("\r")) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    if not lines or not isinstance(_json(lines[0][1]), dict):
+        return [{recipe.prompt_column: line} for _, line in lines]
+    rows = [(number, _json(line)) for number, line in lines]
+    bad = next((number for number, row in rows if not isinstance(row, dict)), None)
+    if bad is not None:
+        raise InputError(
+            f"standard input, line {bad}: not a JSON object, as line {rows[0][0]} is: make the lines alike"
+        )
+    return [row for _, row in rows]
+
+
+def _json(line: str) -> Any:
+    """What a line holds as JSON; None for no JSON."""
+    try:
+        return json.loads(line)
+    except (json.JSONDecodeError, RecursionError):
+        return None
+
+
 def _record(one: Decoded) -> dict[str, Any]:
     rewards = [None if value != value else float(value) for value in one.rewards_N.tolist()]
     return {
@@ -151,4 +301,9 @@ def _record(one: Decoded) -> dict[str, Any]:
             {"completion": sample.text, "reward": reward, "finished": sample.finished}
             for sample, reward in zip(one.candidates, rewards, strict=True)
         ],
+        "spent": dataclasses.asdict(one.spent),
     }
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"

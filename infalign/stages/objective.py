@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,13 +25,17 @@ def load_procedure(recipe: Recipe) -> Procedure:
     Raises:
         InputError: an unknown name, or arguments that it does not take.
     """
-    name = recipe.procedure
-    arguments: dict[str, Any] = dict(recipe.procedure_kwargs)
+    return find_procedure(recipe.procedure, recipe.n, recipe.procedure_kwargs, recipe.base_dir)
+
+
+def find_procedure(name: str, n: int, kwargs: Mapping[str, Any], base_dir: Path) -> Procedure:
+    """The procedure of that name; errors as `load_procedure`."""
+    arguments: dict[str, Any] = dict(kwargs)
     if name in BUILT_IN:
         build: Any = BUILT_IN[name]
-        arguments = arguments if name == "random_n" else {"n": recipe.n, **arguments}
+        arguments = arguments if name == "random_n" else {"n": n, **arguments}
     else:
-        found = find_object(name, recipe.base_dir, what="procedure") if ":" in name or "." in name else None
+        found = find_object(name, base_dir, what="procedure") if ":" in name or "." in name else None
         if found is None:
             raise InputError(
                 f"procedure {name!r} is unknown{nearest(name, BUILT_IN)} "

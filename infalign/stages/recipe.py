@@ -81,6 +81,13 @@ class Recipe:
         "midrank", "interpolated: for K below about 32", "ctrl"
     )
 
+    strategy: str = key(
+        "procedure", "procedure, rejection, majority_vote, early_rejection, adaptive, or path.py:name", "decoding"
+    )
+    strategy_kwargs: dict = key(
+        {}, "{threshold: 0.9}, {answer: boxed}, {check_tokens: 16, keep: 0.5}, {cost: 0.1}", "decoding"
+    )
+
     max_completion_length: int = key(256, "tokens, end token included", "sampling")
     temperature: float = key(1.0, "of base samples, rollouts and evaluation alike", "sampling")
     top_p: float = key(1.0, "only 1.0 outside `generate`", "sampling")
@@ -106,6 +113,9 @@ class Recipe:
 
     eval_samples: int = key(64, "M, samples per test prompt and model", "evaluation")
     eval_n: list[int] = key([1, 2, 4, 8], "N of the Best-of-N and Worst-of-N win rates", "evaluation")
+    judge: str | None = key(None, "pairwise judge of decoded answers, asked in both orders: file.py:name", "evaluation")
+    judge_kwargs: dict = key({}, "its keyword arguments", "evaluation")
+    judge_samples: int = key(4, "decoded pairs a test prompt that the judge sees", "evaluation")
     kl_samples: int = key(16, "policy samples per prompt that KL is measured on", "evaluation")
     confidence: float = key(0.95, "of the intervals", "evaluation")
 
@@ -134,9 +144,9 @@ class Recipe:
         return Path(self.output_dir).expanduser()
 
 
-def own_keys() -> list[dataclasses.Field]:
+def own_keys(declaration: type = Recipe) -> list[dataclasses.Field]:
     """The fields that a recipe may set, in order."""
-    return [one for one in dataclasses.fields(Recipe) if one.name not in ("training", "base_dir")]
+    return [one for one in dataclasses.fields(declaration) if one.name not in ("training", "base_dir")]
 
 
 def load_recipe(config: str | Path | Mapping[str, Any] | None = None, flags: Mapping[str, Any] | None = None) -> Recipe:
@@ -212,6 +222,8 @@ def _check_together(recipe: Recipe) -> None:
         for name in ("num_validation_prompts",)
         if getattr(recipe, name) < 0
     ]
+    if recipe.judge_samples < 1:
+        problems.append(f"judge_samples must be at least 1, got {recipe.judge_samples}")
     if not recipe.temperature > 0:
         problems.append(f"temperature must be above 0, got {recipe.temperature}: greedy decoding has no distribution")
     if not 0 < recipe.confidence < 1:

@@ -10,7 +10,8 @@ from infalign.runtime.console import say
 from infalign.runtime.distributed import together
 from infalign.stages.calibrate import calibrate
 from infalign.stages.estimate import dry_run
-from infalign.stages.evaluate import check_samples, evaluate, tell
+from infalign.stages.evaluate import check_samples, evaluate
+from infalign.stages.evaluation_table import tell
 from infalign.stages.experiment import Experiment
 from infalign.stages.recipe import Recipe, load_recipe, require, require_plain
 from infalign.stages.report import report

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from types import SimpleNamespace
 from typing import Any
 
 from transformers import AutoConfig, GenerationConfig
 
-from infalign.generation.address import exposes_key
 from infalign.generation.server import Server
+from infalign.runtime.address import exposes_key, key_in_environment
 from infalign.runtime.console import notice
 from infalign.runtime.models import end_token_ids
 from infalign.stages.recipe import Recipe
-from infalign.types import InputError
 
 
 def server_url(recipe: Recipe, *, policy: bool) -> str | None:
@@ -37,7 +35,7 @@ def server_of(recipe: Recipe, *, policy: bool) -> Server | None:
         concurrency=recipe.server_concurrency,
         timeout=recipe.server_timeout,
         retries=recipe.server_retries,
-        api_key=_api_key(recipe.api_key_env),
+        api_key=key_in_environment(recipe.api_key_env),
     )
 
 
@@ -59,15 +57,3 @@ def served_end_ids(path: str, tokenizer: Any, revision: str | None, trust_remote
         declared = GenerationConfig.from_model_config(config)
     model: Any = SimpleNamespace(generation_config=declared)
     return end_token_ids(model, tokenizer)
-
-
-def _api_key(variable: str | None) -> str | None:
-    """The key in an environment variable."""
-    if variable is None:
-        return None
-    key = os.environ.get(variable, "").strip()
-    if not key:
-        raise InputError(f"api_key_env: the environment variable {variable} is not set: export it, or leave it out")
-    if not (key.isascii() and key.isprintable()):
-        raise InputError(f"api_key_env: what {variable} holds is no API key: it has characters that no header takes")
-    return key

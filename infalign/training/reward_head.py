@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import optimize, special
+from scipy import linalg, special
 from torch import Tensor
 
 from infalign.rewards.encoding import last_index
@@ -29,6 +29,7 @@ Array = NDArray[np.float64]
 FOLDS = 5
 PENALTIES = tuple(float(10.0**power) for power in np.arange(-3.0, 1.26, 0.25))
 """Of |w|^2 / 2 where differences have unit variance and the loss is a mean over pairs."""
+_STEPS = 50  # of Newton's method; a handful is enough
 _NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
 
 
@@ -159,7 +160,7 @@ def cross_validate(differences_PH: Array, fold_P: NDArray[np.int_]) -> list[tupl
 def bradley_terry(differences_PH: Array, penalty: float, start_H: Array | None = None) -> Array:
     """argmin_w mean softplus(-w d) + penalty/2 |s w|^2, s the root mean square of each difference: (H,).
 
-    The penalty acts where every difference has unit size, so that it means the same for every feature.
+    The penalty acts where every difference has unit size, so that it means the same for every feature. Newton's method.
 
     Args:
         differences_PH: P pairs.
@@ -173,12 +174,24 @@ def bradley_terry(differences_PH: Array, penalty: float, start_H: Array | None =
     scale_H = np.sqrt((differences_PH**2).mean(0))
     scale_H = np.where(scale_H > 0.0, scale_H, 1.0)
     scaled = differences_PH / scale_H
+    weights = np.zeros(scaled.shape[1]) if start_H is None else start_H * scale_H
+    loss = _penalised(scaled, weights, penalty)
+    for _ in range(_STEPS):
+        margin = scaled @ weights
+        gradient = -(special.expit(-margin) @ scaled) / len(scaled) + penalty * weights
+        if np.abs(gradient).max() < 1e-10:
+            break
+        spread = special.expit(margin) * special.expit(-margin) / len(scaled)
+        curvature = (scaled * spread[:, None]).T @ scaled
+        curvature[np.diag_indices_from(curvature)] += penalty
+        step = linalg.solve(curvature, gradient, assume_a="pos")
+        share, trial = 1.0, _penalised(scaled, weights - step, penalty)
+        while trial > loss and share > 1e-6:  # far from the solution a whole step can go too far
+            share /= 2.0
+            trial = _penalised(scaled, weights - share * step, penalty)
+        weights, loss = weights - share * step, min(trial, loss)
+    return weights / scale_H
 
-    def loss(weights_H: Array) -> tuple[float, Array]:
-        margin = scaled @ weights_H
-        gradient = -(special.expit(-margin) @ scaled) / len(scaled) + penalty * weights_H
-        return float(-special.log_expit(margin).mean() + penalty / 2.0 * weights_H @ weights_H), gradient
 
-    start = np.zeros(scaled.shape[1]) if start_H is None else start_H * scale_H
-    found = optimize.minimize(loss, start, jac=True, method="L-BFGS-B", options={"maxiter": 2000, "gtol": 1e-7})
-    return found.x / scale_H
+def _penalised(scaled_PH: Array, weights_H: Array, penalty: float) -> float:
+    return float(-special.log_expit(scaled_PH @ weights_H).mean() + penalty / 2.0 * weights_H @ weights_H)

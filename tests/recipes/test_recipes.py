@@ -7,12 +7,18 @@ from pathlib import Path
 import pytest
 
 from infalign.data.prompts import load_prompts
+from infalign.data.splits import split_prompts
 from infalign.rewards.loader import load_reward
 from infalign.stages.objective import load_procedure, load_transform
 from infalign.stages.recipe import find_recipe, load_recipe, require
+from infalign.stages.reward_model import load_pairs
+from infalign.stages.reward_model_recipe import load_reward_model_recipe
+from tests.tiny import tiny_causal
 
 ROOT = Path(__file__).parents[2]
-RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+REWARD_MODELS = [ROOT / "recipes" / "harmless_reward.yaml"]
+RECIPES = sorted(set((ROOT / "recipes").glob("*.yaml")) - set(REWARD_MODELS))
+TRAINED = {str(Path(load_reward_model_recipe(path).output_dir) / "reward_model") for path in REWARD_MODELS}
 HARMLESS = ROOT.parent / "shared" / "data" / "hh-harmless-base-test.jsonl.gz"
 
 
@@ -23,7 +29,33 @@ def test_recipe_is_valid(path):
     procedure = load_procedure(recipe)
     _, beta = load_transform(recipe, procedure)
     assert beta > 0
-    assert load_reward(recipe.reward, recipe.reward_kwargs, base_dir=recipe.base_dir).fingerprint
+    if recipe.reward not in TRAINED:  # another recipe makes it
+        assert load_reward(recipe.reward, recipe.reward_kwargs, base_dir=recipe.base_dir).fingerprint
+
+
+def test_the_harmless_recipe_uses_the_reward_that_the_other_one_trains():
+    reward, policy = load_reward_model_recipe(REWARD_MODELS[0]), load_recipe(find_recipe("harmless_worst_of_4"))
+    assert policy.reward == str(Path(reward.output_dir) / "reward_model")
+    assert (reward.seed, reward.dataset_name, reward.dataset_data_dir) == (
+        policy.seed,
+        policy.dataset_name,
+        policy.dataset_data_dir,
+    )
+
+
+@pytest.mark.skipif(not HARMLESS.exists(), reason="../shared/data is not there")
+def test_the_policy_is_tested_on_prompts_that_its_reward_never_saw(tmp_path):
+    data = {"dataset_name": str(HARMLESS)}
+    pairs = load_pairs(
+        load_reward_model_recipe(REWARD_MODELS[0], {**data, "model_name_or_path": tiny_causal(tmp_path)})
+    )
+    recipe = load_recipe(find_recipe("harmless_worst_of_4"), data)
+    prompts = load_prompts(recipe.dataset_name, data_format=recipe.data_format).prompts
+    splits = split_prompts(
+        prompts, num_train=1000, num_validation=0, num_test=recipe.num_test_prompts, seed=recipe.seed
+    )
+    trained_on = {pair.key for pair in pairs.train}
+    assert len(splits.test) == 256 and not trained_on & {prompt.key for prompt in splits.test}
 
 
 @pytest.mark.parametrize("name", ["quickstart", "arithmetic_pass_at_4"])

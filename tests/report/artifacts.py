@@ -11,6 +11,9 @@ import numpy as np
 
 from infalign.calibration.diagnostics import Diagnostics, tie_rate, uniformity
 from infalign.calibration.table import SampleTable, Wanted, write_samples, write_scores
+from infalign.decoding.by_procedure import ByProcedure
+from infalign.decoding.replay import Table
+from infalign.evaluation.compute import Contest, measure_compute
 from infalign.evaluation.winrate import win_rate
 from infalign.runtime.artifacts import write_json, write_manifest
 from infalign.stages.recipe import Recipe
@@ -153,9 +156,31 @@ def write_evaluation(folder: Path, shift: float = 0.9, gold: bool = False) -> di
         "base": side,
         "policy": {**side, "reward": 0.1 + shift},
         "examples": [_example(at) for at in range(3)],
+        "pairwise": {
+            "judge": "judges.py:build",
+            "win_rate": {"mean": 0.6251, "low": 0.5512, "high": 0.7003},
+            "pairs": 160,
+            "disagreement": 0.1375,
+        },
+        "compute": measure_compute(_contests(base_PM, policy_PM), ByProcedure(BestOfN(4))),
     }
     write_json(folder / "evaluation.json", result)
     return json.loads((folder / "evaluation.json").read_text())
+
+
+def _contests(base_PM: np.ndarray, policy_PM: np.ndarray) -> list[Contest]:
+    """The samples with lengths, the policy's a little shorter."""
+    rng = np.random.default_rng(4)
+    return [
+        Contest(Prompt(f"prompt {at}", f"k{at:03d}"), _table(base_M, rng, 60), _table(policy_M, rng, 50))
+        for at, (base_M, policy_M) in enumerate(zip(base_PM, policy_PM, strict=True))
+    ]
+
+
+def _table(rewards_M: np.ndarray, rng: np.random.Generator, tokens: int) -> Table:
+    lengths = rng.integers(tokens // 2, 3 * tokens // 2, rewards_M.size)
+    samples = [Sample("k", at, (1,) * int(length), np.zeros(1), "", True) for at, length in enumerate(lengths)]
+    return Table(samples, rewards_M)
 
 
 def _row(policy_PM: np.ndarray, base_PM: np.ndarray, procedure: Procedure, judge: str) -> dict[str, Any]:
@@ -172,6 +197,7 @@ def _row(policy_PM: np.ndarray, base_PM: np.ndarray, procedure: Procedure, judge
         "limit": limit,
         "attainment": (found.mean - 0.5) / (limit - 0.5),
         "regret_ratio": (1 - found.mean) / (1 - limit),
+        "length_controlled": {"mean": found.mean - 0.0125},
     }
 
 

@@ -18,7 +18,7 @@ from infalign.stages.report import report
 from infalign.types import InputError
 from tests.report.artifacts import ATTACK, write_calibration, write_evaluation, write_policy, write_recipe, write_run
 
-PLOTS = ("limit", "win_rates", "rewards", "training", "transform", "calibration")
+PLOTS = ("limit", "win_rates", "compute", "rewards", "training", "transform", "calibration")
 
 
 class Elements(HTMLParser):
@@ -83,12 +83,15 @@ def test_numbers_are_those_of_the_evaluation(run_folder, html):
         cells = [row["judge"], f"{row['mean']:.3f}", f"{row['low']:.3f} to {row['high']:.3f}"]
         if row["judge"] == "reward":
             cells += [f"{row['limit']:.3f}", f"{row['attainment']:.2f}", f"{row['regret_ratio']:.1f}"]
+            cells += [f"{row['length_controlled']['mean']:.3f}"]
         assert re.search(r"\s+".join(map(re.escape, cells)), text), cells
     share = f"{100 * main['mean']:.1f} % of the time [{100 * main['low']:.1f}, {100 * main['high']:.1f}] at 0.42 nats"
     assert f"Decoded by BestOfN(4), the policy beats its base {share}" in text
     assert f"{100 * main['limit']:.1f} %: attainment {main['attainment']:.2f}" in text
     assert f"ties the limit is {100 * main['tie_limit']:.1f} %" in text
     assert "Judged by the gold reward length" in text
+    assert "prefers the policy's decoded answer in 0.625 [0.551, 0.700] of 160 pairs" in " ".join(text.split())
+    assert "name other winners in 14 % of them" in " ".join(text.split())
 
 
 def test_recipe_versions_and_training_are_shown(html):

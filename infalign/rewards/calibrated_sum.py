@@ -1,0 +1,110 @@
+"""A weighted sum of calibrated rewards: what is added are quantiles, so the members' scales do not matter.
+
+`R(x, y) = sum_k w_k C_k(x, y)`, where `C_k` is the mid-rank quantile of member k's score of y among its scores of K
+samples that the base policy drew for the same x (`calibration.quantile`). An increasing map of a member's score changes
+nothing. Every score therefore needs the members' scores of the prompt's base samples: in a recipe `infalign calibrate`
+makes them, for the test prompts too, and they are found by prompt. A prompt that was never calibrated has none, which
+is an error and no score. In Python: `bind` them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from infalign.calibration.quantile import calibrate
+from infalign.rewards.contract import Text
+from infalign.rewards.fingerprint import digest
+from infalign.rewards.loader import Reward
+from infalign.rewards.members import scores_of
+from infalign.types import InputError, prompt_key
+
+References = Callable[[Text], Sequence[ArrayLike]]
+"""By prompt, each member's scores of the prompt's base samples; NaN is no score."""
+
+
+class CalibratedSum:
+    """A reward function with the values `sum_k w_k C_k(x, y)`.
+
+    Args:
+        members: loaded rewards.
+        weights: one for each.
+
+    Attributes:
+        members, weights: as given.
+        fingerprint: of members and weights; not of the reference samples, which `bind`s caller knows.
+
+    Raises:
+        InputError: a member is itself a calibrated sum, or holds one.
+    """
+
+    tries_again = True
+
+    def __init__(self, members: Sequence[Reward], weights: Sequence[float]) -> None:
+        if any(sums_in(member) for member in members):
+            raise InputError(
+                "weighted_sum: a member is a weighted sum itself: a quantile of quantiles needs reference samples of "
+                "both; list all members in one sum"
+            )
+        self.__name__ = "weighted_sum"
+        self.members, self.weights = list(members), list(weights)
+        self.fingerprint = digest("calibrated sum", [member.fingerprint for member in members], self.weights)
+        self._references: References | None = None
+
+    def bind(self, references: References) -> None:
+        """Say where the members' scores of base samples come from."""
+        self._references = references
+
+    def __call__(
+        self, prompts: Sequence[Text], completions: Sequence[Text], completion_ids: Any = None, **columns: Any
+    ) -> NDArray[np.float64]:
+        """Scores (B,), NaN where a member has none for the completion, or for none of its prompt's base samples.
+
+        Raises:
+            InputError: the members' scores of base samples are not there.
+            RewardError: a member failed.
+        """
+        if self._references is None:
+            raise InputError(
+                "weighted_sum: it adds quantiles among base samples, and there are none here: name it as `reward` in a "
+                "recipe and run `infalign calibrate`, or give them with bind()"
+            )
+        references = {prompt_key(prompt): prompt for prompt in prompts}
+        by_key = {key: [_scores(row) for row in self._references(prompt)] for key, prompt in references.items()}
+        rows = [by_key[prompt_key(prompt)] for prompt in prompts]
+        scores_SB = scores_of(self.members, prompts, completions, completion_ids, columns)
+        total = np.zeros(len(completions))
+        for number, weight in enumerate(self.weights):
+            total += weight * _quantiles(scores_SB[number], [row[number] for row in rows])
+        return total
+
+
+def sums_in(reward: Reward) -> list[CalibratedSum]:
+    """Every calibrated sum that a reward is or is made of."""
+    return list(_sums(reward))
+
+
+def _sums(reward: Reward) -> Iterator[CalibratedSum]:
+    if isinstance(reward.function, CalibratedSum):
+        yield reward.function
+    else:
+        for member in getattr(reward.function, "members", ()):
+            if isinstance(member, Reward):
+                yield from _sums(member)
+
+
+def _scores(row: ArrayLike) -> NDArray[np.float64]:
+    values = np.asarray(row, dtype=np.float64)
+    return values[~np.isnan(values)]
+
+
+def _quantiles(scores_B: NDArray[np.float64], references_B: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
+    """(B,) mid-rank quantiles, NaN where there is no score or no reference."""
+    known = [row for row, reference in enumerate(references_B) if reference.size]
+    found = np.full(len(scores_B), np.nan)
+    if known:
+        found[known] = calibrate(scores_B[known, None], [references_B[row] for row in known])[:, 0]
+    return found

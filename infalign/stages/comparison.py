@@ -1,0 +1,185 @@
+"""What `infalign evaluate --base --policy` compares: its keys, and the two files' samples in one table."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from infalign.data.completions import Completions, read_completions
+from infalign.rewards.contract import shape_completions
+from infalign.runtime.config import check, field_hints
+from infalign.runtime.console import notice
+from infalign.stages.recipe import key
+from infalign.theory.procedures import Procedure
+from infalign.types import InputError
+
+Floats = NDArray[np.float64]
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """What is compared, and how."""
+
+    base: str = key(
+        "", "file of the base's samples: prompt, completions[], rewards[] (optional), gold_rewards[]", "files"
+    )
+    policy: str = key("", "file of the policy's samples of the same prompts", "files")
+    output: str | None = key(None, "JSON file to write the result to", "files")
+
+    procedure: str = key(
+        "best_of_n", "best_of_n, worst_of_n, kth_of_n, random_n, soft_best_of_n, path.py:name", "decoder"
+    )
+    n: int = key(4, "candidates that the procedure draws", "decoder")
+    procedure_kwargs: dict = key({}, "{k: 2}, {tilt: 8}, {pmf: [...]}", "decoder")
+    eval_n: list[int] = key(
+        [], "further N of Best-of-N and Worst-of-N; unset: 1, 2, 4, ... up to the samples", "decoder"
+    )
+    kl: float | None = key(None, "sequence KL in nats, if known: prints the exact limit beside", "decoder")
+
+    reward: str | None = key(None, "scores the samples where the files have no rewards: file.py:name, ...", "reward")
+    reward_kwargs: dict = key({}, "its keyword arguments", "reward")
+    gold_reward: str | None = key(None, "judges what the reward decodes; unset: the files' gold_rewards", "reward")
+    gold_reward_kwargs: dict = key({}, "its keyword arguments", "reward")
+    judge: str | None = key(None, "pairwise judge, file.py:name: asked in both orders", "reward")
+    judge_kwargs: dict = key({}, "its keyword arguments", "reward")
+    judge_samples: int = key(4, "decoded pairs a prompt that the judge sees", "reward")
+
+    confidence: float = key(0.95, "of the intervals", "other")
+    seed: int = key(42, "of the bootstrap and of the judged pairs", "other")
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """The samples of the prompts that both files have, in one order, with the rewards that decode and judge."""
+
+    keys: tuple[str, ...]
+    samples: tuple[tuple[Completions, Completions], ...]  # (policy, base) of each prompt
+    rewards: tuple[list[Floats], list[Floats]]
+    gold: tuple[list[Floats], list[Floats]] | None
+
+    def lengths(self, side: int) -> list[Floats]:
+        """Characters of every completion."""
+        return [np.array([len(text) for text in pair[side].texts], dtype=np.float64) for pair in self.samples]
+
+
+def load_comparison(flags: Mapping[str, Any]) -> Comparison:
+    """A checked comparison from flags.
+
+    Raises:
+        InputError: everything that is wrong with them, at once.
+    """
+    asked = Comparison(**check({}, flags, field_hints(Comparison)))
+    problems = [f"--{name} FILE is needed: samples as JSONL" for name in ("base", "policy") if not getattr(asked, name)]
+    for name in ("n", "judge_samples"):
+        if getattr(asked, name) < 1:
+            problems.append(f"{name} must be at least 1, got {getattr(asked, name)}")
+    if any(one < 1 for one in asked.eval_n):
+        problems.append(f"eval_n must be positive integers, got {asked.eval_n}")
+    if not 0 < asked.confidence < 1:
+        problems.append(f"confidence must be between 0 and 1, got {asked.confidence}")
+    if asked.kl is not None and not asked.kl >= 0:
+        problems.append(f"kl must be nats of at least 0, got {asked.kl}")
+    if not 0 <= asked.seed < 2**32:
+        problems.append(f"seed must be between 0 and 2**32 - 1, got {asked.seed}")
+    if problems:
+        raise InputError("; ".join(problems))
+    return asked
+
+
+def load_table(asked: Comparison, procedure: Procedure) -> Table:
+    """The samples of the prompts that both files have and the procedure can decode.
+
+    Raises:
+        InputError: no prompt in common, no rewards and nothing to score with, or too few samples everywhere.
+    """
+    policy, base = read_completions(asked.policy), read_completions(asked.base)
+    keys = [name for name in policy if name in base]
+    if not keys:
+        raise InputError(f"{asked.policy} and {asked.base} have no prompt in common: sample the same prompts")
+    for name, prompts in ((asked.policy, policy), (asked.base, base)):
+        if len(prompts) > len(keys):
+            alone = len(prompts) - len(keys)
+            notice(f"{alone} of {len(prompts)} prompts in {name} are not in the other file and are left out")
+    pairs = [(policy[name], base[name]) for name in keys]
+    rewards = [_scores(asked, [pair[side] for pair in pairs], side) for side in (0, 1)]
+    gold = _gold(asked, pairs)
+    if gold is not None:  # a sample that one of the two does not score is left out
+        for proxy, judge in (
+            (row, other) for side in (0, 1) for row, other in zip(rewards[side], gold[side], strict=True)
+        ):
+            unscored = np.isnan(proxy) | np.isnan(judge)
+            proxy[unscored] = judge[unscored] = np.nan
+    return _with_enough(Table(tuple(keys), tuple(pairs), (rewards[0], rewards[1]), gold), procedure)
+
+
+def _with_enough(table: Table, procedure: Procedure) -> Table:
+    """The prompts with `procedure.n` scored samples on both sides."""
+    counts = np.array([[(~np.isnan(row)).sum() for row in side] for side in table.rewards]).min(0)
+    kept = np.flatnonzero(counts >= procedure.n).tolist()
+    if not kept:
+        raise InputError(
+            f"no prompt has the {procedure.n} scored samples a side that {procedure!r} needs: draw more, or lower n"
+        )
+    if len(kept) == len(counts):
+        return table
+    notice(f"{len(counts) - len(kept)} of {len(counts)} prompts have fewer than {procedure.n} scored samples: left out")
+
+    def picked(sides: tuple[list[Floats], list[Floats]]) -> tuple[list[Floats], list[Floats]]:
+        return [sides[0][number] for number in kept], [sides[1][number] for number in kept]
+
+    return Table(
+        keys=tuple(table.keys[number] for number in kept),
+        samples=tuple(table.samples[number] for number in kept),
+        rewards=picked(table.rewards),
+        gold=None if table.gold is None else picked(table.gold),
+    )
+
+
+def _scores(asked: Comparison, samples: Sequence[Completions], side: int) -> list[Floats]:
+    """The rewards of one side: the file's, or those of the reward that was named."""
+    if asked.reward is not None:
+        return _scored(asked.reward, asked.reward_kwargs, samples)
+    rows = [one.rewards_M for one in samples if one.rewards_M is not None]
+    if len(rows) < len(samples):
+        file = (asked.policy, asked.base)[side]
+        raise InputError(
+            f"{len(samples) - len(rows)} of {len(samples)} prompts in {file} have no rewards: add them, or score with "
+            "--reward"
+        )
+    return rows
+
+
+def _gold(
+    asked: Comparison, pairs: Sequence[tuple[Completions, Completions]]
+) -> tuple[list[Floats], list[Floats]] | None:
+    """The gold rewards of both sides, None when nobody gave any."""
+    sides = ([pair[0] for pair in pairs], [pair[1] for pair in pairs])
+    if asked.gold_reward is not None:
+        spec, kwargs = asked.gold_reward, asked.gold_reward_kwargs
+        return _scored(spec, kwargs, sides[0]), _scored(spec, kwargs, sides[1])
+    given = tuple([one.gold_M for one in side if one.gold_M is not None] for side in sides)
+    missing = 2 * len(pairs) - sum(map(len, given))
+    if missing == 2 * len(pairs):
+        return None
+    if missing:
+        raise InputError(f"{missing} rows have no gold_rewards and others have: give them all, or none")
+    return given[0], given[1]
+
+
+def _scored(spec: str, kwargs: Mapping[str, Any], samples: Sequence[Completions]) -> list[Floats]:
+    """Rewards of all samples, prompt by prompt."""
+    from infalign.rewards.loader import load_reward  # noqa: PLC0415 - files with rewards load none
+
+    reward = load_reward(spec, kwargs, base_dir=Path())
+    found: list[Floats] = []
+    for one in samples:
+        prompts = [one.prompt.content] * len(one.texts)
+        columns = {name: [value] * len(prompts) for name, value in one.prompt.columns.items()}
+        ids = [[] for _ in prompts]  # made elsewhere: token ids are not known
+        found.append(reward(prompts, shape_completions(prompts, list(one.texts)), ids, **columns))
+    return found

@@ -1,0 +1,67 @@
+"""A recipe's decoding strategy, from its name to an object."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from infalign.decoding.answers import EXTRACTORS
+from infalign.decoding.course import Strategy
+from infalign.decoding.strategies import BUILT_IN, TAKES_PROCEDURE
+from infalign.rewards.lookup import find_object
+from infalign.runtime.config import nearest
+from infalign.stages.recipe import Recipe
+from infalign.theory.procedures import Procedure
+from infalign.types import InputError
+
+
+def load_strategy(recipe: Recipe, procedure: Procedure) -> Strategy:
+    """The recipe's strategy: a built-in name with `n` and `strategy_kwargs`, or `path.py:name`.
+
+    `procedure` and `early_rejection` choose by the recipe's procedure; the other built-ins choose in their own way
+    among at most `n` candidates. One's own is an object with `n`, `width` and `step`, or what makes one from
+    `strategy_kwargs`.
+
+    Raises:
+        InputError: an unknown name, arguments that it does not take, or an object that is no strategy.
+    """
+    name, arguments = recipe.strategy, dict(recipe.strategy_kwargs)
+    if name in BUILT_IN:
+        first = {"procedure": procedure} if name in TAKES_PROCEDURE else {"n": recipe.n}
+        if name == "majority_vote":
+            arguments = _with_extractor(arguments, recipe)
+        return _made(BUILT_IN[name], {**first, **arguments}, recipe)
+    found = find_object(name, recipe.base_dir, what="strategy") if ":" in name or "." in name else None
+    if found is None:
+        raise InputError(
+            f"strategy {name!r} is unknown{nearest(name, BUILT_IN)} "
+            f"(one of {', '.join(BUILT_IN)}, or path.py:name for your own)"
+        )
+    is_made = not isinstance(found.value, type) and hasattr(found.value, "step")
+    strategy: Any = found.value if is_made else _made(found.value, arguments, recipe)
+    missing = [part for part in ("n", "width", "step") if not hasattr(strategy, part)]
+    if missing:
+        raise InputError(f"strategy {name!r} gave {type(strategy).__name__}, which lacks {', '.join(missing)}")
+    return strategy
+
+
+def _made(build: Any, arguments: dict[str, Any], recipe: Recipe) -> Any:
+    try:
+        return build(**arguments)
+    except InputError as error:
+        raise InputError(f"strategy {recipe.strategy!r}: {error}") from error
+    except (TypeError, ValueError) as error:
+        verb = "needs more than" if "missing" in str(error) else "does not take"
+        raise InputError(
+            f"strategy {recipe.strategy!r} {verb} strategy_kwargs {recipe.strategy_kwargs}: {error}"
+        ) from error
+
+
+def _with_extractor(arguments: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """`answer: path.py:name` as the function itself."""
+    answer = arguments.get("answer")
+    if not isinstance(answer, str) or answer in EXTRACTORS or ".py:" not in answer:
+        return arguments
+    found = find_object(answer, recipe.base_dir, what="answer")
+    if found is None or not callable(found.value):
+        raise InputError(f"answer {answer!r} must name a function that maps a completion to its answer, or None")
+    return {**arguments, "extract": found.value}
