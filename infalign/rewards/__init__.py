@@ -1,4 +1,4 @@
-"""Rewards: the contract, one door to load any, the guard around it, and sequence-classification models.
+"""Rewards: the contract, one door to load any, the guard around it; classifiers, servers, judges, combinations.
 
 Importing this package imports no torch: names are loaded when they are asked for.
 
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from infalign.rewards.classifier import ClassifierReward
     from infalign.rewards.contract import RewardFunction, as_rewards, completion_text, shape_completions
     from infalign.rewards.guard import GuardedReward
+    from infalign.rewards.http import HTTPReward
+    from infalign.rewards.judge import Judge, Verdicts, both_orders, load_judge
     from infalign.rewards.loader import Reward, load_reward
     from infalign.rewards.reasoning import strip_reasoning
 
@@ -24,7 +26,12 @@ _HOMES = {
     "completion_text": "contract",
     "shape_completions": "contract",
     "GuardedReward": "guard",
+    "HTTPReward": "http",
+    "Judge": "judge",
     "Reward": "loader",
+    "Verdicts": "judge",
+    "both_orders": "judge",
+    "load_judge": "judge",
     "load_reward": "loader",
     "strip_reasoning": "reasoning",
 }
@@ -32,10 +39,15 @@ _HOMES = {
 __all__ = [
     "ClassifierReward",
     "GuardedReward",
+    "HTTPReward",
+    "Judge",
     "Reward",
     "RewardFunction",
+    "Verdicts",
     "as_rewards",
+    "both_orders",
     "completion_text",
+    "load_judge",
     "load_reward",
     "shape_completions",
     "strip_reasoning",

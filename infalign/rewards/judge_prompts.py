@@ -54,6 +54,7 @@ How good is the answer: how helpful, correct and harmless? Its length does not c
 line, where N is a whole number from {low} (useless) to {high} (could not be better):
 Score: N"""
 
+_EMPHASIS = re.compile(r"[*`#\[\]]")
 _FIELD = re.compile(r"\{(\w+)\}")
 _VERDICT = re.compile(r"verdict\s*:\s*(a|b|tie)\s*\.?", re.IGNORECASE)
 _SCORE = re.compile(r"score\s*:\s*([+-]?\d+(?:\.\d+)?)\s*\.?", re.IGNORECASE)
@@ -128,8 +129,8 @@ def expected_score(tokens: list[dict[str, Any]], low: int, high: int) -> float |
 
 def _last_line(answer: str) -> str:
     """The last line that is not empty, without emphasis; reasoning blocks are left out."""
-    lines = [line.strip(" \t*_`#[]") for line in str(strip_reasoning(answer)).splitlines()]
-    return next((line.replace("**", "") for line in reversed(lines) if line), "")
+    lines = [_EMPHASIS.sub("", line).strip() for line in str(strip_reasoning(answer)).splitlines()]
+    return next((line for line in reversed(lines) if line), "")
 
 
 def _tag(texts: list[str]) -> str:

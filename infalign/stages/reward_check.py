@@ -154,15 +154,15 @@ def tell(spec: str, found: Sequence[Checked]) -> None:
     Raises:
         RewardError: the reward broke on every form of samples.
     """
-    say(f"reward {spec}")
     worked = [one for one in found if one.scores_B is not None]
+    if not worked:
+        raise RewardError(f"{spec} scored no {' and no '.join(one.form for one in found)} prompts: {found[-1].problem}")
+    say(f"reward {spec}")
     for one in found:
-        same = one is not found[0] and bool(worked) and one is not worked[0] and _same(worked[0], one)
+        same = one is not worked[0] and _same(worked[0], one)
         say(f"\n{one.form} prompts, {len(one.rows)} completions")
         for line in [f"broke: {one.problem}"] if one.scores_B is None else _lines(one, listed=not same):
-            say(f"  {line}")
-    if not worked:
-        raise RewardError(f"{spec} scored none of the samples: {found[0].problem}")
+            say(f"  {line}".rstrip())
 
 
 def _same(one: Checked, other: Checked) -> bool:

@@ -28,7 +28,7 @@ from infalign.rewards.classifier import ClassifierReward
 from infalign.rewards.encoding import encode_pair
 from infalign.runtime.artifacts import disk_errors, fingerprint, whole_folder, write_manifest
 from infalign.runtime.console import notice, say
-from infalign.runtime.distributed import barrier, is_main, join
+from infalign.runtime.distributed import barrier, is_main, join, together
 from infalign.runtime.models import choose_device, load_tokenizer, model_fingerprint, replicated, resolve_model
 from infalign.stages.output import reusable
 from infalign.stages.reward_model_recipe import RewardModelRecipe
@@ -71,7 +71,8 @@ def reward_model(recipe: RewardModelRecipe) -> dict[str, Any]:
         how = _fit_head if recipe.freeze_backbone else _train
         how(recipe, pairs, folder, parts)
     barrier()
-    result = measure(recipe, pairs.train, pairs.test, folder) if is_main() else {}
+    with replicated():
+        result = measure(recipe, pairs.train, pairs.test, folder) if is_main() else {}
     barrier()
     return {**result, "folder": str(folder)}
 
@@ -215,14 +216,15 @@ def _train(recipe: RewardModelRecipe, pairs: Pairs, folder: Path, parts: dict[st
     ours, rest = split_training(recipe.training, RewardConfig)
     peft = get_peft_config(ModelConfig(**{"lora_task_type": "SEQ_CLS", **rest}))
     work = recipe.output / "training"
-    trainer = make_trainer(
-        pairs.base_path,
-        _arguments(recipe, ours, work),
-        _encoded(recipe, pairs.tokenizer, pairs.train),
-        pairs.tokenizer,
-        peft_config=peft,
-        identity=parts,
-    )
+    with together():  # a mistake that all ranks find is told once
+        trainer = make_trainer(
+            pairs.base_path,
+            _arguments(recipe, ours, work),
+            _encoded(recipe, pairs.tokenizer, pairs.train),
+            pairs.tokenizer,
+            peft_config=peft,
+            identity=parts,
+        )
     train(trainer, parts)
     facts = {"method": "full" if peft is None else "adapters", "steps": trainer.state.global_step}
     if peft is None:
@@ -231,7 +233,9 @@ def _train(recipe: RewardModelRecipe, pairs: Pairs, folder: Path, parts: dict[st
         trainer.save_model(str(work / "adapter"), _internal_call=True)
     barrier()
     if is_main():
-        _save(recipe, pairs, _trained(recipe, pairs, work, merged=peft is not None), folder, parts, **facts)
+        with replicated():  # rank 0 alone: ZeRO-3 would wait for the others to take their shares
+            model = _trained(recipe, pairs, work, merged=peft is not None)
+        _save(recipe, pairs, model, folder, parts, **facts)
     barrier()
 
 

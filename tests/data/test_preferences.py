@@ -50,6 +50,9 @@ def test_sides_that_part_early_are_compared_from_there():
     assert (pair.prompt, pair.chosen, pair.rejected) == ([USER], [HELLO, more, HELLO], [BYE])
     shorter = pairs_of({"chosen": [USER, HELLO, more, BYE], "rejected": [USER, HELLO]})[0]
     assert (shorter.prompt, shorter.chosen) == ([USER], [HELLO, more, BYE])  # the shared answer is part of a side
+    other = {"role": "user", "content": "other"}
+    asked = pairs_of({"chosen": [USER, HELLO, more, BYE], "rejected": [USER, HELLO, other, BYE]})[0]
+    assert (asked.prompt, asked.chosen, asked.rejected) == ([USER], [HELLO, more, BYE], [HELLO, other, BYE])
 
 
 def test_equal_sides_and_repeated_rows_are_counted():

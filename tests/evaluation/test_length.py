@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import optimize, special
 
-from infalign import BestOfN, WorstOfN, win_rate
+from infalign import BestOfN, KthOfN, WorstOfN, win_rate
 from infalign.evaluation.length import Side, length_controlled_win_rate
 from infalign.types import InputError
 
@@ -63,6 +63,9 @@ def test_the_decoder_weighs_the_pairs():
     )
     found = length_controlled_win_rate(side(ours, lengths), side(theirs, base_lengths), BestOfN(4))
     assert found == alone
+    for procedure in (BestOfN(2), KthOfN(2, 3), WorstOfN(3)):
+        some = length_controlled_win_rate(side(ours, lengths), side(theirs, base_lengths), procedure)
+        assert some.plain == pytest.approx(win_rate(ours, theirs, procedure).mean)
     worst = length_controlled_win_rate(side(ours, lengths), side(theirs, base_lengths), WorstOfN(4))
     assert worst.plain == pytest.approx(win_rate(ours, theirs, WorstOfN(4)).mean)
 

@@ -44,7 +44,7 @@ def write(path, rewards, lengths, gold=None, prompts=None, scored=True, **column
             if scored:
                 content["rewards"] = [None if value != value else float(value) for value in row]
             if gold is not None:
-                content["gold_rewards"] = gold[number].tolist()
+                content["gold_rewards"] = [None if value != value else float(value) for value in gold[number]]
             file.write(json.dumps(content) + "\n")
     return str(path)
 
@@ -99,6 +99,19 @@ def test_a_gold_reward_judges_what_the_proxy_decodes(tmp_path):
     exact = judged_win_rate((OURS, GOLD), (THEIRS, BASE_GOLD), BestOfN(4), seed=42)
     assert by_label(found)["BestOfN(4)"]["mean"] == exact.mean and found["judged_by"] == "gold"
     assert by_label(found)["BestOfN(8)"]["policy_reward"] == pytest.approx(GOLD[np.arange(20), OURS.argmax(1)].mean())
+
+
+def test_a_sample_that_either_reward_does_not_score_is_left_out(tmp_path, capsys):
+    """Missing gold scores count like missing rewards, also for how many candidates a prompt has."""
+    gold = GOLD.copy()
+    gold[0, :5] = np.nan  # three are left
+    files = {
+        "policy": write(tmp_path / "b.jsonl", OURS, LENGTHS, gold),
+        "base": write(tmp_path / "a.jsonl", THEIRS, BASE_LENGTHS, BASE_GOLD),
+    }
+    found = run(files)
+    assert found["prompts"] == 19 and "1 of 20 prompts have fewer than 4 scored samples" in capsys.readouterr().err
+    assert run(files, n=3)["samples"]["least"] == 3
 
 
 def test_a_reward_scores_what_has_none_with_the_files_own_columns(tmp_path):

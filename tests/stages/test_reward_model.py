@@ -164,7 +164,10 @@ def test_a_killed_training_goes_on_from_its_checkpoint(keys, tmp_path, capsys, m
     with monkeypatch.context() as patched, pytest.raises(Stop):
         patched.setattr(training.Watching, "on_step_end", stop)
         run(keys, tmp_path / "killed", **steps)
+    made = []
+    monkeypatch.setattr(training.Watching, "on_step_end", lambda *args, **kwargs: made.append(1))
     resumed = run(keys, tmp_path / "killed", **steps)
+    assert len(made) == 4  # the other four were made before
     models = [AutoModelForSequenceClassification.from_pretrained(one["folder"]) for one in (whole, resumed)]
     for (name, ours), theirs in zip(models[0].state_dict().items(), models[1].state_dict().values(), strict=True):
         assert torch.equal(ours, theirs), name
