@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -159,26 +159,44 @@ def load_recipe(config: str | Path | Mapping[str, Any] | None = None, flags: Map
     Raises:
         InputError: everything that is wrong with it, at once.
     """
-    if isinstance(config, Mapping):
-        values, base_dir = dict(config), Path()
-    elif config is None:
-        values, base_dir = {}, Path()
-    else:
-        path = find_recipe(str(config))
-        values, base_dir = read_yaml(path), path.parent
-    values = {name: value for name, value in values.items() if name not in LAUNCH_FLAGS}  # the command line's
-    hints = {name: hint for name, hint in field_hints(Recipe).items() if name not in ("training", "base_dir")}
-    own = set(hints)
-    if not own >= {*values, *(flags or {})}:  # TRL takes seconds to import: only when a key of its is there
-        hints = {**_training_hints(), **hints}
-    checked = check(values, flags or {}, hints)
-    training = {name: value for name, value in checked.items() if name not in own}
-    recipe = Recipe(
-        **{name: value for name, value in checked.items() if name in own}, training=training, base_dir=base_dir
-    )
+    recipe = Recipe(**read_keys(Recipe, config, flags, _training_hints))
     recipe = _with_trl_names(recipe)
     _check_together(recipe)
     return recipe
+
+
+def read_keys(
+    declaration: type,
+    config: str | Path | Mapping[str, Any] | None,
+    flags: Mapping[str, Any] | None,
+    training_hints: Callable[[], dict[str, Any]],
+) -> dict[str, Any]:
+    """The checked fields of a recipe's dataclass: its own keys, `training` with TRL's, and `base_dir`.
+
+    Args:
+        declaration: a dataclass with the fields `training` and `base_dir`.
+        config, flags: as for `load_recipe`.
+        training_hints: TRL's keys with their types; asked only when a key is not the dataclass' own (TRL takes seconds
+            to import).
+
+    Raises:
+        InputError: everything that is wrong with them, at once.
+    """
+    values, base_dir = dict(config) if isinstance(config, Mapping) else {}, Path()
+    if config is not None and not isinstance(config, Mapping):
+        path = find_recipe(str(config))
+        values, base_dir = read_yaml(path), path.parent
+    values = {name: value for name, value in values.items() if name not in LAUNCH_FLAGS}  # the command line's
+    hints = {name: hint for name, hint in field_hints(declaration).items() if name not in ("training", "base_dir")}
+    own = set(hints)
+    if not own >= {*values, *(flags or {})}:
+        hints = {**training_hints(), **hints}
+    checked = check(values, flags or {}, hints)
+    training = {name: value for name, value in checked.items() if name not in own}
+    return {name: value for name, value in checked.items() if name in own} | {
+        "training": training,
+        "base_dir": base_dir,
+    }
 
 
 def find_recipe(name: str) -> Path:

@@ -270,7 +270,13 @@ def _arguments(recipe: RewardModelRecipe, ours: dict[str, Any], work: Path) -> R
         | (ours.get("model_init_kwargs") or {}),
     }
     on_cpu = recipe.use_cpu or not torch.cuda.is_available()
-    defaults = {"save_total_limit": 1, "bf16": not on_cpu, "gradient_checkpointing": False, "report_to": "none"}
+    defaults = {
+        "save_total_limit": 1,
+        "logging_steps": 1,
+        "bf16": not on_cpu,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+    }
     try:
         return RewardConfig(**{**defaults, "dataloader_pin_memory": not on_cpu, **ours, **shared})
     except (ValueError, TypeError) as error:

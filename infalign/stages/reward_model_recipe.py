@@ -10,9 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from infalign.runtime.config import check, field_hints, read_yaml
-from infalign.runtime.launch import FLAGS as LAUNCH_FLAGS
-from infalign.stages.recipe import find_recipe, key
+from infalign.stages.recipe import key, read_keys
 from infalign.types import InputError
 
 
@@ -67,29 +65,15 @@ def load_reward_model_recipe(
     Raises:
         InputError: everything that is wrong with it, at once.
     """
-    if isinstance(config, Mapping):
-        values, base_dir = dict(config), Path()
-    elif config is None:
-        values, base_dir = {}, Path()
-    else:
-        path = find_recipe(str(config))
-        values, base_dir = read_yaml(path), path.parent
-    values = {name: value for name, value in values.items() if name not in LAUNCH_FLAGS}
-    hints = {
-        name: hint for name, hint in field_hints(RewardModelRecipe).items() if name not in ("training", "base_dir")
-    }
-    own = set(hints)
-    if not own >= {*values, *(flags or {})}:  # TRL takes seconds to import: only when a key of its is there
-        from infalign.stages.training_keys import reward_training_hints  # noqa: PLC0415
-
-        hints = {**reward_training_hints(), **hints}
-    checked = check(values, flags or {}, hints)
-    training = {name: value for name, value in checked.items() if name not in own}
-    recipe = RewardModelRecipe(
-        **{name: value for name, value in checked.items() if name in own}, training=training, base_dir=base_dir
-    )
+    recipe = RewardModelRecipe(**read_keys(RewardModelRecipe, config, flags, _training_hints))
     _check_together(recipe)
     return recipe
+
+
+def _training_hints() -> dict[str, Any]:
+    from infalign.stages.training_keys import reward_training_hints  # noqa: PLC0415 - imports TRL, seconds
+
+    return reward_training_hints()
 
 
 def _check_together(recipe: RewardModelRecipe) -> None:

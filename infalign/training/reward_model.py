@@ -19,10 +19,10 @@ from datasets import Dataset
 from transformers import TrainerCallback
 from trl import RewardConfig, RewardTrainer
 
-from infalign.runtime.console import Progress, notice
+from infalign.runtime.console import notice
 from infalign.runtime.distributed import is_main
 from infalign.training.checkpoints import newest_whole, seal
-from infalign.training.progress import quiet
+from infalign.training.progress import TrainingProgress, pairs_note, quiet
 from infalign.types import InputError, TrainingError
 
 Encoded = tuple[list[int], list[int]]
@@ -59,7 +59,7 @@ def make_trainer(
             train_dataset=rows,
             processing_class=tokenizer,
             peft_config=peft_config,
-            callbacks=[Sealing(identity), Watching()],
+            callbacks=[Sealing(identity), TrainingProgress("reward model: train", pairs_note)],
         )
     except (ValueError, ImportError) as error:
         raise InputError(f"the training keys do not fit: {' '.join(str(error).split())}") from error
@@ -97,30 +97,3 @@ class Sealing(TrainerCallback):
         """Seal the checkpoint of this step."""
         if is_main():
             seal(Path(args.output_dir) / f"checkpoint-{state.global_step}", self.identity)
-
-
-class Watching(TrainerCallback):
-    """One progress bar with the latest loss and training accuracy."""
-
-    def __init__(self) -> None:
-        self.progress: Progress | None = None
-        self.seen = 0
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Open the bar."""
-        self.seen = state.global_step
-        self.progress = Progress("reward model: train", state.max_steps, "steps", done=self.seen).__enter__()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Move the bar."""
-        if self.progress is not None:
-            last = next((logs for logs in reversed(state.log_history) if "accuracy" in logs), None)
-            note = "" if last is None else f"loss {last['loss']:.3f}  accuracy {last['accuracy']:.3f}"
-            self.progress.advance(state.global_step - self.seen, note)
-            self.seen = state.global_step
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Close the bar."""
-        if self.progress is not None:
-            self.progress.__exit__(None, None, None)
-            self.progress = None

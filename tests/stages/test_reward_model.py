@@ -149,7 +149,7 @@ def test_a_finished_model_is_reused_and_another_recipe_is_refused(keys, tmp_path
 
 def test_a_killed_training_goes_on_from_its_checkpoint(keys, tmp_path, capsys, monkeypatch):
     """Stopped after step 4 of 8 and run again: the weights of a run that was not stopped."""
-    from infalign.training import reward_model as training  # noqa: PLC0415 - the callback is patched
+    from infalign.training.progress import TrainingProgress  # noqa: PLC0415 - patched
 
     steps = {**LEARNING, "max_steps": 8, "save_steps": 4}
     whole = run(keys, tmp_path / "whole", **steps)
@@ -157,15 +157,15 @@ def test_a_killed_training_goes_on_from_its_checkpoint(keys, tmp_path, capsys, m
     class Stop(Exception):
         pass
 
-    def stop(self, args, state, control, **kwargs):
+    def stop(self, args, state, control, logs=None, **kwargs):
         if state.global_step == 5:
             raise Stop
 
     with monkeypatch.context() as patched, pytest.raises(Stop):
-        patched.setattr(training.Watching, "on_step_end", stop)
+        patched.setattr(TrainingProgress, "on_log", stop)
         run(keys, tmp_path / "killed", **steps)
     made = []
-    monkeypatch.setattr(training.Watching, "on_step_end", lambda *args, **kwargs: made.append(1))
+    monkeypatch.setattr(TrainingProgress, "on_step_end", lambda *args, **kwargs: made.append(1))
     resumed = run(keys, tmp_path / "killed", **steps)
     assert len(made) == 4  # the other four were made before
     models = [AutoModelForSequenceClassification.from_pretrained(one["folder"]) for one in (whole, resumed)]
