@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from infalign.generation.address import is_loopback
+from infalign.runtime.address import is_loopback
 from infalign.serving.completions import Service, complete
 from infalign.serving.refusal import Refusal
 from infalign.serving.request import Kind

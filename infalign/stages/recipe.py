@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from infalign.generation.address import address_problem
+from infalign.runtime.address import address_problem
 from infalign.runtime.config import check, field_hints, read_yaml
 from infalign.runtime.launch import FLAGS as LAUNCH_FLAGS
 from infalign.types import InputError, SamplingSettings
