@@ -15,6 +15,8 @@ from safetensors.numpy import load_file
 
 from infalign.calibration.table import SampleTable
 from tests.e2e.experiment import tiny_experiment
+from tests.stages.test_reward_model import write_pairs
+from tests.tiny import tiny_causal
 
 TWO = ["--accelerate_config", "cpu_ddp"]
 
@@ -88,3 +90,31 @@ def test_two_processes_measure_and_decode_one_policy_alike(runs):
     assert outputs[0].read_bytes() == outputs[1].read_bytes()
     assert len(outputs[0].read_text().splitlines()) == 4
     assert not list(folder.glob(".*.parts"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("launch", "more"), [("cpu_ddp", {}), ("cpu_zero3", {"use_peft": True, "lora_r": 4})])
+def test_two_processes_train_a_reward_model(tmp_path, launch, more):
+    """Every pair is seen by one of them, rank 0 alone measures and speaks, and the model is whole."""
+    targets = {"lora_target_modules": ["q_proj", "v_proj"]} if more else {}
+    values = {
+        "model_name_or_path": tiny_causal(tmp_path / "base"),
+        "dataset_name": write_pairs(tmp_path / "pairs.jsonl", 60),
+        "num_test_prompts": 10,
+        "max_steps": 3,
+        "per_device_train_batch_size": 4,
+        "output_dir": str(tmp_path / "out"),
+        **more,
+        **targets,
+    }
+    out = call(tmp_path / "reward.yaml", values, "reward-model", "--accelerate_config", launch)
+    assert out.count("use it: reward: ") == 1, "only rank 0 speaks"
+    measured = json.loads((tmp_path / "out" / "reward_model.json").read_text())
+    assert (measured["pairs"], measured["training_pairs"]) == (20, 40)
+    weights, base = (
+        load_file(folder / "model.safetensors") for folder in (tmp_path / "out" / "reward_model", tmp_path / "base")
+    )
+    shared = set(weights) & set(base)
+    assert "score.weight" in weights and all(weights[name].shape == base[name].shape for name in shared)
+    moved = {name for name in shared if not np.array_equal(weights[name], base[name])}
+    assert moved and all(("q_proj" in name or "v_proj" in name) for name in moved) == bool(more)
