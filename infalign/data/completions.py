@@ -43,6 +43,8 @@ def read_completions(name: str) -> dict[str, Completions]:
     Raises:
         InputError: nothing there, or rows that cannot be read (counted, the first five shown).
     """
+    if not Path(name).exists():
+        raise InputError(f"{name}: no such file of samples")
     rows = read_rows(name, base_dir=Path())
     if not rows:
         raise InputError(f"{name}: no rows")

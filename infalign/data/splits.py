@@ -54,7 +54,7 @@ def split_prompts(
     source = train if test_pool is None else _ordered(test_pool, seed)
     if len(source) < num_test:
         raise InputError(
-            f"asked for {num_test} test prompts, the data for them has {len(source)} distinct; lower num_test"
+            f"asked for {num_test} test prompts, the data for them has {len(source)} distinct; lower num_test_prompts"
         )
     test = source[:num_test]
     taken = {prompt.key for prompt in test}

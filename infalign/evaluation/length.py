@@ -26,6 +26,8 @@ Array = NDArray[np.float64]
 
 BINS = 81  # of tanh(d / s) in [-1, 1]; pairs in a bin share their mean
 RESAMPLES = 400
+LEAST_OVERLAP = 0.05
+"""Of the pairs must be on either side of equal length: else what happens there is a guess, and NaN is returned."""
 _SEEN = 1e-12  # a sample whose weight is below is never decoded
 _STEPS = 30  # of Newton's method
 _LONGEST = 4.0  # step that Newton's method may make
@@ -34,9 +36,10 @@ _RIDGE = 1e-6  # keeps the fit finite where one side always wins
 
 @dataclass(frozen=True)
 class LengthControlled:
-    """`mean` at equal length with its interval over prompts; `plain`, the same pairs without control; `slope` is phi.
+    """A win rate at equal length, beside the plain one; NaN where lengths hardly overlap.
 
-    `longer`: by how much the policy's decoded answers are longer on average, in the unit of the lengths.
+    `mean` with its interval `low`, `high` over prompts; `plain`, those pairs without control; `slope`, phi; `longer`,
+    by how much the policy's decoded answers are longer on average, in the unit of the lengths.
     """
 
     mean: float
@@ -77,11 +80,16 @@ def length_controlled_win_rate(
     spread = float(np.sqrt(np.mean([(w * (d - mean) ** 2).sum() for w, d, _ in prompts])))
     binned_PBF = np.stack([_binned(*one, spread) for one in prompts])
     theta, slope = _fit(binned_PBF.sum(0)[None])[0].tolist()
+    overlap = min(float(np.mean([(w * (side * d >= 0.0)).sum() for w, d, _ in prompts])) for side in (1.0, -1.0))
+    if overlap < LEAST_OVERLAP:
+        theta = slope = np.nan
     count = len(prompts)
     drawn_RP = np.random.default_rng(seed).multinomial(count, np.full(count, 1.0 / count), size=RESAMPLES)
     refits = _fit(np.tensordot(drawn_RP.astype(np.float64), binned_PBF, 1))[:, 0]
     tail = (1.0 - confidence) / 2.0
     low, high = special.expit(np.quantile(refits, [tail, 1.0 - tail])).tolist() if count > 1 else (np.nan, np.nan)
+    if np.isnan(theta):
+        low = high = np.nan
     total = binned_PBF.sum((0, 1))
     return LengthControlled(float(special.expit(theta)), low, high, float(total[1] / total[0]), slope, mean)
 

@@ -77,7 +77,6 @@ def pair_quality(
     prompts_P: Sequence[str],
     *,
     confidence: float = 0.95,
-    seed: int = 0,
 ) -> PairQuality:
     """Measure a reward on P held-out pairs.
 
@@ -86,7 +85,6 @@ def pair_quality(
         chosen_lengths_P, rejected_lengths_P: lengths of the completions, in any one unit.
         prompts_P: the prompt of each pair: pairs of one prompt are one cluster of the interval.
         confidence: of the accuracy's interval.
-        seed: of its bootstrap.
 
     Raises:
         InputError: no pairs, shapes that differ, or scores that are not finite.
@@ -103,7 +101,7 @@ def pair_quality(
     return PairQuality(
         pairs=margin.size,
         prompts=len(set(prompts_P)),
-        accuracy=clustered_mean(right, prompts_P, confidence, seed),
+        accuracy=clustered_share(right, prompts_P, confidence),
         log_loss=float(-special.log_expit(margin).mean()),
         ece=float(sum(one.count * abs(one.right - one.probability) for one in bins) / margin.size),
         bins=bins,
@@ -130,6 +128,26 @@ def clustered_mean(values_P: Array, clusters_P: Sequence[str], confidence: float
     return WinRate(float(means.mean()), float(max(low, 0.0)), float(min(high, 1.0)), means)
 
 
+def clustered_share(values_P: Array, clusters_P: Sequence[str], confidence: float = 0.95) -> WinRate:
+    """A share, averaged over clusters, with Wilson's interval for as many trials as its variance is worth.
+
+    The effective number of trials is p(1-p) / var(mean), the variance between clusters, at most P: the idea of Korn and
+    Graubard (Survey Methodology 1998) for rare outcomes in clusters. It stays honest near 0 and 1, where a bootstrap
+    of few values has no width.
+
+    >>> found = clustered_share(np.ones(30), [str(i) for i in range(30)])
+    >>> (found.mean, round(found.low, 3), found.high)
+    (1.0, 0.886, 1.0)
+    """
+    _, which = np.unique(np.asarray(clusters_P), return_inverse=True)
+    means = np.bincount(which, values_P) / np.bincount(which)
+    share = float(means.mean())
+    variance = float(means.var(ddof=1)) / means.size if means.size > 1 else 0.0
+    worth = share * (1.0 - share) / variance if variance > 0.0 else float(values_P.size)
+    low, high = wilson_interval(share, min(worth, float(values_P.size)), confidence)
+    return WinRate(share, low, high, means)
+
+
 def reliability(margin_P: ArrayLike) -> tuple[Bin, ...]:
     """The reliability diagram of margins: `BINS` bins of equal width over the favoured side's probability in [1/2, 1].
 
@@ -151,8 +169,8 @@ def reliability(margin_P: ArrayLike) -> tuple[Bin, ...]:
     return tuple(found)
 
 
-def wilson_interval(share: float, count: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a share among `count` independent trials."""
+def wilson_interval(share: float, count: float, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval of a share among `count` independent trials (which may be an effective number)."""
     z = float(stats.norm.ppf(0.5 + confidence / 2.0))
     centre = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * float(np.sqrt(share * (1 - share) / count + z * z / (4 * count * count)))

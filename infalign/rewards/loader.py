@@ -184,7 +184,7 @@ def built_callable(
         return value(**wanted, **options)
     except InputError:
         raise
-    except Exception as error:  # the user's code
+    except (Exception, SystemExit) as error:  # the user's code
         raise InputError(
             f"{subject}: building it with {without_secrets(options) or 'no arguments'} failed ({one_line(error)})"
         ) from error

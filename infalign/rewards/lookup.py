@@ -93,7 +93,7 @@ def _load_file(path: Path, base_dir: Path, what: str) -> ModuleType:
     try:
         with _import_path(path.parent, base_dir):
             module_spec.loader.exec_module(module)
-    except Exception as error:  # the user's code, at import: anything
+    except (Exception, SystemExit) as error:  # the user's code, at import: anything
         sys.modules.pop(module_spec.name, None)
         raise InputError(f"{what} {path}: importing the file failed ({one_line(error)})") from error
     return module
@@ -110,7 +110,7 @@ def _import(name: str, base_dir: Path, spec: str, what: str) -> ModuleType:
                 f"or a model's folder or Hub id (owner/name)"
             ) from error
         raise InputError(f"{what} {spec!r}: importing {name} failed ({one_line(error)})") from error
-    except Exception as error:  # as above
+    except (Exception, SystemExit) as error:  # as above
         raise InputError(f"{what} {spec!r}: importing {name} failed ({one_line(error)})") from error
 
 

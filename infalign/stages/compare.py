@@ -130,8 +130,8 @@ def tell(asked: Comparison, result: Mapping[str, Any]) -> None:
         cells = [
             f"{row['mean']:.3f}",
             f"[{row['low']:.3f}, {row['high']:.3f}]",
-            f"{controlled['mean']:.3f}",
-            f"[{controlled['low']:.3f}, {controlled['high']:.3f}]",
+            _shown(controlled["mean"], 3),
+            f"[{_shown(controlled['low'], 3)}, {_shown(controlled['high'], 3)}]",
             f"{row['base_reward']:.3f} -> {row['policy_reward']:.3f}",
         ]
         cells += [_shown(row["limit"], 3), _shown(row["attainment"], 2)] if asked.kl is not None else []

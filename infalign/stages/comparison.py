@@ -86,6 +86,10 @@ def load_comparison(flags: Mapping[str, Any]) -> Comparison:
         problems.append(f"kl must be nats of at least 0, got {asked.kl}")
     if not 0 <= asked.seed < 2**32:
         problems.append(f"seed must be between 0 and 2**32 - 1, got {asked.seed}")
+    for name in ("base", "policy"):
+        file, written = Path(getattr(asked, name)), Path(asked.output or "")
+        if asked.output and file.exists() and written.exists() and file.samefile(written):
+            problems.append(f"--output {asked.output} is --{name}'s file, which would be lost: name another one")
     if problems:
         raise InputError("; ".join(problems))
     return asked
@@ -121,6 +125,8 @@ def _with_enough(table: Table, procedure: Procedure) -> Table:
     """The prompts with `procedure.n` scored samples on both sides."""
     counts = np.array([[(~np.isnan(row)).sum() for row in side] for side in table.rewards]).min(0)
     kept = np.flatnonzero(counts >= procedure.n).tolist()
+    if not any(row.size and not np.isnan(row).all() for side in table.rewards for row in side):
+        raise InputError("no sample has a score: look at the rewards, or at what --reward returns")
     if not kept:
         raise InputError(
             f"no prompt has the {procedure.n} scored samples a side that {procedure!r} needs: draw more, or lower n"

@@ -29,7 +29,7 @@ def tell(result: Mapping[str, Any]) -> None:
         between = f"[{row['low']:.3f}, {row['high']:.3f}]"
         bounds = (_shown(row["limit"], 3), _shown(row["attainment"], 2), _shown(row["regret_ratio"], 1))
         rewards = f"{_shown(row['base_reward'], 3)} -> {_shown(row['policy_reward'], 3)}"
-        controlled = f"{row['length_controlled']['mean']:.3f}" if "length_controlled" in row else "-"
+        controlled = _shown(row.get("length_controlled", {}).get("mean"), 3)
         cells = (row["judge"], f"{row['mean']:.3f}", between, *bounds, rewards, controlled)
         say(
             f"{mark} {row['label']:<16}"

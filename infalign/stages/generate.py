@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,11 +22,12 @@ from infalign.decoding.course import Strategy
 from infalign.decoding.decode import Decoded, decode, plan_decoding
 from infalign.generation.plan import Request
 from infalign.rewards.scoring import score_samples
-from infalign.runtime.artifacts import fingerprint, read_json, write_json, write_whole
+from infalign.runtime.artifacts import fingerprint, write_json
 from infalign.runtime.console import Progress, notice, say
-from infalign.runtime.distributed import barrier, is_main, my_share, world_size
+from infalign.runtime.distributed import barrier, is_main, my_share, together, world_size
 from infalign.runtime.models import context_length
 from infalign.stages.experiment import Experiment
+from infalign.stages.generated_file import claim_parts, is_made, is_same, line, write_output
 from infalign.stages.recipe import Recipe, require
 from infalign.stages.reference import REFERENCE, reference_sampler
 from infalign.stages.strategy import load_strategy
@@ -67,6 +67,12 @@ def generate(recipe: Recipe, *, prompts: str | None = None, output: str | None =
     path = Path(output) if output else recipe.output / "generations.jsonl"
     if path.is_dir():
         raise InputError(f"--output {path} is a folder: name a file")
+    if (
+        prompts is not None
+        and path.exists()
+        and any(is_same(path, file) for file in (prompts, recipe.base_dir / prompts))
+    ):
+        raise InputError(f"--output {path} is the file of prompts, which would be lost: name another file")
     path.parent.mkdir(parents=True, exist_ok=True)
     chosen, ids = _prompts(experiment, prompts)
     by_key = {prompt.key: prompt for prompt in chosen}
@@ -77,13 +83,20 @@ def generate(recipe: Recipe, *, prompts: str | None = None, output: str | None =
         max_tokens=recipe.max_completion_length,
         tokens_per_batch=recipe.tokens_per_batch,
     )
-    parts = _claim_parts(experiment, path, batches)
+    identity = _identity(experiment, batches)
+    with together():  # every rank looks, and one of them speaks
+        made = is_made(path, identity, recipe.overwrite)
+    if made:
+        say(f"{path} is made already ({len(chosen)} completions by {_strategy(experiment)!r})")
+        return path
+    parts = claim_parts(path, identity, batches)
     missing = [file for file in my_share(list(parts)) if not file.exists()]
     if missing:
         _decode_batches(experiment, by_key, {file: parts[file] for file in missing})
     barrier()
     if is_main():
-        _merge(list(parts), [prompt.key for prompt in chosen], path)
+        unscored = write_output(list(parts), [prompt.key for prompt in chosen], path, identity)
+        _tell_unscored(unscored, len(chosen))
         say(f"{len(chosen)} completions by {_strategy(experiment)!r} in {path}")
     barrier()
     return path
@@ -171,7 +184,7 @@ def _print(rows: Iterator[list[dict[str, Any]]], results: Any) -> None:
     """JSON lines on a stream, flushed a batch at a time; a reader that has had enough ends it quietly."""
     try:
         for batch in rows:
-            text = "".join(_line(row) for row in batch)
+            text = "".join(line(row) for row in batch)
             if hasattr(results, "buffer"):
                 results.buffer.write(text.encode())  # UTF-8 whatever the locale
             else:
@@ -182,36 +195,15 @@ def _print(rows: Iterator[list[dict[str, Any]]], results: Any) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), results.fileno())
 
 
-# --- to a file ----------------------------------------------------------------------------------------------------
-
-
-def _claim_parts(experiment: Experiment, path: Path, batches: list[list[Request]]) -> dict[Path, list[Request]]:
-    """The file of every batch, in a folder beside the output that a killed run finds again if nothing has changed."""
-    identity = {
+def _identity(experiment: Experiment, batches: list[list[Request]]) -> dict[str, Any]:
+    """Everything that the completions depend on, by name."""
+    return {
         **experiment.sampling_parts(experiment.judged_path, "generate"),
         "procedure": repr(_strategy(experiment)),
         **_reference_parts(experiment),
         "reward": experiment.reward.fingerprint,
         "batches": fingerprint([[(request.key, request.prompt_ids) for request in batch] for batch in batches]),
     }
-    folder = path.parent / f".{path.name}.{fingerprint(identity)}.parts"
-    if is_main():
-        for other in path.parent.glob(f".{path.name}.*.parts"):
-            if other != folder:
-                shutil.rmtree(other)
-        folder.mkdir(exist_ok=True)
-    barrier()
-    return {folder / f"{number:06d}.json": batch for number, batch in enumerate(batches)}
-
-
-def _merge(files: list[Path], order: list[str], path: Path) -> None:
-    """One JSONL in the order of the prompts, whole; the batches' files go."""
-    rows = {key: row for file in files for key, row in read_json(file, "the batch")}
-    _tell_unscored(sum(row["chosen"] is None for row in rows.values()), len(rows))
-    lines = "".join(_line(rows[key]) for key in order)
-    write_whole(path, lambda temporary: temporary.write_text(lines, encoding="utf-8"))
-    if files:
-        shutil.rmtree(files[0].parent)
 
 
 def _tell_unscored(unscored: int, count: int) -> None:
@@ -303,7 +295,3 @@ def _record(one: Decoded) -> dict[str, Any]:
         ],
         "spent": dataclasses.asdict(one.spent),
     }
-
-
-def _line(row: dict[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"

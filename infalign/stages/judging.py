@@ -69,10 +69,11 @@ def judge_decoded(
 def judge_line(found: Mapping[str, Any]) -> str:
     """What the judge said, in one line."""
     rate = found["win_rate"]
+    agreement = found["proxy_agreement"]
+    agrees = "" if agreement != agreement else f"; it agrees with the reward on {agreement:.0%}"
     unjudged = f", {found['unjudged']} without a verdict" if found["unjudged"] else ""
     return (
         f"judge {found['judge']}: win rate {rate['mean']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}] over "
         f"{found['pairs']} decoded pairs{unjudged}; its two orders disagree on {found['disagreement']:.0%}, the answer "
-        f"shown first wins {found['first_preferred']:.0%}; it agrees with the reward on "
-        f"{found['proxy_agreement']:.0%}"
+        f"shown first wins {found['first_preferred']:.0%}{agrees}"
     )

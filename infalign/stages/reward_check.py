@@ -15,7 +15,7 @@ from infalign.data.completions import read_completions
 from infalign.data.prompts import load_prompts
 from infalign.rewards.contract import Text, shape_completions
 from infalign.rewards.loader import Reward, load_reward
-from infalign.runtime.console import say
+from infalign.runtime.console import notice, say
 from infalign.types import InputError, Prompt, RewardError, prompt_key
 
 Floats = NDArray[np.float64]
@@ -152,7 +152,7 @@ def tell(spec: str, found: Sequence[Checked]) -> None:
     """Print what was found.
 
     Raises:
-        RewardError: the reward broke on every form of samples.
+        RewardError: the reward broke on every form of samples, or scored none of them.
     """
     worked = [one for one in found if one.scores_B is not None]
     if not worked:
@@ -163,6 +163,11 @@ def tell(spec: str, found: Sequence[Checked]) -> None:
         say(f"\n{one.form} prompts, {len(one.rows)} completions")
         for line in [f"broke: {one.problem}"] if one.scores_B is None else _lines(one, listed=not same):
             say(f"  {line}".rstrip())
+    scores = np.concatenate([one.scores_B for one in worked if one.scores_B is not None])
+    if np.isnan(scores).all():
+        raise RewardError(f"{spec} gave no sample a score: nothing can be calibrated or chosen with it")
+    if np.nanmin(scores) == np.nanmax(scores):
+        notice(f"every sample has the same reward, {scores[~np.isnan(scores)][0]:g}: try --samples of your own")
 
 
 def _same(one: Checked, other: Checked) -> bool:

@@ -62,6 +62,8 @@ def reward_model(recipe: RewardModelRecipe) -> dict[str, Any]:
         TrainingError: losses or weights are not finite.
     """
     join(recipe.use_cpu)
+    if recipe.output.exists() and not recipe.output.is_dir():
+        raise InputError(f"output_dir {recipe.output} is a file: give a folder")
     pairs = load_pairs(recipe)
     parts = _parts(recipe, pairs)
     folder = recipe.output / "reward_model"
@@ -258,6 +260,9 @@ def _trained(recipe: RewardModelRecipe, pairs: Pairs, work: Path, *, merged: boo
 
 
 def _arguments(recipe: RewardModelRecipe, ours: dict[str, Any], work: Path) -> RewardConfig:
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        if ours.get(name, 1) < 1:
+            raise InputError(f"{name} must be at least 1, got {ours[name]}")
     shared = {
         "output_dir": str(work),
         "seed": recipe.seed,

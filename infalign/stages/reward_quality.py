@@ -55,7 +55,6 @@ def measure(
         lengths[half:],
         [pair.key for pair in test],
         confidence=recipe.confidence,
-        seed=recipe.seed,
     )
     alone = np.array([reward([p], [c])[0] for p, c in zip(prompts[:CHECKED], chosen[:CHECKED], strict=True)])
     content = _described(found) | {

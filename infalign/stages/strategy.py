@@ -29,7 +29,9 @@ def load_strategy(recipe: Recipe, procedure: Procedure) -> Strategy:
         first = {"procedure": procedure} if name in TAKES_PROCEDURE else {"n": recipe.n}
         if name == "majority_vote":
             arguments = _with_extractor(arguments, recipe)
-        return _made(BUILT_IN[name], {**first, **arguments}, recipe)
+        made = _made(BUILT_IN[name], {**first, **arguments}, recipe)
+        _check_beginning(made, recipe.max_completion_length)
+        return made
     found = find_object(name, recipe.base_dir, what="strategy") if ":" in name or "." in name else None
     if found is None:
         raise InputError(
@@ -42,6 +44,16 @@ def load_strategy(recipe: Recipe, procedure: Procedure) -> Strategy:
     if missing:
         raise InputError(f"strategy {name!r} gave {type(strategy).__name__}, which lacks {', '.join(missing)}")
     return strategy
+
+
+def _check_beginning(strategy: Any, limit: int) -> None:
+    """Early rejection needs something left to save."""
+    tokens = getattr(strategy, "check_tokens", None)
+    if tokens is not None and tokens >= limit:
+        raise InputError(
+            f"strategy 'early_rejection': check_tokens is {tokens} and completions have {limit} tokens at most "
+            "(max_completion_length): nothing would be saved; lower check_tokens"
+        )
 
 
 def _made(build: Any, arguments: dict[str, Any], recipe: Recipe) -> Any:

@@ -105,5 +105,17 @@ def test_samples_without_a_score_are_left_out_and_prompts_must_match():
 
 
 def test_one_prompt_has_no_interval():
-    found = length_controlled_win_rate(side([[1.0]], [[2.0]]), side([[0.0]], [[1.0]]), BestOfN(1))
-    assert np.isnan([found.low, found.high]).all() and found.plain == 1.0
+    found = length_controlled_win_rate(side([[1.0, 0.0]], [[2.0, 1.0]]), side([[0.5]], [[1.5]]), BestOfN(1))
+    assert np.isnan([found.low, found.high]).all() and found.plain == 0.5 and not np.isnan(found.mean)
+
+
+@pytest.mark.parametrize(("apart", "told"), [(0, True), (15, True), (60, False)])
+def test_lengths_that_do_not_overlap_leave_nothing_to_say(apart, told):
+    """Every answer of the policy longer: what would happen at equal length is not in the data."""
+    rng = np.random.default_rng(5)
+    lengths, base_lengths = rng.uniform(20, 50, (40, 4)) + apart, rng.uniform(20, 50, (40, 4))
+    ours, theirs = rng.normal(0.3, 1, (40, 4)), rng.normal(0, 1, (40, 4))
+    found = length_controlled_win_rate(side(ours, lengths), side(theirs, base_lengths), BestOfN(2))
+    assert np.isfinite([found.mean, found.low, found.high]).all() == told
+    assert np.isnan([found.mean, found.low, found.high]).all() != told
+    assert found.plain == pytest.approx(win_rate(ours, theirs, BestOfN(2)).mean)

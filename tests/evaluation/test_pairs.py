@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-from infalign.evaluation.pairs import BINS, clustered_mean, pair_quality, reliability, wilson_interval
+from infalign.evaluation.pairs import (
+    BINS,
+    clustered_mean,
+    clustered_share,
+    pair_quality,
+    reliability,
+    wilson_interval,
+)
 from infalign.types import InputError
 
 RNG = np.random.default_rng(0)
@@ -86,14 +93,28 @@ def test_pairs_of_one_prompt_are_one_cluster():
     assert (once.mean, once.low, once.high) == (thrice.mean, thrice.low, thrice.high)
 
 
-def test_the_intervals_cover():
-    """The accuracy's interval holds the true share in about 95 of 100 repetitions, at .65 and 150 prompts."""
+@pytest.mark.parametrize(("share", "prompts", "each"), [(0.65, 150, 1), (0.9, 30, 1), (0.7, 60, 4)])
+def test_the_accuracy_s_interval_covers(share, prompts, each):
+    """It holds the true share in about 95 of 100 repetitions, with few prompts or clusters of alike pairs too."""
     rng = np.random.default_rng(2)
-    names, inside = [str(i) for i in range(150)], 0
-    for _ in range(200):
-        found = clustered_mean((rng.random(150) < 0.65).astype(float), names)
-        inside += found.low <= 0.65 <= found.high
-    assert 180 <= inside <= 199
+    names, inside, width = [str(i // each) for i in range(prompts * each)], 0, []
+    for _ in range(400):
+        right = np.repeat(rng.random(prompts) < share, each)  # all pairs of a prompt alike: the worst clusters
+        found = clustered_share(right.astype(float), names)
+        inside += found.low <= share <= found.high
+        width.append(found.high - found.low)
+    assert 368 <= inside <= 398
+    assert np.mean(width) == pytest.approx(2 * 1.96 * np.sqrt(share * (1 - share) / prompts), rel=0.15)
+
+
+def test_without_clusters_it_is_wilson_s_interval():
+    right = np.array([1.0] * 22 + [0.0] * 8)
+    found = clustered_share(right, [str(i) for i in range(30)])
+    low, high = stats.binomtest(22, 30).proportion_ci(method="wilson")
+    assert (found.mean, found.low, found.high) == pytest.approx((22 / 30, low, high), abs=5e-3)
+
+
+def test_the_intervals_of_shares():
     low, high = wilson_interval(0.65, 150)
     expected = stats.binomtest(round(0.65 * 150), 150).proportion_ci(method="wilson")
     assert (low, high) == pytest.approx((expected.low, expected.high), abs=4e-3)

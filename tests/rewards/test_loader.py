@@ -290,3 +290,11 @@ def test_verifier_without_an_answer_or_a_column():
     reward = load_reward("verifier.py:build", base_dir=ROOT / "reward_models", retries=0)
     with pytest.raises(RewardError, match="no column 'answer'"):
         reward(["q"], ["1"], other=[1])
+
+
+@pytest.mark.parametrize("where", ["import", "build"])
+def test_a_file_that_exits_does_not_end_the_run_in_silence(tmp_path, where):
+    body = "raise SystemExit(0)" if where == "import" else "def build():\n    raise SystemExit(0)"
+    (tmp_path / "bad.py").write_text(f"{body}\n")
+    with pytest.raises(InputError, match="SystemExit"):
+        load_reward("bad.py:build", base_dir=tmp_path)

@@ -186,6 +186,21 @@ def test_other_prompts_or_half_of_the_gold_rewards(files, tmp_path):
         run({**files, "base": gold})
 
 
+def test_an_output_never_replaces_what_it_is_made_from(files):
+    before = Path(files["base"]).read_bytes()
+    with pytest.raises(InputError, match=r"--output .* is --base's file, which would be lost"):
+        run(files, output=files["base"])
+    assert Path(files["base"]).read_bytes() == before
+
+
+def test_no_score_at_all_and_no_such_file(files, tmp_path):
+    none = write(tmp_path / "none.jsonl", np.full((20, 8), np.nan), LENGTHS)
+    with pytest.raises(InputError, match="no sample has a score: look at the rewards"):
+        run({"policy": none, "base": none})
+    with pytest.raises(InputError, match=r"nofile.jsonl: no such file of samples"):
+        run({**files, "policy": "nofile.jsonl"})
+
+
 def test_from_the_command_line(files, tmp_path, capsys):
     words = [word for name, value in files.items() for word in (f"--{name}", value)]
     output = tmp_path / "out.json"

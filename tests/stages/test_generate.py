@@ -153,6 +153,26 @@ def test_standard_streams_are_one_process_own(keys, monkeypatch):
         generate(load_recipe(keys), prompts="-", output="out.jsonl")
 
 
+def test_a_finished_file_is_known_again_and_never_replaced_unasked(keys, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("the cat\na dog\n")
+    prompts, output = str(tmp_path / "prompts.txt"), str(tmp_path / "answers.jsonl")
+    path = generate(load_recipe(keys), prompts=prompts, output=output)
+    before = path.stat().st_mtime_ns
+    capsys.readouterr()
+    generate(load_recipe(keys), prompts=prompts, output=output)
+    assert "is made already" in capsys.readouterr().out and path.stat().st_mtime_ns == before
+    with pytest.raises(InputError, match=r"was made with other settings .*procedure.*, or give --overwrite"):
+        generate(load_recipe({**keys, "n": 5}), prompts=prompts, output=output)
+    generate(load_recipe({**keys, "n": 5, "overwrite": True}), prompts=prompts, output=output)
+    assert path.stat().st_mtime_ns != before
+    path.write_text("mine\n")
+    with pytest.raises(InputError, match="is there and holds something else"):
+        generate(load_recipe({**keys, "n": 5}), prompts=prompts, output=output)
+    with pytest.raises(InputError, match="is the file of prompts, which would be lost"):
+        generate(load_recipe(keys), prompts=prompts, output=prompts)
+    assert path.read_text() == "mine\n"
+
+
 # --- standard output
 
 

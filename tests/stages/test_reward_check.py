@@ -139,3 +139,14 @@ def test_kwargs_and_help(spec, capsys):
     assert "     2.5    '42'" in capsys.readouterr().out
     assert main(["reward", "--help"]) == 0
     assert "--reward_kwargs" in capsys.readouterr().out
+
+
+def test_a_reward_that_never_scores_is_an_error_and_one_that_never_differs_is_told(tmp_path, capsys):
+    (tmp_path / "odd.py").write_text(
+        "def nan(completions, **_):\n    return [float('nan')] * len(completions)\n"
+        "def one(completions, **_):\n    return [1.0] * len(completions)\n"
+    )
+    assert main(["reward", "check", f"{tmp_path}/odd.py:nan"]) == 2
+    assert "gave no sample a score" in capsys.readouterr().err
+    assert main(["reward", "check", f"{tmp_path}/odd.py:one"]) == 0
+    assert "every sample has the same reward, 1: try --samples of your own" in capsys.readouterr().err

@@ -191,12 +191,19 @@ def test_long_pairs_lose_tokens_at_the_left_in_training_and_in_use(keys, tmp_pat
         ({"num_test_prompts": 500}, "asked for 500 test prompts"),
         ({"dataset_name": "nowhere.jsonl"}, "no such file or folder"),
         ({"max_steps": -1, "num_train_epochs": 0}, "training made 0 steps"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1, got 0"),
         ({"learnin_rate": 1.0}, "unknown key learnin_rate: did you mean 'learning_rate'"),
     ],
 )
 def test_mistakes_are_told_in_one_line(keys, tmp_path, flags, message):
     with pytest.raises(InputError, match=message):
         run(keys, tmp_path / "out", **flags)
+
+
+def test_an_output_that_is_a_file(keys, tmp_path):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(InputError, match=r"output_dir .*out is a file: give a folder"):
+        run(keys, tmp_path / "out", freeze_backbone=True)
 
 
 def test_an_encoder_cannot_be_frozen(keys, tmp_path):

@@ -173,3 +173,9 @@ def test_a_mistake_is_told_before_anything_is_sampled(evaluated, tmp_path):
     with pytest.raises(InputError, match="strategy 'early_rejection' needs more than"):
         evaluate(other)
     assert not (tmp_path / "new").exists()
+
+
+def test_early_rejection_must_leave_something_to_save():
+    keys = {"strategy": "early_rejection", "strategy_kwargs": {"check_tokens": 12}, "max_completion_length": 12}
+    with pytest.raises(InputError, match="check_tokens is 12 and completions have 12 tokens at most"):
+        load_strategy(load_recipe(keys), BestOfN(4))
