@@ -300,6 +300,7 @@ def _reward(words: list[str]) -> int:
     parser.add_argument("--reward_kwargs", default="{}", help="keyword arguments, e.g. '{target: 20}'")
     parser.add_argument("--prompts", help="file of prompts with their columns, in place of the built-in ones")
     parser.add_argument("--samples", help="file of rows of prompt and completions, in place of the built-in ones")
+    parser.add_argument("--columns", help="other names of the file's columns, e.g. prompt=question,completions=answers")
     if not words or not {"-h", "--help"}.isdisjoint(words):
         parser.print_help()
         return 0
@@ -309,7 +310,10 @@ def _reward(words: list[str]) -> int:
     from infalign.runtime.config import check  # noqa: PLC0415 - keeps --help fast
 
     kwargs = check({}, {"reward_kwargs": given.reward_kwargs}, {"reward_kwargs": dict[str, Any]})["reward_kwargs"]
-    found = _stage("reward_check", "reward_check")(given.spec, kwargs, prompts=given.prompts, samples=given.samples)
+    from infalign.data.columns import parse_columns  # noqa: PLC0415
+
+    files = {"prompts": given.prompts, "samples": given.samples, "columns": parse_columns(given.columns)}
+    found = _stage("reward_check", "reward_check")(given.spec, kwargs, **files)
     _stage("reward_check", "tell")(given.spec, found)
     return 0
 

@@ -3,18 +3,22 @@
     plan.json                          the sampling settings, and segments of work in the order they were asked for
     segment-000/prompts.parquet        key, content and token ids of the segment's prompts
     segment-000/00007.parquet          the samples of its batch 7
-    scores-<fingerprint>/000-00007-0.parquet their rewards by one reward
+    scores-<fingerprint>/000-00007-0.parquet their rewards by one reward, and which columns of the data it read
 
 A shard is written whole or not at all and a segment's batches follow from the plan alone, so a killed run continues
 where it stopped and ends with the table it would have had. More prompts or a larger K make a new segment of what is
-missing; another reward makes new scores and no samples. The table never forgets: what it holds is what was drawn.
+missing; another reward, or other values in the columns that it reads, makes new scores and no samples. The table never
+forgets: what it holds is what was drawn.
+
+Tables of infalign 0.1.0 knew a prompt by its normalised text (`types.group_key`). They are read as they are: their plan
+has no `identity`, and their prompts get the keys of their exact content.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +28,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from infalign.runtime.artifacts import differences, read_json, sweep_temporaries, write_json, write_whole
-from infalign.types import InputError, Prompt, Sample, prompt_key
+from infalign.types import TEMPLATE_COLUMNS, InputError, Prompt, Sample, prompt_key, row_keys
+
+IDENTITY = 2
+"""How plans name prompts: 2 is `types.prompt_key`; plans without it are of version 1, `types.group_key`."""
 
 _SAMPLES = pa.schema(
     [
@@ -36,7 +43,7 @@ _SAMPLES = pa.schema(
         ("finished", pa.bool_()),
     ]
 )
-_SCORES = pa.schema([("key", pa.string()), ("index", pa.int32()), ("reward", pa.float64())])
+_SCORES = pa.schema([("key", pa.string()), ("index", pa.int32()), ("reward", pa.float64()), ("columns", pa.string())])
 _PROMPTS = pa.schema([("key", pa.string()), ("content", pa.string()), ("prompt_ids", pa.list_(pa.int32()))])
 
 
@@ -65,12 +72,14 @@ class SampleTable:
     Attributes:
         folder: where it lives.
         parts: everything that shapes the sampling distribution (model, template, temperature, seed, ...).
-        segments: what has been asked for so far.
+        segments: what has been asked for so far, with the keys that samples are stored under.
+        names: stored key -> the prompt's key, for prompts that are stored under an older one.
     """
 
     folder: Path
     parts: dict[str, Any]
     segments: list[Segment] = field(default_factory=list)
+    names: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def open(cls, folder: Path, parts: Mapping[str, Any]) -> SampleTable:
@@ -96,6 +105,10 @@ class SampleTable:
             )
             for number, segment in enumerate(plan["segments"])
         ]
+        for number in plan.get("older", [] if "identity" in plan else range(len(table.segments))):
+            prompts = _read(table._segment_folder(table.segments[number]) / "prompts.parquet")
+            for stored, content in zip(prompts["key"].to_pylist(), prompts["content"].to_pylist(), strict=True):
+                table.names[stored] = prompt_key(json.loads(content))
         return table
 
     def request(self, wanted: Sequence[Wanted], tokens_per_batch: int) -> int:
@@ -114,11 +127,17 @@ class SampleTable:
         self._write_prompts(segment, missing)
         self.segments.append(segment)
         plan = [{"rows": list(entry.rows), "tokens_per_batch": entry.tokens_per_batch} for entry in self.segments]
-        write_json(self.folder / "plan.json", {"parts": self.parts, "segments": plan})
+        older = [one.number for one in self.segments if any(key in self.names for key, _, _ in one.rows)]
+        content = {"identity": IDENTITY, "older": older, "parts": self.parts, "segments": plan}
+        write_json(self.folder / "plan.json", content)
         return sum(end - first for _, first, end in rows)
 
-    def prompt_ids(self) -> dict[str, tuple[int, ...]]:
-        """The tokens of every planned prompt, by key."""
+    def key_of(self, stored: str) -> str:
+        """The key of the prompt whose samples are stored under `stored`."""
+        return self.names.get(stored, stored)
+
+    def stored_prompt_ids(self) -> dict[str, tuple[int, ...]]:
+        """The tokens of every planned prompt, by the key that its samples are stored under."""
         found: dict[str, tuple[int, ...]] = {}
         for segment in self.segments:
             table = _read(self._segment_folder(segment) / "prompts.parquet")
@@ -138,9 +157,16 @@ class SampleTable:
         taken = len(list(folder.glob(f"{segment.number:03d}-{batch:05d}-*.parquet")))
         return folder / f"{segment.number:03d}-{batch:05d}-{taken}.parquet"
 
-    def scored(self, reward: str) -> set[tuple[str, int]]:
-        """(key, index) of every sample that the reward of that fingerprint has been asked about."""
-        return {(key, index) for key, rows in self._scores(reward).items() for index, _ in rows}
+    def scored(self, reward: str, columns: Mapping[str, str]) -> set[tuple[str, int]]:
+        """(key, index) of every sample that the reward of that fingerprint has been asked about.
+
+        Args:
+            reward: its fingerprint.
+            columns: by prompt key, the digest of the columns that it reads (`rewards.scoring.columns_digest`); scores
+                on other values don't count, scores of infalign 0.1.0, which noted none, do.
+        """
+        rows = self._scores(reward, columns)
+        return {(key, index) for key, found in rows.items() for index in found}
 
     def sweep(self) -> None:
         """Remove what killed writers left behind."""
@@ -153,21 +179,29 @@ class SampleTable:
         for segment in self.segments:
             for path in sorted(self._segment_folder(segment).glob("[0-9]*.parquet")):
                 for sample in read_samples(path):
-                    found.setdefault(sample.key, []).append(sample)
+                    key = self.key_of(sample.key)
+                    found.setdefault(key, []).append(replace(sample, key=key))
         return {key: sorted(rows, key=lambda sample: sample.index) for key, rows in found.items()}
 
-    def rewards(self, reward: str) -> dict[str, NDArray[np.float64]]:
-        """The rewards by the reward of that fingerprint, by prompt key, in index order; NaN is "no score"."""
-        found = self._scores(reward)
-        return {key: np.array([value for _, value in sorted(rows)]) for key, rows in found.items()}
+    def rewards(self, reward: str, columns: Mapping[str, str] | None = None) -> dict[str, NDArray[np.float64]]:
+        """The rewards by the reward of that fingerprint, by prompt key, in index order; NaN is "no score".
 
-    def _scores(self, reward: str) -> dict[str, list[tuple[int, float]]]:
-        found: dict[str, list[tuple[int, float]]] = {}
-        for path in sorted((self.folder / f"scores-{reward}").glob("[0-9]*.parquet")):
+        `columns` as for `scored`; None takes the latest scores, whatever columns they were made with.
+        """
+        found = self._scores(reward, columns)
+        return {key: np.array([value for _, value in sorted(rows.items())]) for key, rows in found.items()}
+
+    def _scores(self, reward: str, columns: Mapping[str, str] | None) -> dict[str, dict[int, float]]:
+        found: dict[str, dict[int, float]] = {}
+        paths = (self.folder / f"scores-{reward}").glob("[0-9]*.parquet")
+        for path in sorted(paths, key=lambda path: [int(part) for part in path.stem.split("-")]):
             table = _read(path)
-            columns = (table[name].to_pylist() for name in ("key", "index", "reward"))
-            for key, index, value in zip(*columns, strict=True):
-                found.setdefault(key, []).append((index, value))
+            read = table["columns"].to_pylist() if "columns" in table.column_names else [None] * len(table)
+            rows = zip(*(table[name].to_pylist() for name in ("key", "index", "reward")), read, strict=True)
+            for stored, index, value, digest in rows:
+                key = self.key_of(stored)
+                if columns is None or digest is None or columns.get(key) in (None, digest):
+                    found.setdefault(key, {})[index] = value
         return found
 
     def attach(self, dataset: Any, reward: str, *, count: int | None = None, column: str = "ref_rewards") -> Any:
@@ -179,11 +213,22 @@ class SampleTable:
             count: K, the first so many samples; None takes all that the table has.
             column: the new column's name.
 
+        Rows of equal content get the samples of the table's rows of that content, in order.
+
         Raises:
             InputError: prompts that were never calibrated, or without a single score; the first one is shown.
         """
         scored = {key: row[:count][~np.isnan(row[:count])] for key, row in self.rewards(reward).items()}
-        rows = [scored.get(prompt_key(prompt), np.empty(0)) for prompt in dataset["prompt"]]
+        further = [
+            dataset[name] if name in dataset.column_names else [None] * len(dataset) for name in TEMPLATE_COLUMNS
+        ]
+        rows = [
+            scored.get(key, np.empty(0))
+            for key in row_keys(
+                (prompt, dict(zip(TEMPLATE_COLUMNS, values, strict=True)))
+                for prompt, *values in zip(dataset["prompt"], *further, strict=True)
+            )
+        ]
         absent = [prompt for prompt, row in zip(dataset["prompt"], rows, strict=True) if not row.size]
         if absent:
             raise InputError(
@@ -193,10 +238,10 @@ class SampleTable:
         return dataset.add_column(column, [row.tolist() for row in rows])
 
     def _planned_counts(self) -> dict[str, int]:
-        return {key: end for segment in self.segments for key, _, end in segment.rows}
+        return {self.key_of(key): end for segment in self.segments for key, _, end in segment.rows}
 
     def _check_tokens(self, wanted: Sequence[Wanted]) -> None:
-        held = self.prompt_ids()
+        held = {self.key_of(key): ids for key, ids in self.stored_prompt_ids().items()}
         changed = [e.prompt.key for e in wanted if e.prompt.key in held and held[e.prompt.key] != e.prompt_ids]
         if changed:
             raise InputError(
@@ -246,11 +291,16 @@ def read_samples(path: Path) -> list[Sample]:
     ]
 
 
-def write_scores(path: Path, samples: Sequence[Sample], rewards_B: NDArray[np.float64]) -> None:
-    """Write the rewards of samples as one Parquet shard; NaN is kept as NaN, never as a number."""
+def write_scores(
+    path: Path, samples: Sequence[Sample], rewards_B: NDArray[np.float64], columns_B: Sequence[str]
+) -> None:
+    """Write the rewards of samples as one Parquet shard; NaN is kept as NaN, never as a number.
+
+    `columns_B` are digests of the columns that the reward could read, see `SampleTable.scored`.
+    """
     rows = [
-        {"key": sample.key, "index": sample.index, "reward": float(value)}
-        for sample, value in zip(samples, rewards_B, strict=True)
+        {"key": sample.key, "index": sample.index, "reward": float(value), "columns": columns}
+        for sample, value, columns in zip(samples, rewards_B, columns_B, strict=True)
     ]
     table = pa.Table.from_pylist(rows, schema=_SCORES)
     write_whole(path, lambda temporary: pq.write_table(table, temporary))

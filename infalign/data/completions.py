@@ -1,13 +1,15 @@
 """Completions made elsewhere: rows of a prompt with its samples, and their rewards where they are known.
 
-A row is `{"prompt": ..., "completions": [...], "rewards": [...], "gold_rewards": [...]}`, the last two optional. Other
-tools' names are read as well: `responses` for completions (vBoN), and the rows that `infalign generate` writes
-(`candidates`, each with its completion and reward). Rows of one prompt are joined.
+The forms are those of `infalign.data.sample_forms`. Files are read row by row; of texts that nobody will look at only
+the lengths are kept, so that a million samples fit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,108 +17,169 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from infalign.data.prompts import from_prompt, read_checked
-from infalign.data.sources import Row, read_rows
-from infalign.types import InputError, Messages, Prompt, prompt_key
+from infalign.data.columns import rename
+from infalign.data.sample_forms import SampleForm, SampleRow, find_sample_form, read_requests
+from infalign.data.sources import Row, iter_rows
+from infalign.types import InputError, Prompt, prompt_key
 
 Floats = NDArray[np.float64]
-_SAMPLES = ("completions", "responses", "candidates", "rewards", "gold_rewards")
-_OURS = ("prompt", *_SAMPLES, "completion", "reward", "chosen", "spent")
+_SHOWN = 5
 
 
 @dataclass(frozen=True)
 class Completions:
-    """M samples of one prompt: texts, rewards and gold rewards (M,), NaN for no score, None where no row had any."""
+    """M samples of one prompt: rewards and gold rewards (M,), NaN for no score, None where the file has none.
+
+    `lengths_M` in characters; `texts` is None where they were not asked for.
+    """
 
     prompt: Prompt
-    texts: tuple[str, ...]
+    texts: tuple[str, ...] | None
+    lengths_M: NDArray[np.int32]
     rewards_M: Floats | None
     gold_M: Floats | None
 
+    def __len__(self) -> int:
+        return len(self.lengths_M)
 
-def read_completions(name: str) -> dict[str, Completions]:
-    """The samples of every prompt in a file, by prompt key.
+
+@dataclass(frozen=True)
+class SampleFile:
+    """The rows of a file, each as it stands there (nothing is joined yet); `single` where a row is one sample.
+
+    `prompt.key` is that of the content alone. `notes` are lines on how the rows were read.
+    """
+
+    name: str
+    rows: tuple[Completions, ...]
+    single: bool
+    notes: tuple[str, ...]
+
+    @property
+    def chats(self) -> bool:
+        """Whether prompts are chats."""
+        return not isinstance(self.rows[0].prompt.content, str)
+
+
+def read_completions(
+    name: str,
+    *,
+    columns: Mapping[str, str] | None = None,
+    split: str | None = None,
+    requests: Sequence[str] = (),
+    keep_texts: bool = True,
+) -> SampleFile:
+    """The samples in a file.
 
     Args:
-        name: a file or folder that `read_rows` reads (.jsonl, .json, .parquet, also .gz).
+        name: a file or folder that `iter_rows` reads.
+        columns: our name -> the file's, see `infalign.data.columns`.
+        split: of a folder with several.
+        requests: request files of OpenAI batches, where the prompts are.
+        keep_texts: False keeps lengths only.
 
     Raises:
         InputError: nothing there, or rows that cannot be read (counted, the first five shown).
     """
     if not Path(name).exists():
         raise InputError(f"{name}: no such file of samples")
-    rows = read_rows(name, base_dir=Path())
-    if not rows:
-        raise InputError(f"{name}: no rows")
-    found: dict[str, list[Completions]] = {}
-    for one in read_checked(rows, name, _completions):
-        found.setdefault(one.prompt.key, []).append(one)
-    return {key: _joined(parts) for key, parts in found.items()}
+    by_id = _requests(requests)
+    found: list[Completions] = []
+    problems: list[str] = []
+    contents: dict[str, Any] = {}
+    form: SampleForm | None = None
+    number = empty = 0
+    filters: Counter[str] = Counter()
+    for number, row in enumerate(_renamed(iter_rows(name, split=split), columns, name), start=1):
+        form = form or find_sample_form(row, name, by_id)
+        try:
+            one = form.read(row)
+            if one is None:
+                empty += 1
+                continue
+            filters[str(one.columns.get("filter", ""))] += 1
+            if len(filters) > 1 and str(one.columns.get("filter")) != next(iter(filters)):
+                continue  # lm-eval writes every document once for each filter
+            found.append(_completions(one, contents, keep_texts))
+        except InputError as error:
+            problems.append(f"row {number}: {error}")
+    _raise_problems(problems, number, name)
+    if not found or form is None:
+        raise InputError(f"{name}: no rows" + (f" with samples ({empty} failed)" if empty else ""))
+    notes = [f"read as {form.note}"] if form.note else []
+    notes += [f"{empty} of {number} rows have no samples (failed) and are left out"] if empty else []
+    if len(filters) > 1:
+        notes.append(f"several filters ({', '.join(filters)}): rows of {next(iter(filters))!r} are read")
+    return SampleFile(name, tuple(found), form.single, tuple(notes))
 
 
-def _completions(row: Row) -> Completions:
-    if "prompt" not in row:
-        raise InputError(f"no prompt; the row has {', '.join(map(repr, row)) or 'nothing'}")
-    content: str | Messages = from_prompt(row["prompt"])
-    texts, rewards = _samples(row)
-    if not texts:
+def _renamed(rows: Iterator[Row], columns: Mapping[str, str] | None, name: str) -> Iterator[Row]:
+    """Rows with our names; the first must have what is read as prompt and completions, the rest some row."""
+    unseen = dict(columns or {})
+    for row in rows:
+        first = len(unseen) == len(columns or {})
+        unseen = {ours: theirs for ours, theirs in unseen.items() if theirs not in row}
+        lacking = next((unseen[ours] for ours in ("prompt", "completions", "completion") if ours in unseen), None)
+        if first and lacking is not None:
+            there = ", ".join(map(repr, row))
+            raise InputError(f"{name}: --columns: no column {lacking!r}; the columns are {there}")
+        yield rename(row, columns) if columns else row
+    if unseen:
+        raise InputError(f"{name}: --columns: no row has a column {next(iter(unseen.values()))!r}")
+
+
+def _requests(files: Sequence[str]) -> dict[str, Any] | None:
+    if not files:
+        return None
+    found: dict[str, Any] = {}
+    for file in files:
+        for key, content in read_requests(iter_rows(file), file).items():
+            if found.setdefault(key, content) != content:
+                raise InputError(f"{file}: custom_id {key!r} stands for another prompt than in the files before it")
+    return found
+
+
+def _completions(row: SampleRow, contents: dict[str, Any], keep_texts: bool) -> Completions:
+    if not row.texts:
         raise InputError("no completions")
-    for number, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise InputError(f"completion {number} is {text!r:.40}, no text")
-    columns = {name: value for name, value in row.items() if name not in _OURS}
+    key = prompt_key(row.content)
+    content = contents.setdefault(key, row.content)  # one copy of each prompt
+    columns = {sys.intern(name): value for name, value in row.columns.items()}
     return Completions(
-        Prompt(content, prompt_key(content), columns),
-        tuple(texts),
-        _scores(rewards, len(texts), "rewards"),
-        _scores(row.get("gold_rewards"), len(texts), "gold_rewards"),
+        Prompt(content, key, columns),
+        tuple(row.texts) if keep_texts else None,
+        np.array([len(text) for text in row.texts], dtype=np.int32),
+        _scores(row.rewards, len(row.texts), "rewards"),
+        _scores(row.gold, len(row.texts), "gold_rewards"),
     )
 
 
-def _samples(row: Row) -> tuple[list[Any], Any]:
-    """The texts and the rewards, under whichever names they stand."""
-    candidates = row.get("candidates")
-    if isinstance(candidates, list) and all(isinstance(one, dict) for one in candidates):
-        rewards = [one.get("reward") for one in candidates]
-        return [one.get("completion") for one in candidates], rewards
-    texts = row.get("completions", row.get("responses"))
-    if not isinstance(texts, list):
-        raise InputError(f"completions is a list of texts, got {texts!r:.40}")
-    return [_text(one) for one in texts], row.get("rewards")
-
-
-def _text(completion: Any) -> Any:
-    """The text of a completion, also of TRL's chat form `[{"role": "assistant", "content": ...}]`."""
-    if isinstance(completion, list) and completion and isinstance(completion[-1], dict):
-        return completion[-1].get("content")
-    return completion
-
-
-def _scores(values: Any, count: int, name: str) -> Floats | None:
+def _scores(values: Sequence[Any] | None, count: int, name: str) -> Floats | None:
     if values is None:
         return None
-    if not isinstance(values, list) or len(values) != count:
-        raise InputError(f"{name} must be a list of {count} numbers, one for each completion")
+    if len(values) != count:
+        raise InputError(f"{name} must be a list of {count} numbers, one for each completion, got {len(values)}")
     scores = np.full(count, np.nan)
     for number, value in enumerate(values):
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or np.isinf(value):
-            raise InputError(f"{name}[{number}] is {value!r}; a finite number or null is wanted")
-        scores[number] = value
+        if value is not None and value != "":
+            scores[number] = _number(value, f"{name}[{number}]")
     return scores
 
 
-def _joined(parts: Sequence[Completions]) -> Completions:
-    if len(parts) == 1:
-        return parts[0]
-    texts = tuple(text for part in parts for text in part.texts)
-    rewards, gold = ([getattr(part, side) for part in parts] for side in ("rewards_M", "gold_M"))
-    return Completions(parts[0].prompt, texts, _concatenated(rewards, parts), _concatenated(gold, parts))
+def _number(value: Any, where: str) -> float:
+    """A finite number or NaN, also as CSV writes it."""
+    try:
+        found = float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else math.inf
+    except (ValueError, OverflowError):  # a word; an integer beyond floats
+        found = math.inf
+    if math.isinf(found):
+        raise InputError(f"{where} is {str(value)[:40]!r}; a finite number or null is wanted")
+    return found
 
 
-def _concatenated(scores: Sequence[Floats | None], parts: Sequence[Completions]) -> Floats | None:
-    if all(one is None for one in scores):
-        return None
-    filled = [np.full(len(p.texts), np.nan) if s is None else s for s, p in zip(scores, parts, strict=True)]
-    return np.concatenate(filled)
+def _raise_problems(problems: Sequence[str], rows: int, name: str) -> None:
+    if problems:
+        same = len({problem.partition(": ")[2] for problem in problems}) == 1
+        shown = problems[:1] if same else problems[:_SHOWN]
+        more = f"; and {len(problems) - len(shown)} more" if len(problems) > len(shown) else ""
+        raise InputError(f"{name}: {len(problems)} of {rows} rows cannot be used: {'; '.join(shown)}{more}")

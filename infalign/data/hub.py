@@ -28,17 +28,21 @@ def load_rows(
     return loaded.to_list()
 
 
-def load_saved(folder: Path, *, split: str) -> list[dict[str, Any]]:
+def load_saved(folder: Path, *, split: str | None) -> list[dict[str, Any]]:
     """The rows of a folder written by `save_to_disk` (of a `DatasetDict`: those of `split`).
 
     Raises:
-        InputError: the folder cannot be read, or has no such split.
+        InputError: the folder cannot be read, has no such split, or several and none is named.
     """
     try:
         loaded = datasets.load_from_disk(str(folder))
     except Exception as error:  # half-written folders raise OS, JSON and Arrow errors alike
         raise InputError(f"{folder}: not a whole saved data set ({_one_line(error)})") from error
     if isinstance(loaded, datasets.DatasetDict):
+        if split is None and len(loaded) == 1:
+            split = str(next(iter(loaded)))
+        if split is None:
+            raise InputError(f"{folder}: has the splits {', '.join(map(str, loaded))}: say which with --split")
         if split not in loaded:
             raise InputError(f"{folder}: no split {split!r}; there are {', '.join(map(str, loaded))}")
         loaded = loaded[split]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from infalign.data.prompts import DataFormat, LoadedPrompts, check_choices, merge_duplicates, prompts_from_rows
+from infalign.data.columns import renamed
+from infalign.data.prompts import DataFormat, LoadedPrompts, check_choices, numbered, prompts_from_rows
 from infalign.data.sources import Row, read_rows
 from infalign.types import InputError
 
@@ -21,10 +21,11 @@ def load_mixture(
     *,
     prompt_column: str = "prompt",
     data_format: DataFormat = "auto",
+    columns: Mapping[str, str] | None = None,
     base_dir: str | Path | None = None,
     limit: int | None = None,
 ) -> LoadedPrompts:
-    """The distinct prompts of a mixture, in the order of its entries.
+    """The prompts of a mixture, one a row, in the order of its entries.
 
     Args:
         entries: TRL's: `path` (what `load_prompts` calls `dataset_name`), `name` (configuration), `data_dir`,
@@ -33,6 +34,7 @@ def load_mixture(
             kept).
         prompt_column: as in `load_prompts`.
         data_format: as in `load_prompts`, per entry.
+        columns: our name -> the data's, for columns under other names.
         base_dir: folder of the recipe.
         limit: at most so many rows of each entry are read.
 
@@ -44,7 +46,7 @@ def load_mixture(
     if not checked:
         raise InputError("datasets: the list is empty; give at least one entry with a path")
     folder = None if base_dir is None else Path(base_dir)
-    pools = [_read_entry(entry, prompt_column, folder)[:limit] for entry in checked]
+    pools = [renamed(_read_entry(entry, prompt_column, folder)[:limit], columns, entry["path"]) for entry in checked]
     shares = _shares([entry.get("fraction") for entry in checked], [len(rows) for rows in pools])
     parts = [
         prompts_from_rows(rows[:share], str(entry["path"]), prompt_column=prompt_column, data_format=data_format)
@@ -102,14 +104,10 @@ def _shares(fractions: Sequence[Any], sizes: Sequence[int]) -> list[int]:
 def _joined(parts: Sequence[LoadedPrompts]) -> LoadedPrompts:
     if len({isinstance(part.prompts[0].content, str) for part in parts}) > 1:
         raise InputError("datasets: some entries have text prompts and some chats; make them alike")
-    columns = tuple(dict.fromkeys(name for part in parts for name in part.columns))
-    prompts = merge_duplicates(
-        replace(prompt, columns={name: prompt.columns.get(name) for name in columns})
-        for part in parts
-        for prompt in part.prompts
-    )
-    rows = sum(part.rows for part in parts)
-    formats = "+".join(dict.fromkeys(part.data_format for part in parts))
     return LoadedPrompts(
-        prompts, " + ".join(part.source for part in parts), rows, rows - len(prompts), formats, columns
+        numbered((prompt.content, prompt.columns) for part in parts for prompt in part.prompts),
+        " + ".join(part.source for part in parts),
+        "+".join(dict.fromkeys(part.data_format for part in parts)),
+        tuple(dict.fromkeys(name for part in parts for name in part.columns)),
+        tuple(f"{part.source}: {note}" for part in parts for note in part.notes),
     )

@@ -11,17 +11,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from infalign.data.prompts import DataFormat, checked_chat, from_prompt, read_checked
+from infalign.data.chats import checked_chat
+from infalign.data.forms import from_prompt
+from infalign.data.prompts import DataFormat, read_checked
 from infalign.data.sources import Row
 from infalign.data.transcripts import parse_transcript, prompt_of
-from infalign.types import InputError, Messages, prompt_key
+from infalign.types import InputError, Messages, group_key
 
 
 @dataclass(frozen=True)
 class Preference:
     """One pair: `chosen` and `rejected` follow `prompt`, all three texts or all three chats.
 
-    `key` is the prompt's (`types.prompt_key` of the chat up to the last user turn that both sides answer).
+    `key` is the prompt's (`types.group_key` of the chat up to the last user turn that both sides answer).
     """
 
     prompt: str | Messages
@@ -98,7 +100,7 @@ def _explicit(row: Row, prompt_column: str) -> Preference:
         sides = [_text(row.get(name), name) for name in ("chosen", "rejected")]
     else:
         sides = [_answer(row.get(name), prompt, name) for name in ("chosen", "rejected")]
-    return Preference(prompt, sides[0], sides[1], prompt_key(prompt))
+    return Preference(prompt, sides[0], sides[1], group_key(prompt))
 
 
 def _implicit(row: Row) -> Preference:
@@ -110,7 +112,7 @@ def _implicit(row: Row) -> Preference:
     if not shared:
         raise InputError("chosen and rejected have no first turn in common: they answer different prompts")
     prompt = prompt_of(chosen[:shared])
-    return Preference(prompt, chosen[shared:], rejected[shared:], prompt_key(prompt))
+    return Preference(prompt, chosen[shared:], rejected[shared:], group_key(prompt))
 
 
 def _text(value: Any, name: str) -> str:

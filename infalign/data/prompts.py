@@ -1,19 +1,20 @@
-"""Prompts from data sets: read, checked row by row, merged by key.
+"""Prompts from data sets: read, checked row by row, each row a prompt of its own.
 
-A prompt is known by the hash of its normalised text, so that copies which differ in case, width or white space are
-one prompt: it is sampled once, and never sits in train and test at the same time.
+A row is known by its exact content; rows of equal content are counted, so that each has its own samples. Near copies
+(case, width, white space) only stay on one side of a split, see `types.group_key`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from infalign.data.columns import renamed
+from infalign.data.forms import Form, find_form, how_read
 from infalign.data.sources import Row, read_rows
-from infalign.data.transcripts import parse_transcript, prompt_of
-from infalign.types import InputError, Messages, Prompt, prompt_key
+from infalign.types import TEMPLATE_COLUMNS, InputError, Messages, Prompt, prompt_key, row_keys
 
 DataFormat = Literal["auto", "prompt", "transcript"]
 DATA_FORMATS = ("auto", "prompt", "transcript")
@@ -22,28 +23,40 @@ RESERVED_COLUMNS = ("prompts", "completions", "completion_ids", "trainer_state",
 
 Content = TypeVar("Content")
 
-_ROLES = ("system", "developer", "user", "assistant", "tool")
 _SHOWN = 5
 
 
 @dataclass(frozen=True)
 class LoadedPrompts:
-    """Prompts and what was found on the way: `rows` read, `duplicates` merged away (rows - len(prompts)).
+    """The prompts of P rows, in order, and what was found on the way.
 
-    `columns` are the other columns of the data (also in every `Prompt.columns`), `data_format` the one in use.
+    `repeated` rows have the content of a row before them. `columns` are the other columns of the data (each prompt has
+    its row's own in `Prompt.columns`), `data_format` the one in use, `notes` lines on how the rows were read.
     """
 
     prompts: tuple[Prompt, ...]
     source: str
-    rows: int
-    duplicates: int
     data_format: str
     columns: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def repeated(self) -> int:
+        """Rows whose exact content an earlier row has."""
+        return len(self.prompts) - len({prompt_key(prompt.content, prompt.template) for prompt in self.prompts})
 
     def summary(self) -> str:
-        """One line for the log, e.g. `rows.jsonl: 12 prompts (3 duplicate rows merged)`."""
-        merged = f" ({self.duplicates} duplicate rows merged)" if self.duplicates else ""
-        return f"{self.source}: {len(self.prompts)} prompts{merged}"
+        """One line for the log, e.g. `rows.jsonl: 12 prompts (3 repeat another row's; each row counts)`."""
+        repeats = f" ({self.repeated} repeat another row's; each row counts)" if self.repeated else ""
+        return f"{self.source}: {len(self.prompts)} prompts{repeats}"
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row without a usable prompt: its columns (what stands for the prompt as `prompt`), and why."""
+
+    columns: Row
+    problem: str
 
 
 def load_prompts(
@@ -53,12 +66,13 @@ def load_prompts(
     split: str = "train",
     prompt_column: str = "prompt",
     data_format: DataFormat = "auto",
+    columns: Mapping[str, str] | None = None,
     base_dir: str | Path | None = None,
     limit: int | None = None,
     data_dir: str | None = None,
     data_files: Any = None,
 ) -> LoadedPrompts:
-    """The distinct prompts of a data set, in the order of the data.
+    """The prompts of a data set, one a row, in the order of the data.
 
     Args:
         dataset_name: local file, folder or Hub id, see `infalign.data.sources.read_rows`.
@@ -66,7 +80,8 @@ def load_prompts(
         split: which split (a single local file is read whole).
         prompt_column: column with a string or a chat, for the format `prompt`.
         data_format: `prompt`; `transcript` (column `chosen`, hh-rlhf text or a chat: the last user turn is the one to
-            answer, what follows is dropped); `auto` takes `prompt_column` if there is one, else `chosen`.
+            answer, what follows is dropped); `auto` looks for the columns of `infalign.data.forms`, in that order.
+        columns: our name -> the data's, for columns under other names.
         base_dir: folder of the recipe, for relative paths.
         limit: at most so many rows are used, from the first.
         data_dir: folder inside the data set.
@@ -85,13 +100,14 @@ def load_prompts(
         base_dir=None if base_dir is None else Path(base_dir),
         text_column=prompt_column,
     )
-    return prompts_from_rows(rows[:limit], dataset_name, prompt_column=prompt_column, data_format=data_format)
+    rows = renamed(rows[:limit], columns, dataset_name)
+    return prompts_from_rows(rows, dataset_name, prompt_column=prompt_column, data_format=data_format)
 
 
 def prompts_from_rows(
     rows: Sequence[Row], source: str, *, prompt_column: str = "prompt", data_format: DataFormat = "auto"
 ) -> LoadedPrompts:
-    """Check rows and turn them into distinct prompts; of rows with one key the first is kept.
+    """Check rows and turn each into a prompt.
 
     Raises:
         InputError: no rows, a missing or reserved column, or bad prompts (all of them counted, the first five shown).
@@ -99,30 +115,48 @@ def prompts_from_rows(
     >>> prompts_from_rows([{"prompt": "hi", "answer": "4"}], "rows").prompts[0].columns
     {'answer': '4'}
     """
-    if not rows:
-        raise InputError(f"{source}: no rows")
-    column, found_format = _pick_column(rows[0], source, prompt_column, data_format)
-    read = _from_transcript if found_format == "transcript" else from_prompt
-    contents = _read_contents(rows, source, column, read)
-    dropped = {"chosen", "rejected"} if found_format == "transcript" else {column}
-    columns = tuple(dict.fromkeys(name for row in rows for name in row if name not in dropped))
-    reserved = [name for name in columns if name in RESERVED_COLUMNS]
-    if reserved:
-        raise InputError(f"{source}: the column name {reserved[0]!r} is taken by the reward call; rename the column")
-    prompts = [
-        Prompt(content, prompt_key(content), {name: row.get(name) for name in columns})
-        for content, row in zip(contents, rows, strict=True)
-    ]
-    distinct = merge_duplicates(prompts)
-    return LoadedPrompts(distinct, source, len(rows), len(rows) - len(distinct), found_format, columns)
+    form = _form_of(rows, source, prompt_column, data_format)
+    where = f"{source}, column {form.columns[0]!r}"
+    contents = read_checked(rows, where, lambda row: _content(row, form))
+    if len({isinstance(content, str) for content in contents}) > 1:
+        raise InputError(f"{where}: some prompts are text and some are chats; make them alike")
+    columns = [_further(row, form) for row in rows]
+    note = how_read(form, rows)
+    return LoadedPrompts(
+        numbered(zip(contents, columns, strict=True)),
+        source,
+        form.format,
+        tuple(dict.fromkeys(name for row in columns for name in row)),
+        () if note is None else (note,),
+    )
 
 
-def merge_duplicates(prompts: Iterable[Prompt]) -> tuple[Prompt, ...]:
-    """The first prompt of every key, in order."""
-    first: dict[str, Prompt] = {}
-    for prompt in prompts:
-        first.setdefault(prompt.key, prompt)
-    return tuple(first.values())
+def prompts_or_problems(
+    rows: Sequence[Row], source: str, *, prompt_column: str = "prompt", data_format: DataFormat = "auto"
+) -> tuple[list[Prompt | BadRow], LoadedPrompts]:
+    """All rows in order, each a prompt or what is wrong with it; and what `prompts_from_rows` gives of the usable ones.
+
+    Raises:
+        InputError: no rows, a missing or reserved column, or not a single usable prompt.
+    """
+    form = _form_of(rows, source, prompt_column, data_format)
+    problems: dict[int, BadRow] = {}
+    for number, row in enumerate(rows):
+        try:
+            _content(row, form)
+        except InputError as error:
+            problems[number] = BadRow({"prompt": row.get(form.columns[0]), **_further(row, form)}, str(error))
+    good = [row for number, row in enumerate(rows) if number not in problems]
+    loaded = prompts_from_rows(good or rows, source, prompt_column=prompt_column, data_format=data_format)
+    prompts = iter(loaded.prompts)
+    return [problems[number] if number in problems else next(prompts) for number in range(len(rows))], loaded
+
+
+def numbered(rows: Iterable[tuple[str | Messages, Mapping[str, Any]]]) -> tuple[Prompt, ...]:
+    """Prompts of (content, columns), each with its own identity, also where contents are equal (`types.row_keys`)."""
+    pairs = list(rows)
+    keys = row_keys(pairs)
+    return tuple(Prompt(content, key, columns) for (content, columns), key in zip(pairs, keys, strict=True))
 
 
 def check_choices(data_format: str, limit: int | None) -> None:
@@ -133,27 +167,30 @@ def check_choices(data_format: str, limit: int | None) -> None:
         raise InputError(f"limit must be at least 1 row, got {limit}")
 
 
-def _pick_column(row: Row, source: str, prompt_column: str, data_format: str) -> tuple[str, str]:
-    if data_format != "transcript" and prompt_column in row:
-        return prompt_column, "prompt"
-    if data_format != "prompt" and "chosen" in row:
-        return "chosen", "transcript"
-    wanted = {"prompt": repr(prompt_column), "transcript": "'chosen'"}.get(
-        data_format, f"{prompt_column!r} (and no 'chosen')"
-    )
-    raise InputError(
-        f"{source}: no column {wanted}; the columns are {', '.join(map(repr, row))}; set prompt_column or data_format"
-    )
+def _form_of(rows: Sequence[Row], source: str, prompt_column: str, data_format: str) -> Form:
+    """How the rows hold their prompts; the first row that has anything decides."""
+    if not rows:
+        raise InputError(f"{source}: no rows")
+    form = find_form(next((row for row in rows if row), rows[0]), source, prompt_column, data_format)
+    reserved = [name for row in rows for name in row if name in RESERVED_COLUMNS and name not in form.columns]
+    if reserved:
+        raise InputError(f"{source}: the column name {reserved[0]!r} is taken by the reward call; rename the column")
+    return form
 
 
-def _read_contents(
-    rows: Sequence[Row], source: str, column: str, read: Callable[[Any], str | Messages]
-) -> list[str | Messages]:
-    contents = read_checked(rows, f"{source}, column {column!r}", lambda row: read(row.get(column)))
-    kinds = {isinstance(content, str) for content in contents}
-    if len(kinds) > 1:
-        raise InputError(f"{source}, column {column!r}: some prompts are text and some are chats; make them alike")
-    return contents
+def _content(row: Row, form: Form) -> str | Messages:
+    """A row's prompt, after a look at the columns that a chat's template reads."""
+    content = form.read(row)
+    for name, kind, wanted in zip(TEMPLATE_COLUMNS, (list, dict), ("a list of tools", "a mapping"), strict=True):
+        value = row.get(name)
+        if value is not None and not isinstance(value, kind) and not isinstance(content, str):
+            raise InputError(f"{name} must be {wanted}, got {value!r:.40}")
+    return content
+
+
+def _further(row: Row, form: Form) -> dict[str, Any]:
+    """The row's columns that its prompt is not made of."""
+    return {name: value for name, value in row.items() if name not in form.columns}
 
 
 def read_checked(rows: Sequence[Row], where: str, read: Callable[[Row], Content]) -> list[Content]:
@@ -174,37 +211,3 @@ def read_checked(rows: Sequence[Row], where: str, read: Callable[[Row], Content]
         head = f"{where}: {len(problems)} of {len(rows)} rows cannot be used: "
         raise InputError(head + "; ".join(problems[:_SHOWN]) + more)
     return contents
-
-
-def from_prompt(value: Any) -> str | Messages:
-    """A prompt as data has it: a text, or a chat that ends with the user's turn. Raises InputError."""
-    if isinstance(value, str):
-        if not value.strip():
-            raise InputError("the prompt is empty")
-        if any("\ud800" <= letter <= "\udfff" for letter in value):
-            raise InputError("the prompt holds half a surrogate pair, which is no text")
-        return value
-    if not isinstance(value, (list, tuple)):
-        raise InputError(f"the prompt is {value!r:.40}, neither text nor a chat")
-    messages = checked_chat(value)
-    if messages[-1]["role"] not in ("user", "tool"):
-        raise InputError(f"the last turn is the {messages[-1]['role']}'s, it must be the user's")
-    return messages
-
-
-def _from_transcript(value: Any) -> Messages:
-    return prompt_of(parse_transcript(value) if isinstance(value, str) else checked_chat(value))
-
-
-def checked_chat(value: Any) -> Messages:
-    """A chat, its turns reduced to role and content. Raises InputError for anything else."""
-    if not isinstance(value, (list, tuple)) or not value:
-        raise InputError(f"an empty chat or none at all ({value!r:.40})")
-    for number, turn in enumerate(value, start=1):
-        if not isinstance(turn, dict) or not isinstance(turn.get("content"), str):
-            raise InputError(f"turn {number} is not {{'role': ..., 'content': text}}")
-        if turn.get("role") not in _ROLES:
-            raise InputError(f"turn {number} has the role {turn.get('role')!r}; one of {', '.join(_ROLES)}")
-    if not value[-1]["content"].strip() and value[-1]["role"] == "user":
-        raise InputError("the user's last turn is empty")
-    return [{"role": turn["role"], "content": turn["content"]} for turn in value]

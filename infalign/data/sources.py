@@ -1,30 +1,36 @@
 """Rows of a data set: from a file, a folder or the Hub, as plain dicts. Nothing is validated here but the format.
 
-Local files are read without the `datasets` library (an import of a second); only the Hub needs it.
+Local files are read without the `datasets` library (an import of a second); only the Hub needs it. `iter_rows` reads
+them row by row, so that a large file never stands in memory whole (but `.json`).
 """
 
 from __future__ import annotations
 
+import bz2
 import csv
 import gzip
 import importlib
 import io
 import json
+import lzma
 import re
 import sys
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from infalign.types import InputError
 
 Row = dict[str, Any]
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4")
 _BUILDERS = {"json", "csv", "parquet", "text"}
 _SPLIT_WORDS = {"train", "test", "validation", "valid", "val", "dev", "eval"}
+_PARQUET_ROWS = 1024  # at a time
 
 
 def read_rows(
@@ -40,8 +46,8 @@ def read_rows(
     """All rows of the data set `name`, in order.
 
     Args:
-        name: a file (`.jsonl .json .csv .parquet .txt`, text ones also `.gz`), a folder of such files or one written
-            by `Dataset.save_to_disk`, a generic builder of `datasets` with local `data_files`, or a Hub id.
+        name: a file (`SUFFIXES`, text ones also in a `COMPRESSED` form), a folder of such files or one written by
+            `Dataset.save_to_disk`, a generic builder of `datasets` with local `data_files`, or a Hub id.
         config: configuration name on the Hub.
         split: which split; a single file has none, so it is read whole whatever the split.
         data_dir: folder inside the data set.
@@ -78,92 +84,193 @@ def find_local(name: str, base_dir: Path | None = None) -> Path | None:
     return next((path for path in candidates if path.exists()), None)
 
 
-def read_file(path: Path, text_column: str = "prompt") -> list[Row]:
-    """The rows of one file, by its suffix (`.gz` on top of a text format is unpacked).
+def iter_rows(name: str, *, split: str | None = None, base_dir: Path | None = None) -> Iterator[Row]:
+    """The rows of a local file or folder, one after the other, in order.
+
+    Args:
+        name: a file, a folder of files, or a folder written by `Dataset.save_to_disk`.
+        split: which split of a folder; None where it has one only.
+        base_dir: folder that relative paths start from; the working directory is tried after it.
 
     Raises:
-        InputError: an unknown suffix, or content that does not parse.
+        InputError: nothing there, several splits and none chosen, or malformed content (file and line).
+    """
+    path = find_local(name, base_dir)
+    if path is None:
+        raise InputError(f"{name}: no such file or folder")
+    if path.is_file():
+        yield from iter_file(path)
+    elif any((path / marker).is_file() for marker in ("state.json", "dataset_dict.json")):
+        yield from importlib.import_module("infalign.data.hub").load_saved(path, split=split)
+    else:
+        for file in _files_of_split(path, split):
+            yield from iter_file(file)
+
+
+def read_file(path: Path, text_column: str = "prompt") -> list[Row]:
+    """The rows of one file, by its suffix; see `iter_file`."""
+    return list(iter_file(path, text_column))
+
+
+def iter_file(path: Path, text_column: str = "prompt") -> Iterator[Row]:
+    """The rows of one file, one after the other, by its suffix (a `COMPRESSED` one on top is unpacked).
+
+    Raises:
+        InputError: an unknown suffix, or content that does not parse, with its line.
     """
     suffix = _data_suffix(path)
     if suffix not in SUFFIXES:
-        raise InputError(f"{path}: cannot read {suffix or 'a file without suffix'!r}; one of {', '.join(SUFFIXES)}")
+        packed = f", text ones also with {' '.join(COMPRESSED)}"
+        raise InputError(
+            f"{path}: cannot read {suffix or 'a file without suffix'!r}; one of {', '.join(SUFFIXES)}{packed}"
+        )
+    read = {".parquet": _parquet, ".txt": _lines, ".csv": _table, ".tsv": _table, ".json": _json}.get(suffix, _jsonl)
     try:
-        if suffix == ".parquet":
-            return pq.read_table(path).to_pylist()
-        text = _read_text(path)
-    except (OSError, EOFError, ValueError, zlib.error) as error:  # pyarrow's and the decoder's errors are ValueErrors
+        for row in read(path):
+            yield {text_column: row} if isinstance(row, str) else row
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}{_where_not_utf8(path)}") from error
+    except InputError:
+        raise
+    except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:  # pyarrow's are among them
         raise InputError(f"{path}: cannot be read ({_first_line(error)})") from error
-    if suffix == ".txt":
-        return [{text_column: line} for line in text.replace("\r\n", "\n").split("\n") if line.strip()]
-    if suffix == ".csv":
-        return _read_csv(text, path)
-    return _read_jsonl(text, path) if suffix == ".jsonl" else _read_json(text, path)
 
 
-def _read_text(path: Path) -> str:
-    raw = path.read_bytes()
-    return (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
+def _open(path: Path) -> IO[bytes]:
+    """The unpacked bytes of a file."""
+    if path.suffix in (".zst", ".lz4"):
+        return io.BufferedReader(
+            pa.CompressedInputStream(pa.OSFile(str(path)), path.suffix.strip(".").replace("zst", "zstd"))
+        )
+    openers: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+    return openers.get(path.suffix, open)(path, "rb")
+
+
+def _where_not_utf8(path: Path) -> str:
+    """Which line of a file is not UTF-8, and what it may be instead."""
+    with _open(path) as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                byte = f"byte {line[error.start]:#04x}"
+                return f", line {number}: not UTF-8 ({byte}); {_likely(line)}: convert the file to UTF-8"
+    return ": not UTF-8; convert the file"
+
+
+def _likely(line: bytes) -> str:
+    if line[:2] in (b"\xff\xfe", b"\xfe\xff") or line.count(0) > len(line) // 4:
+        return "it looks like UTF-16"
+    try:
+        line.decode("cp1252")
+    except UnicodeDecodeError:
+        return "it is in another encoding, or no text at all"
+    return "it may be Windows-1252 or Latin-1"
 
 
 def _data_suffix(path: Path) -> str:
-    return Path(path.stem).suffix.lower() if path.suffix == ".gz" else path.suffix.lower()
+    return Path(path.stem).suffix.lower() if path.suffix in COMPRESSED else path.suffix.lower()
 
 
-def _read_jsonl(text: str, path: Path) -> list[Row]:
-    rows: list[Row] = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}, line {number}: not JSON ({error.msg}, column {error.colno})") from error
-        if not isinstance(row, dict):
-            raise InputError(f"{path}, line {number}: a JSON object is wanted, got {type(row).__name__}")
-        rows.append(row)
-    return rows
+def _parquet(path: Path) -> Iterator[Row]:
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(_PARQUET_ROWS):
+            yield from batch.to_pylist()
 
 
-def _read_json(text: str, path: Path) -> list[Row]:
+def _lines(path: Path) -> Iterator[str]:
+    with _text(path, newline="\n") as file:  # "\r" alone is no line end
+        yield from (line.rstrip("\r\n") for line in file if line.strip())
+
+
+def _text(path: Path, newline: str | None = None) -> IO[str]:
+    return io.TextIOWrapper(_open(path), encoding="utf-8-sig", newline=newline)
+
+
+def _jsonl(path: Path) -> Iterator[Row]:
+    with _open(path) as file:  # bytes: text would also be cut at other line ends than these
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            row = _parsed(line.decode("utf-8-sig" if number == 1 else "utf-8"), path, number)
+            if not isinstance(row, dict):
+                raise InputError(f"{path}, line {number}: a JSON object is wanted, got {type(row).__name__}")
+            yield row
+
+
+def _json(path: Path) -> Iterator[Row]:
+    """A list of objects; or, as other tools name such files too, an object a line."""
+    with _text(path) as file:
+        text = file.read()
     try:
         rows = json.loads(text)
     except json.JSONDecodeError as error:
-        hint = "; one object per line? then call the file .jsonl" if error.msg == "Extra data" else ""
-        raise InputError(f"{path}, line {error.lineno}: not JSON ({error.msg}{hint})") from error
+        if error.msg == "Extra data":
+            yield from _jsonl(path)
+            return
+        raise InputError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: {_unreadable(error)}") from error
+    if isinstance(rows, dict) and "\n" not in text.strip():
+        rows = [rows]  # one line of JSONL
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise InputError(f"{path}: a JSON list of objects is wanted (or .jsonl with an object per line)")
-    return rows
+    yield from rows
 
 
-def _read_csv(text: str, path: Path) -> list[Row]:
-    csv.field_size_limit(sys.maxsize)
-    reader = csv.DictReader(io.StringIO(text, newline=""), restkey="", strict=True)
+def _parsed(line: str, path: Path, number: int) -> Any:
     try:
-        rows = list(reader)
-    except csv.Error as error:
-        raise InputError(f"{path}, line {reader.line_num}: not CSV ({error})") from error
-    for number, row in enumerate(rows, start=1):
-        if "" in row:
-            raise InputError(f"{path}, row {number}: more fields than the header has; quote the commas")
-    return rows
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}, line {number}: not JSON ({error.msg}, column {error.colno})") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}, line {number}: {_unreadable(error)}") from error
+
+
+def _unreadable(error: Exception) -> str:
+    """Why Python does not read JSON that is well formed."""
+    if isinstance(error, RecursionError):
+        return "lists or objects are nested too deeply to be read"
+    return f"a number has too many digits to be read ({sys.get_int_max_str_digits()} at most)"
+
+
+def _table(path: Path) -> Iterator[Row]:
+    csv.field_size_limit(sys.maxsize)
+    delimiter = "\t" if _data_suffix(path) == ".tsv" else ","
+    with _text(path, newline="") as file:
+        reader = csv.DictReader(file, restkey="", strict=True, delimiter=delimiter)
+        try:
+            for number, row in enumerate(reader, start=1):
+                if "" in row:
+                    raise InputError(f"{path}, row {number}: more fields than the header has; quote the commas")
+                yield row
+        except csv.Error as error:
+            kind = "TSV" if delimiter == "\t" else "CSV"
+            raise InputError(f"{path}, line {reader.line_num}: not {kind} ({error})") from error
 
 
 def _read_files(paths: Sequence[Path], text_column: str) -> list[Row]:
     return [row for path in paths for row in read_file(path, text_column)]
 
 
-def _files_of_split(folder: Path, split: str) -> list[Path]:
+def _files_of_split(folder: Path, split: str | None) -> list[Path]:
+    """A folder's data files of a split; None is all of them, where they are not of several splits."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and _data_suffix(path) in SUFFIXES)
     data = [path for path in files if path.name not in {"dataset_infos.json", "dataset_info.json", "config.json"}]
     if not data:
         raise InputError(f"{folder}: no data file in this folder; one of {', '.join(SUFFIXES)} is wanted")
     words = {path: set(re.split(r"[^a-z0-9]+", str(path.relative_to(folder)).lower())) for path in data}
+    listing = ", ".join(str(path.relative_to(folder)) for path in data[:8])
+    found = set.union(*words.values()) & _SPLIT_WORDS
+    if split is None:
+        if len(found) > 1:
+            raise InputError(f"{folder}: has the splits {', '.join(sorted(found))}: say which with --split")
+        return data
     chosen = [path for path in data if split.lower() in words[path]]
     if chosen:
         return chosen
-    if split == "train" and not any(_SPLIT_WORDS & found for found in words.values()):
+    if split == "train" and not found:
         return data
-    listing = ", ".join(str(path.relative_to(folder)) for path in data[:8])
     raise InputError(f"{folder}: no file of the split {split!r}; there are {listing}")
 
 

@@ -1,4 +1,4 @@
-"""Train, validation and test prompts: disjoint by key, the same whatever the order of the rows."""
+"""Train, validation and test prompts: near copies on one side only, the same whatever the order of the rows."""
 
 from __future__ import annotations
 
@@ -11,16 +11,25 @@ from infalign.types import InputError, Prompt
 
 @dataclass(frozen=True)
 class Splits:
-    """Three disjoint tuples of prompts; `removed_from_train` counts test prompts that the train pool had too."""
+    """Three tuples of prompts that share no group (`types.group_key`).
+
+    `removed_from_train` counts prompts of the train pool that went because a test prompt is theirs or a near copy;
+    `left_out` those whose group was cut by a count that was asked for (its other prompts are in a split).
+    """
 
     train: tuple[Prompt, ...]
     validation: tuple[Prompt, ...]
     test: tuple[Prompt, ...]
     removed_from_train: int = 0
+    left_out: int = 0
 
     def keys(self) -> dict[str, list[str]]:
         """The prompt keys per split, for the manifest."""
         return {name: [prompt.key for prompt in getattr(self, name)] for name in ("train", "validation", "test")}
+
+
+Group = tuple[Prompt, ...]
+"""Prompts of one normalised text, in the order of the data."""
 
 
 def split_prompts(
@@ -32,14 +41,14 @@ def split_prompts(
     num_test: int,
     seed: int,
 ) -> Splits:
-    """Choose prompts by the order of hash(seed, key).
+    """Choose prompts by the order of hash(seed, group).
 
-    Test prompts come first in that order (from `test_pool`, or from the train pool when there is none) and are taken
-    out of the train pool; validation prompts follow; train prompts are taken from the other end, so that asking for
-    more of one split leaves the prompts already in it where they are.
+    Test prompts come first in that order (from `test_pool`, or from the train pool when there is none) and their groups
+    are taken out of the train pool; validation prompts follow; train prompts are taken from the other end, so that
+    asking for more of one split leaves the prompts already in it where they are.
 
     Args:
-        train_pool: P prompts, repeated keys allowed (the first counts).
+        train_pool: P prompts.
         test_pool: prompts of another split or file, or None.
         num_train: how many; None takes all that are left.
         num_validation: how many, from the train pool.
@@ -47,24 +56,40 @@ def split_prompts(
         seed: any integer.
 
     Raises:
-        InputError: a negative number, no train prompts asked for, or too few distinct prompts.
+        InputError: a negative number, no train prompts asked for, or too few prompts.
     """
     _check_counts(num_train, num_validation, num_test)
     train = _ordered(train_pool, seed)
     source = train if test_pool is None else _ordered(test_pool, seed)
-    if len(source) < num_test:
+    test, cut_test = _take(source, num_test)
+    if len(test) < num_test:
         raise InputError(
-            f"asked for {num_test} test prompts, the data for them has {len(source)} distinct; lower num_test_prompts"
+            f"asked for {num_test} test prompts, the data for them has {len(test)}; lower num_test_prompts"
         )
-    test = source[:num_test]
-    taken = {prompt.key for prompt in test}
-    rest = [prompt for prompt in train if prompt.key not in taken]
-    wanted = max(num_train or 0, 1) + num_validation
-    removed = 0 if test_pool is None else len(train) - len(rest)
-    if len(rest) < wanted:
-        raise InputError(_too_few(num_train, num_validation, num_test, len(train), removed))
-    end = num_validation if num_train is None else len(rest) - num_train
-    return Splits(tuple(rest[end:][::-1]), tuple(rest[:num_validation]), tuple(test), removed)
+    taken = {prompt.group for prompt in test}
+    rest = [group for group in train if group[0].group not in taken]
+    validation, cut_validation = _take(rest, num_validation)
+    taken = {prompt.group for prompt in validation}
+    others = [group for group in rest if group[0].group not in taken]
+    left = sum(map(len, others))
+    # of `others`, reversed: more train prompts are added behind those that are there
+    chosen, cut_train = _take(others[::-1], left if num_train is None else num_train)
+    total, kept = sum(map(len, train)), sum(map(len, rest))
+    removed = 0 if test_pool is None else total - kept
+    if len(validation) < num_validation or len(chosen) < max(num_train or 0, 1):
+        raise InputError(_too_few(num_train, num_validation, num_test, total, removed))
+    cut = (cut_test if test_pool is None else 0) + cut_validation + cut_train
+    return Splits(chosen, validation, test, removed, cut)
+
+
+def _take(groups: Sequence[Group], count: int) -> tuple[tuple[Prompt, ...], int]:
+    """The first `count` prompts, and how many of the last one's group are left behind."""
+    taken: list[Prompt] = []
+    for group in groups:
+        if len(taken) >= count:
+            break
+        taken += group
+    return tuple(taken[:count]), max(0, len(taken) - count)
 
 
 def _check_counts(num_train: int | None, num_validation: int, num_test: int) -> None:
@@ -77,16 +102,16 @@ def _check_counts(num_train: int | None, num_validation: int, num_test: int) -> 
             raise InputError(f"{name} must be at least {least}, got {count}")
 
 
-def _ordered(pool: Sequence[Prompt], seed: int) -> list[Prompt]:
-    first: dict[str, Prompt] = {}
+def _ordered(pool: Sequence[Prompt], seed: int) -> list[Group]:
+    groups: dict[str, list[Prompt]] = {}
     for prompt in pool:
-        first.setdefault(prompt.key, prompt)
-    ranks = {key: hashlib.blake2b(f"{seed}:{key}".encode(), digest_size=16).digest() for key in first}
-    return [first[key] for key in sorted(first, key=ranks.__getitem__)]
+        groups.setdefault(prompt.group, []).append(prompt)
+    ranks = {name: hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=16).digest() for name in groups}
+    return [tuple(groups[name]) for name in sorted(groups, key=ranks.__getitem__)]
 
 
-def _too_few(num_train: int | None, num_validation: int, num_test: int, distinct: int, taken: int) -> str:
+def _too_few(num_train: int | None, num_validation: int, num_test: int, total: int, taken: int) -> str:
     numbers = {"train": num_train or "some", "validation": num_validation, "test": num_test}
     asked = " + ".join(f"{number} {name}" for name, number in numbers.items() if number)
-    where = f", {taken} of them test prompts" if taken else ""
-    return f"asked for {asked} prompts, the data has {distinct} distinct{where}; ask for fewer"
+    where = f", {taken} of them test prompts or copies of one" if taken else ""
+    return f"asked for {asked} prompts, the data has {total}{where}; ask for fewer"

@@ -61,7 +61,7 @@ def render(
         tokenizer: a transformers tokenizer.
         prompt_content: text, or messages ending with the user's turn.
         system_prompt: see `with_system`.
-        chat_template_kwargs: extra variables of the template, e.g. `{"enable_thinking": False}`.
+        chat_template_kwargs: extra variables of the template, e.g. `{"enable_thinking": False}`; `tools` as well.
 
     Raises:
         InputError: a chat for a tokenizer without template, a template that refuses the chat, an empty result.

@@ -7,7 +7,6 @@ like one stays content. Text is kept to the letter, so that text -> messages -> 
 from __future__ import annotations
 
 import re
-from itertools import groupby
 
 from infalign.types import InputError, Messages
 
@@ -64,7 +63,8 @@ def render_transcript(messages: Messages) -> str:
 def prompt_of(messages: Messages) -> Messages:
     """The chat up to the last user turn: trailing assistant turns dropped, neighbours of one role joined.
 
-    Joined with a blank line, because most chat templates refuse two turns of one role in a row.
+    Joined with a blank line, because most chat templates refuse two turns of one role in a row; turns that hold more
+    than text (tool calls) stay apart.
 
     Raises:
         InputError: there is no user turn.
@@ -75,5 +75,11 @@ def prompt_of(messages: Messages) -> Messages:
     last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=None)
     if last is None:
         raise InputError("the chat has no user turn to answer")
-    groups = groupby(messages[: last + 1], key=lambda message: message["role"])
-    return [{"role": role, "content": "\n\n".join(turn["content"] for turn in turns)} for role, turns in groups]
+    joined: Messages = []
+    for turn in messages[: last + 1]:
+        before = joined[-1] if joined else {}
+        if set(before) == set(turn) == {"role", "content"} and before["role"] == turn["role"]:
+            joined[-1] = {"role": turn["role"], "content": f"{before['content']}\n\n{turn['content']}"}
+        else:
+            joined.append(turn)
+    return joined

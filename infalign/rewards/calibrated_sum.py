@@ -9,21 +9,21 @@ is an error and no score. In Python: `bind` them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from infalign.calibration.quantile import calibrate
-from infalign.rewards.contract import Text
+from infalign.rewards.contract import TRAINER_ARGUMENTS, Text
 from infalign.rewards.fingerprint import digest
 from infalign.rewards.loader import Reward
 from infalign.rewards.members import scores_of
 from infalign.types import InputError, prompt_key
 
-References = Callable[[Text], Sequence[ArrayLike]]
-"""By prompt, each member's scores of the prompt's base samples; NaN is no score."""
+References = Callable[[Text, Mapping[str, Any]], Sequence[ArrayLike]]
+"""By prompt and its row's columns, each member's scores of the prompt's base samples; NaN is no score."""
 
 
 class CalibratedSum:
@@ -72,9 +72,14 @@ class CalibratedSum:
                 "weighted_sum: it adds quantiles among base samples, and there are none here: name it as `reward` in a "
                 "recipe and run `infalign calibrate`, or give them with bind()"
             )
-        references = {prompt_key(prompt): prompt for prompt in prompts}
-        by_key = {key: [_scores(row) for row in self._references(prompt)] for key, prompt in references.items()}
-        rows = [by_key[prompt_key(prompt)] for prompt in prompts]
+        data = {name: values for name, values in columns.items() if name not in TRAINER_ARGUMENTS}
+        of_row = [{name: values[row] for name, values in data.items()} for row in range(len(prompts))]
+        names = [digest(prompt_key(prompt), own) for prompt, own in zip(prompts, of_row, strict=True)]
+        first = {name: row for row, name in reversed(list(enumerate(names)))}
+        found = {
+            name: [_scores(one) for one in self._references(prompts[row], of_row[row])] for name, row in first.items()
+        }
+        rows = [found[name] for name in names]
         scores_SB = scores_of(self.members, prompts, completions, completion_ids, columns)
         total = np.zeros(len(completions))
         for number, weight in enumerate(self.weights):

@@ -61,6 +61,8 @@ class ClassifierReward:
         InputError: no trained head, no choice of label, chats without template, or scores that depend on the batch.
     """
 
+    reads_columns: tuple[str, ...] = ()
+
     def __init__(
         self,
         model_or_path: Any,

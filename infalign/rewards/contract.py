@@ -20,6 +20,9 @@ from infalign.types import Messages, RewardError
 Text = str | Messages
 """A prompt or completion: a string, or chat messages."""
 
+TRAINER_ARGUMENTS = ("trainer_state", "log_extra", "log_metric")
+"""What a reward is given beside the data's columns, see the module."""
+
 
 @runtime_checkable
 class RewardFunction(Protocol):

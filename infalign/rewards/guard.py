@@ -106,6 +106,17 @@ class GuardedReward:
         self.counts["scored"] += len(rewards) - missing
         return rewards
 
+    @property
+    def reads_columns(self) -> frozenset[str] | None:
+        """The columns that the function may read: those it says, those it names, or (with `**kwargs`) None for any."""
+        said = getattr(self.function, "reads_columns", None)
+        if said is not None:
+            return frozenset(said)
+        named = [] if self._signature is None else list(self._signature.parameters.values())
+        if self._signature is None or any(one.kind is one.VAR_KEYWORD for one in named):
+            return None
+        return frozenset(one.name for one in named)
+
     def _arguments(self, lists: dict[str, Any], columns: dict[str, Any]) -> dict[str, Any]:
         outside_trainer = {"trainer_state": None, "log_extra": _ignore, "log_metric": _ignore}
         arguments = {**outside_trainer, **columns, **lists}

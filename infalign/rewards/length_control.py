@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infalign.data.completions import read_completions
+from infalign.data.pairing import prompts_of
 from infalign.rewards.contract import Text, completion_text, shape_completions
 from infalign.rewards.fingerprint import digest, file_digest
 from infalign.rewards.loader import load_reward
@@ -94,9 +95,9 @@ class LengthControlled:
         if self._samples is None:
             return float(self._given or 0.0), 0.0
         lengths, rewards = [], []
-        for found in read_completions(str(self._samples)).values():
-            contents = [found.prompt.content] * len(found.texts)
-            texts = shape_completions(contents, found.texts)
+        for found in prompts_of(read_completions(str(self._samples))):
+            contents = [found.prompt.content] * len(found)
+            texts = shape_completions(contents, found.texts or ())
             columns = {name: [value] * len(texts) for name, value in found.prompt.columns.items()}
             rewards.append(self.members[0](prompts=contents, completions=texts, completion_ids=None, **columns))
             lengths.append(self._lengths(texts, None))

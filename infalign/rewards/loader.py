@@ -67,6 +67,11 @@ class Reward:
         return self.guard.function
 
     @property
+    def reads_columns(self) -> frozenset[str] | None:
+        """The data's columns that the reward may read; None for any."""
+        return self.guard.reads_columns
+
+    @property
     def counts(self) -> dict[str, int]:
         """The guard's counters, live."""
         return self.guard.counts

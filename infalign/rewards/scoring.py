@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infalign.rewards.contract import shape_completions
+from infalign.rewards.fingerprint import digest
 from infalign.types import Prompt, Sample
 
 
@@ -29,3 +30,15 @@ def score_samples(reward: Any, prompts: Sequence[Prompt], samples: Sequence[Samp
         completion_ids=[list(sample.token_ids) for sample in samples],
         **columns,
     )
+
+
+def columns_digest(reward: Any, prompt: Prompt) -> str:
+    """16 hex digits over the columns of a prompt that the reward may read, "" where there are none.
+
+    A reward that names its arguments reads those; one that takes `**kwargs` may read all, unless it says otherwise
+    (`reads_columns`, a list of names).
+    """
+    names = reward.reads_columns
+    read = {name: value for name, value in prompt.columns.items() if value is not None}
+    read = {name: value for name, value in read.items() if names is None or name in names}
+    return digest(read) if read else ""

@@ -10,11 +10,12 @@ from numpy.typing import NDArray
 
 from infalign.calibration.diagnostics import Diagnostics, duplicate_rate, expected_cost, tie_rate, uniformity
 from infalign.calibration.table import SampleTable, Wanted
+from infalign.rewards.scoring import columns_digest
 from infalign.runtime.artifacts import fingerprint, write_manifest
 from infalign.runtime.console import notice, say
 from infalign.runtime.distributed import is_main
 from infalign.stages.experiment import CALIBRATION, Experiment
-from infalign.stages.filling import fill
+from infalign.stages.filling import fill, table_rewards
 from infalign.stages.member_scores import members_to_score
 from infalign.stages.output import clear_if_stale
 from infalign.stages.recipe import Recipe, require_plain
@@ -75,12 +76,13 @@ def open_table(experiment: Experiment) -> SampleTable:
 
 def calibration_parts(experiment: Experiment) -> dict[str, Any]:
     """What a calibration depends on; training records it, so that a changed calibration makes a policy stale."""
-    prompts = calibration_prompts(experiment)
+    prompts, ids, reward = calibration_prompts(experiment), experiment.prompt_ids, experiment.reward
+    rows = sorted((prompt.key, ids[prompt.key], columns_digest(reward, prompt)) for prompt in prompts)
     return {
         "sampling": fingerprint(experiment.sampling_parts(experiment.base_path, CALIBRATION)),
-        "prompts": fingerprint(sorted((prompt.key, experiment.prompt_ids[prompt.key]) for prompt in prompts)),
+        "prompts": fingerprint(rows),
         "num_calibration_samples": experiment.recipe.num_calibration_samples,
-        "reward": f"{experiment.reward.name} {experiment.reward.fingerprint}",
+        "reward": f"{reward.name} {reward.fingerprint}",
     }
 
 
@@ -91,8 +93,8 @@ def reference_rewards(experiment: Experiment, table: SampleTable) -> dict[str, N
         InputError: prompts without any score, or with fewer samples than K (calibrate was not finished).
     """
     count = experiment.recipe.num_calibration_samples
-    rewards = table.rewards(experiment.reward.fingerprint)
     prompts = calibration_prompts(experiment)
+    rewards = table_rewards(table, experiment.reward, prompts)
     missing = [prompt for prompt in prompts if len(rewards.get(prompt.key, ())) < count]
     if missing:
         raise InputError(

@@ -19,7 +19,7 @@ from infalign.evaluation.limits import attainment, regret_ratio
 from infalign.evaluation.winrate import WinRate, judged_win_rate, win_rate
 from infalign.runtime.artifacts import without_nan, write_json
 from infalign.runtime.console import say
-from infalign.stages.comparison import Comparison, Table, load_table
+from infalign.stages.comparison import Comparison, Table, choose_n, load_table, read_pairs
 from infalign.stages.judging import judge_decoded, judge_line
 from infalign.stages.objective import find_procedure
 from infalign.theory.optimum import win_rate_limit
@@ -36,8 +36,10 @@ def compare(asked: Comparison) -> dict[str, Any]:
     Raises:
         InputError: files that do not fit, too few samples, or no rewards and nothing to score with.
     """
-    procedure = find_procedure(asked.procedure, asked.n, asked.procedure_kwargs, Path())
-    table = load_table(asked, procedure)
+    pairs = read_pairs(asked)
+    procedure = find_procedure(asked.procedure, choose_n(asked, pairs), asked.procedure_kwargs, Path())
+    table = load_table(asked, pairs, procedure)
+    del pairs
     least = min(int((~np.isnan(row)).sum()) for side in table.rewards for row in side)
     procedures = _procedures(asked, procedure, least)
     sides = [Side(table.rewards[side], (table.gold or table.rewards)[side], table.lengths(side)) for side in (0, 1)]
@@ -101,7 +103,7 @@ def _judged(asked: Comparison, table: Table, procedure: Procedure) -> dict[str, 
         asked.judge,
         asked.judge_kwargs,
         [pair[0].prompt for pair in table.samples],
-        ([pair[0].texts for pair in table.samples], [pair[1].texts for pair in table.samples]),
+        ([pair[0].texts or () for pair in table.samples], [pair[1].texts or () for pair in table.samples]),
         table.rewards,
         procedure,
         count=asked.judge_samples,
@@ -111,7 +113,7 @@ def _judged(asked: Comparison, table: Table, procedure: Procedure) -> dict[str, 
 
 
 def _counts(table: Table, side: int) -> float:
-    return float(np.mean([len(pair[side].texts) for pair in table.samples]))
+    return float(np.mean([len(pair[side]) for pair in table.samples]))
 
 
 def tell(asked: Comparison, result: Mapping[str, Any]) -> None:

@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from infalign.data.columns import parse_columns
 from infalign.data.completions import Completions, read_completions
+from infalign.data.pairing import Pair, paired
 from infalign.rewards.contract import shape_completions
 from infalign.runtime.config import check, field_hints
-from infalign.runtime.console import notice
+from infalign.runtime.console import notice, say
 from infalign.stages.recipe import key
 from infalign.theory.procedures import Procedure
 from infalign.types import InputError
@@ -25,16 +27,17 @@ Floats = NDArray[np.float64]
 class Comparison:
     """What is compared, and how."""
 
-    base: str = key(
-        "", "file of the base's samples: prompt, completions[], rewards[] (optional), gold_rewards[]", "files"
-    )
+    base: str = key("", "file of the base's samples: prompt, completions[], rewards[], or another tool's", "files")
     policy: str = key("", "file of the policy's samples of the same prompts", "files")
+    columns: dict | list[str] | str = key({}, "other names of columns, e.g. prompt=question,rewards=score", "files")
+    split: str | None = key(None, "split of a folder that has several", "files")
+    requests: list[str] = key([], "request files of OpenAI batches, which hold the prompts", "files")
     output: str | None = key(None, "JSON file to write the result to", "files")
 
     procedure: str = key(
         "best_of_n", "best_of_n, worst_of_n, kth_of_n, random_n, soft_best_of_n, path.py:name", "decoder"
     )
-    n: int = key(4, "candidates that the procedure draws", "decoder")
+    n: int | None = key(None, "candidates that the procedure draws; unset: 4, or as many as there are", "decoder")
     procedure_kwargs: dict = key({}, "{k: 2}, {tilt: 8}, {pmf: [...]}", "decoder")
     eval_n: list[int] = key(
         [], "further N of Best-of-N and Worst-of-N; unset: 1, 2, 4, ... up to the samples", "decoder"
@@ -58,13 +61,13 @@ class Table:
     """The samples of the prompts that both files have, in one order, with the rewards that decode and judge."""
 
     keys: tuple[str, ...]
-    samples: tuple[tuple[Completions, Completions], ...]  # (policy, base) of each prompt
+    samples: tuple[Pair, ...]  # (policy, base) of each prompt
     rewards: tuple[list[Floats], list[Floats]]
     gold: tuple[list[Floats], list[Floats]] | None
 
     def lengths(self, side: int) -> list[Floats]:
         """Characters of every completion."""
-        return [np.array([len(text) for text in pair[side].texts], dtype=np.float64) for pair in self.samples]
+        return [pair[side].lengths_M.astype(np.float64) for pair in self.samples]
 
 
 def load_comparison(flags: Mapping[str, Any]) -> Comparison:
@@ -76,7 +79,7 @@ def load_comparison(flags: Mapping[str, Any]) -> Comparison:
     asked = Comparison(**check({}, flags, field_hints(Comparison)))
     problems = [f"--{name} FILE is needed: samples as JSONL" for name in ("base", "policy") if not getattr(asked, name)]
     for name in ("n", "judge_samples"):
-        if getattr(asked, name) < 1:
+        if getattr(asked, name) is not None and getattr(asked, name) < 1:
             problems.append(f"{name} must be at least 1, got {getattr(asked, name)}")
     if any(one < 1 for one in asked.eval_n):
         problems.append(f"eval_n must be positive integers, got {asked.eval_n}")
@@ -95,21 +98,50 @@ def load_comparison(flags: Mapping[str, Any]) -> Comparison:
     return asked
 
 
-def load_table(asked: Comparison, procedure: Procedure) -> Table:
+def read_pairs(asked: Comparison) -> list[Pair]:
+    """The samples of the prompts that both files have.
+
+    Raises:
+        InputError: a file that can't be read, or no prompt in common.
+    """
+    keep = bool(asked.reward or asked.gold_reward or asked.judge)
+    renamed = parse_columns(asked.columns)
+    policy, base = (
+        read_completions(name, columns=renamed, split=asked.split, requests=asked.requests, keep_texts=keep)
+        for name in (asked.policy, asked.base)
+    )
+    for file in (policy, base):
+        for note in file.notes:
+            say(f"{file.name}: {note}")
+    found = paired(policy, base)
+    for file, count in zip((policy, base), found.alone, strict=True):
+        if count:
+            total = count + len(found.pairs)
+            notice(f"{count} of {total} prompts in {file.name} are not in the other file and are left out")
+    if found.told_apart:
+        say(f"rows of equal prompts are told apart by {', '.join(map(repr, found.told_apart))}")
+    elif found.joined and not (policy.single or base.single):
+        say(f"{found.joined} rows have the prompt of another row: they are taken as further samples of it")
+    return found.pairs
+
+
+def choose_n(asked: Comparison, pairs: Sequence[Pair]) -> int:
+    """How many candidates are decoded: as asked, else 4, or as many as every prompt has on both sides."""
+    if asked.n is not None:
+        return asked.n
+    least = min(len(side) for pair in pairs for side in pair)
+    if least == 1:
+        notice("one completion a prompt: only N = 1, the plain win rate, can be measured")
+    return min(4, least)
+
+
+def load_table(asked: Comparison, pairs: Sequence[Pair], procedure: Procedure) -> Table:
     """The samples of the prompts that both files have and the procedure can decode.
 
     Raises:
-        InputError: no prompt in common, no rewards and nothing to score with, or too few samples everywhere.
+        InputError: no rewards and nothing to score with, or too few samples everywhere.
     """
-    policy, base = read_completions(asked.policy), read_completions(asked.base)
-    keys = [name for name in policy if name in base]
-    if not keys:
-        raise InputError(f"{asked.policy} and {asked.base} have no prompt in common: sample the same prompts")
-    for name, prompts in ((asked.policy, policy), (asked.base, base)):
-        if len(prompts) > len(keys):
-            alone = len(prompts) - len(keys)
-            notice(f"{alone} of {len(prompts)} prompts in {name} are not in the other file and are left out")
-    pairs = [(policy[name], base[name]) for name in keys]
+    keys = [pair[0].prompt.key for pair in pairs]
     rewards = [_scores(asked, [pair[side] for pair in pairs], side) for side in (0, 1)]
     gold = _gold(asked, pairs)
     if gold is not None:  # a sample that one of the two does not score is left out
@@ -154,15 +186,13 @@ def _scores(asked: Comparison, samples: Sequence[Completions], side: int) -> lis
     if len(rows) < len(samples):
         file = (asked.policy, asked.base)[side]
         raise InputError(
-            f"{len(samples) - len(rows)} of {len(samples)} prompts in {file} have no rewards: add them, or score with "
-            "--reward"
+            f"{len(samples) - len(rows)} of {len(samples)} prompts in {file} have no rewards: add them (rewards, "
+            "scores), name their column (--columns rewards=NAME), or score with --reward"
         )
     return rows
 
 
-def _gold(
-    asked: Comparison, pairs: Sequence[tuple[Completions, Completions]]
-) -> tuple[list[Floats], list[Floats]] | None:
+def _gold(asked: Comparison, pairs: Sequence[Pair]) -> tuple[list[Floats], list[Floats]] | None:
     """The gold rewards of both sides, None when nobody gave any."""
     sides = ([pair[0] for pair in pairs], [pair[1] for pair in pairs])
     if asked.gold_reward is not None:
@@ -184,6 +214,7 @@ def _scored(spec: str, kwargs: Mapping[str, Any], samples: Sequence[Completions]
     reward = load_reward(spec, kwargs, base_dir=Path())
     found: list[Floats] = []
     for one in samples:
+        assert one.texts is not None  # kept where something scores them
         prompts = [one.prompt.content] * len(one.texts)
         columns = {name: [value] * len(prompts) for name, value in one.prompt.columns.items()}
         ids = [[] for _ in prompts]  # made elsewhere: token ids are not known

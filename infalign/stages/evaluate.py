@@ -21,7 +21,7 @@ from infalign.runtime.artifacts import differences, fingerprint, read_manifest, 
 from infalign.runtime.console import Progress, notice
 from infalign.runtime.distributed import barrier, is_main, my_share
 from infalign.stages.experiment import Experiment
-from infalign.stages.filling import fill
+from infalign.stages.filling import fill, table_rewards
 from infalign.stages.judging import judge_decoded
 from infalign.stages.measured import Measured, sample_facts
 from infalign.stages.objective import describe_transform
@@ -173,7 +173,7 @@ def _scored(experiment: Experiment, base: SampleTable, policy: SampleTable, prom
     found: dict[str, Any] = {}
     for side, table in tables.items():
         for suffix, judge in judges.items():
-            rows = None if judge is None else table.rewards(judge.fingerprint)
+            rows = None if judge is None else table_rewards(table, judge, prompts)
             found[side + suffix] = None if rows is None else {p.key: rows[p.key][:count] for p in prompts}
     needed = max([experiment.procedure.n, *experiment.recipe.eval_n])
     given = [rows for rows in found.values() if rows is not None]

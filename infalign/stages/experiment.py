@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from infalign.calibration.table import SampleTable
+from infalign.data.columns import parse_columns
 from infalign.data.mixture import load_mixture
-from infalign.data.prompts import LoadedPrompts, load_prompts
+from infalign.data.prompts import LoadedPrompts, load_prompts, numbered
 from infalign.data.splits import Splits, split_prompts
 from infalign.data.templates import check_lengths, render, with_system
 from infalign.generation.hf import HFSampler
@@ -25,7 +26,7 @@ from infalign.generation.plan import Sampler
 from infalign.rewards.calibrated_sum import sums_in
 from infalign.rewards.loader import Reward, load_reward
 from infalign.runtime.artifacts import differences, fingerprint, read_json, without_secrets, write_json
-from infalign.runtime.console import notice
+from infalign.runtime.console import notice, say
 from infalign.runtime.distributed import barrier, is_main, join, together
 from infalign.runtime.layout import lay_columnwise
 from infalign.runtime.models import (
@@ -42,7 +43,7 @@ from infalign.stages.objective import load_procedure, load_transform
 from infalign.stages.recipe import Recipe, require
 from infalign.stages.serving import served_end_ids, server_of, server_url, warn_of_exposed_key
 from infalign.theory.procedures import Procedure
-from infalign.types import InputError, Prompt, prompt_key
+from infalign.types import InputError, Prompt
 
 CALIBRATION = "calibration"
 QUANTISED = ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "use_bnb_nested_quant")
@@ -187,10 +188,8 @@ class Experiment:
         train = self._load(recipe.dataset_train_split)
         test = self._load(recipe.dataset_test_split) if recipe.dataset_test_split else None
         for loaded in (train, test):
-            if loaded is not None and loaded.duplicates:
-                notice(
-                    f"{loaded.duplicates} duplicate prompts merged ({loaded.rows} rows, {len(loaded.prompts)} prompts)"
-                )
+            if loaded is not None:
+                tell_how_read(loaded)
         splits = split_prompts(
             self.with_system_prompt(train.prompts),
             None if test is None else self.with_system_prompt(test.prompts),
@@ -199,6 +198,8 @@ class Experiment:
             num_test=recipe.num_test_prompts,
             seed=recipe.seed,
         )
+        if splits.left_out:
+            notice(f"{splits.left_out} prompts left out: near copies of prompts in a split whose number was asked for")
         return self._within_length(splits)
 
     def _load(self, split: str) -> LoadedPrompts:
@@ -208,6 +209,7 @@ class Experiment:
                 recipe.datasets,
                 prompt_column=recipe.prompt_column,
                 data_format=recipe.data_format,
+                columns=parse_columns(recipe.columns),
                 base_dir=recipe.base_dir,
             )
         return load_prompts(
@@ -216,6 +218,7 @@ class Experiment:
             split=split,
             prompt_column=recipe.prompt_column,
             data_format=recipe.data_format,
+            columns=parse_columns(recipe.columns),
             base_dir=recipe.base_dir,
             data_dir=recipe.dataset_data_dir,
         )
@@ -224,13 +227,12 @@ class Experiment:
         """Prompts with the recipe's system prompt in front, and their keys accordingly."""
         if not self.recipe.system_prompt:
             return list(prompts)
-        contents = [with_system(prompt.content, self.recipe.system_prompt) for prompt in prompts]
-        return [Prompt(content, prompt_key(content), p.columns) for content, p in zip(contents, prompts, strict=True)]
+        return list(numbered((with_system(one.content, self.recipe.system_prompt), one.columns) for one in prompts))
 
     def _within_length(self, splits: Splits) -> Splits:
         """The splits without dropped prompts; fills `prompt_ids`."""
         everything = [*splits.train, *splits.validation, *splits.test]
-        rendered = {prompt.key: self.render(prompt.content) for prompt in everything}
+        rendered = {prompt.key: self.render(prompt) for prompt in everything}
         checked = check_lengths(
             rendered,
             self.recipe.max_prompt_length,
@@ -249,13 +251,10 @@ class Experiment:
         }
         return dataclasses.replace(splits, **kept)
 
-    def render(self, content: Any) -> list[int]:
-        """Token ids of a prompt as the model sees it."""
-        return render(self.tokenizer, content, chat_template_kwargs=self.recipe.chat_template_kwargs)
-
-    def ids_of(self, content: Any) -> list[int]:
-        """Token ids of one of the experiment's prompts, after the length policy."""
-        return list(self.prompt_ids[prompt_key(content)])
+    def render(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt as the model sees it; the row's own template variables win over the recipe's."""
+        variables = {**self.recipe.chat_template_kwargs, **prompt.template}
+        return render(self.tokenizer, prompt.content, chat_template_kwargs=variables)
 
     # --- what is optimised ----------------------------------------------------------------------------------------
 
@@ -291,7 +290,13 @@ class Experiment:
         if not sums_in(reward):
             return reward
         folder, parts = self.recipe.output / "calibration", self.sampling_parts(self.base_path, CALIBRATION)
-        return bind_sums(reward, lambda: SampleTable.open(folder, parts), parts, self.recipe.num_calibration_samples)
+        return bind_sums(
+            reward,
+            lambda: SampleTable.open(folder, parts),
+            lambda: [*self.splits.train, *self.splits.validation, *self.splits.test],
+            parts,
+            self.recipe.num_calibration_samples,
+        )
 
     @cached_property
     def procedure(self) -> Procedure:
@@ -358,3 +363,11 @@ class Experiment:
     def _identity(self) -> dict[str, Any]:
         names = ("model_name_or_path", "model_revision", "dataset_name", "dataset_config", "dataset_data_dir")
         return without_secrets({name: getattr(self.recipe, name) for name in (*names, "datasets", "seed")})
+
+
+def tell_how_read(loaded: LoadedPrompts) -> None:
+    """Say how rows were read, and that rows of equal content are not merged."""
+    for note in loaded.notes:
+        say(f"{loaded.source}: {note}")
+    if loaded.repeated:
+        say(loaded.summary())

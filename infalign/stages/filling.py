@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from infalign.calibration.table import SampleTable, Segment, Wanted, read_samples, write_samples, write_scores
 from infalign.generation.plan import Request, Sampler, plan_batches
 from infalign.rewards.loader import Reward
-from infalign.rewards.scoring import score_samples
+from infalign.rewards.scoring import columns_digest, score_samples
 from infalign.runtime.console import Progress
 from infalign.runtime.distributed import barrier, is_main, my_share
 from infalign.types import Prompt
@@ -77,25 +80,33 @@ def _draw(
 def _score(
     table: SampleTable, batches: Sequence[Batch], reward: Reward, by_key: Mapping[str, Prompt], title: str = ""
 ) -> None:
-    """Score the wanted samples that a reward has not scored; samples of other prompts are left alone."""
-    scored = table.scored(reward.fingerprint)
+    """Score the wanted samples that a reward has not scored on these columns; those of other prompts are left alone."""
+    columns = {key: columns_digest(reward, prompt) for key, prompt in by_key.items()}
+    scored = table.scored(reward.fingerprint, columns)
     todo = [
         (segment, number, names)
         for segment, number, requests in batches
-        if (names := {(r.key, r.index) for r in requests if r.key in by_key} - scored)
+        if (names := {(key, r.index) for r in requests if (key := table.key_of(r.key)) in by_key} - scored)
     ]
     with Progress(title and f"{title}: scoring with {reward.name}", len(todo), "batches") as progress:
         for segment, number, names in todo:
             drawn = read_samples(table.shard(segment, number))
-            samples = [sample for sample in drawn if (sample.key, sample.index) in names]
-            values = score_samples(reward, [by_key[sample.key] for sample in samples], samples)
-            write_scores(table.new_score_shard(segment, number, reward.fingerprint), samples, values)
+            samples = [sample for sample in drawn if (table.key_of(sample.key), sample.index) in names]
+            prompts = [by_key[table.key_of(sample.key)] for sample in samples]
+            values = score_samples(reward, prompts, samples)
+            shard = table.new_score_shard(segment, number, reward.fingerprint)
+            write_scores(shard, samples, values, [columns[prompt.key] for prompt in prompts])
             progress.advance()
+
+
+def table_rewards(table: SampleTable, reward: Reward, prompts: Sequence[Prompt]) -> dict[str, NDArray[np.float64]]:
+    """A reward's scores of the prompts' samples, on the columns that they have now, by prompt key in sample order."""
+    return table.rewards(reward.fingerprint, {prompt.key: columns_digest(reward, prompt) for prompt in prompts})
 
 
 def _batches(table: SampleTable, max_tokens: int) -> list[Batch]:
     """Every batch of the table's plan: the same list in every run and on every rank."""
-    ids = table.prompt_ids()
+    ids = table.stored_prompt_ids()
     found: list[Batch] = []
     for segment in table.segments:
         requests = [Request(key, index, ids[key]) for key, first, end in segment.rows for index in range(first, end)]

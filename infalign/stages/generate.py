@@ -12,11 +12,14 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from infalign.data.prompts import LoadedPrompts, load_prompts, prompts_from_rows
+from infalign.data.columns import parse_columns, renamed
+from infalign.data.prompts import BadRow, LoadedPrompts, prompts_or_problems
+from infalign.data.sources import read_rows
 from infalign.data.templates import check_lengths
 from infalign.decoding.course import Strategy
 from infalign.decoding.decode import Decoded, decode, plan_decoding
@@ -26,19 +29,25 @@ from infalign.runtime.artifacts import fingerprint, write_json
 from infalign.runtime.console import Progress, notice, say
 from infalign.runtime.distributed import barrier, is_main, my_share, together, world_size
 from infalign.runtime.models import context_length
-from infalign.stages.experiment import Experiment
-from infalign.stages.generated_file import claim_parts, is_made, is_same, line, write_output
+from infalign.stages.experiment import Experiment, tell_how_read
+from infalign.stages.generated_file import claim_parts, failed_rows, is_made, is_same, line, plain, write_output
 from infalign.stages.recipe import Recipe, require
 from infalign.stages.reference import REFERENCE, reference_sampler
 from infalign.stages.strategy import load_strategy
-from infalign.types import InputError, Prompt
+from infalign.types import InputError, Prompt, RewardError
 
 STANDARD = "-"
 """In place of a file: standard input or output."""
 
+ENOUGH = 8
+"""Rows that a reward may fail on, and on no other, before it is taken to be broken."""
+
 
 def generate(recipe: Recipe, *, prompts: str | None = None, output: str | None = None) -> Path | None:
     """Decode prompts and write one JSON object a line: prompt, completion, reward, all candidates, what it has cost.
+
+    A row of input gives a row of output, in order, with its columns. A row that can't be decoded (no usable prompt, too
+    long, a reward that fails on it) has `error` in place of a completion, and the others go on.
 
     Args:
         recipe: model, procedure, reward and sampling settings (here top_p, top_k, ... may be set).
@@ -50,7 +59,8 @@ def generate(recipe: Recipe, *, prompts: str | None = None, output: str | None =
         The path written, None for standard output.
 
     Raises:
-        InputError: no policy, no prompts, or prompts that do not fit the model.
+        InputError: no policy, no prompts, or not one that can be decoded.
+        RewardError: the reward fails on every row.
     """
     if STANDARD in (prompts, output) and world_size() > 1:
         raise InputError(
@@ -74,56 +84,85 @@ def generate(recipe: Recipe, *, prompts: str | None = None, output: str | None =
     ):
         raise InputError(f"--output {path} is the file of prompts, which would be lost: name another file")
     path.parent.mkdir(parents=True, exist_ok=True)
-    chosen, ids = _prompts(experiment, prompts)
-    by_key = {prompt.key: prompt for prompt in chosen}
+    asked = _asked(experiment, prompts)
     batches = plan_decoding(
-        chosen,
-        ids,
+        asked.prompts,
+        asked.ids,
         _strategy(experiment),
         max_tokens=recipe.max_completion_length,
         tokens_per_batch=recipe.tokens_per_batch,
     )
-    identity = _identity(experiment, batches)
+    identity = _identity(experiment, batches, asked)
     with together():  # every rank looks, and one of them speaks
         made = is_made(path, identity, recipe.overwrite)
     if made:
-        say(f"{path} is made already ({len(chosen)} completions by {_strategy(experiment)!r})")
+        say(f"{path} is made already ({len(asked.rows)} completions by {_strategy(experiment)!r})")
+        if is_main() and failed_rows(path):
+            notice(f"{failed_rows(path)} of its rows have an error: --overwrite tries all of them again")
         return path
     parts = claim_parts(path, identity, batches)
     missing = [file for file in my_share(list(parts)) if not file.exists()]
     if missing:
-        _decode_batches(experiment, by_key, {file: parts[file] for file in missing})
+        _decode_batches(experiment, asked, {file: parts[file] for file in missing})
     barrier()
     if is_main():
-        unscored = write_output(list(parts), [prompt.key for prompt in chosen], path, identity)
-        _tell_unscored(unscored, len(chosen))
-        say(f"{len(chosen)} completions by {_strategy(experiment)!r} in {path}")
+        order = [_bad_row(one) if isinstance(one, BadRow) else one.key for one in asked.rows]
+        rows = write_output(list(parts), order, path, identity)
+        _tell_failed(rows)
+        say(f"{len(rows)} completions by {_strategy(experiment)!r} in {path}")
     barrier()
     return path
 
 
-def _decode_batches(experiment: Experiment, by_key: dict[str, Prompt], todo: dict[Path, list[Request]]) -> None:
+def _decode_batches(experiment: Experiment, asked: Asked, todo: dict[Path, list[Request]]) -> None:
     """Decode this rank's missing batches, each into its file."""
-    decoded = _decoded(experiment, by_key, list(todo.values()))
+    decoded = _decoded(experiment, asked, list(todo.values()))
     count = sum(len(batch) for batch in todo.values())
     with Progress(f"generate: {_strategy(experiment)!r}", count, "prompts") as progress:
         for file, batch in zip(todo, decoded, strict=True):
-            write_json(file, [[one.prompt.key, _record(one)] for one in batch])
+            write_json(file, [[key, plain(row)] for key, row in batch.items()])
             progress.advance(len(batch))
 
 
 def _decoded(
-    experiment: Experiment, by_key: dict[str, Prompt], batches: Sequence[Sequence[Request]]
-) -> Iterator[list[Decoded]]:
-    return decode(
-        batches,
-        by_key,
-        experiment.sampler(experiment.judged_path, "generate"),
-        lambda rows, samples: score_samples(experiment.reward, rows, samples),
-        _strategy(experiment),
-        experiment.recipe.seed,
-        reference=reference_sampler(experiment),
-    )
+    experiment: Experiment, asked: Asked, batches: Sequence[Sequence[Request]]
+) -> Iterator[dict[str, dict[str, Any]]]:
+    """The rows of every batch by key; prompts that the reward fails on are tried alone, and then have an error.
+
+    Raises:
+        RewardError: it has failed on everything so far, and that is `ENOUGH` or all there is.
+    """
+    by_key = {prompt.key: prompt for prompt in asked.prompts}
+    sampler, reference = experiment.sampler(experiment.judged_path, "generate"), reference_sampler(experiment)
+
+    def decode_one(batch: Sequence[Request]) -> dict[str, dict[str, Any]]:
+        (found,) = decode(
+            [batch],
+            by_key,
+            sampler,
+            lambda rows, samples: score_samples(experiment.reward, rows, samples),
+            _strategy(experiment),
+            experiment.recipe.seed,
+            reference=reference,
+        )
+        return {one.prompt.key: _record(one) for one in found}
+
+    done, failed, count = 0, 0, sum(map(len, batches))
+    for batch in batches:
+        rows: dict[str, dict[str, Any]] = {}
+        try:
+            rows = decode_one(batch)
+        except RewardError as error:
+            for request in batch:
+                try:
+                    rows |= decode_one([request]) if len(batch) > 1 else _failed_row(by_key[request.key], error)
+                except RewardError as alone:
+                    rows |= _failed_row(by_key[request.key], alone)
+                failed += "error" in rows[request.key]
+                if failed == done + len(rows) and failed >= min(ENOUGH, count):
+                    raise
+        done += len(rows)
+        yield {request.key: rows[request.key] for request in batch}
 
 
 def _strategy(experiment: Experiment) -> Strategy:
@@ -142,18 +181,21 @@ def _reference_parts(experiment: Experiment) -> dict[str, Any]:
 
 
 def _rows(experiment: Experiment, prompts: str | None) -> Iterator[list[dict[str, Any]]]:
-    """What is decoded, in the order of the prompts, a batch at a time."""
-    chosen, ids = _prompts(experiment, prompts)
-    batches = _neighbours(experiment, chosen, ids)
-    by_key = {prompt.key: prompt for prompt in chosen}
-    place = {prompt.key: number for number, prompt in enumerate(chosen)}
-    unscored = 0
-    with Progress(f"generate: {_strategy(experiment)!r}", len(chosen), "prompts") as progress:
-        for decoded in _decoded(experiment, by_key, batches):
-            unscored += sum(one.chosen is None for one in decoded)
-            yield [_record(one) for one in sorted(decoded, key=lambda one: place[one.prompt.key])]
+    """What is decoded, in the order of the input, a batch at a time."""
+    asked = _asked(experiment, prompts)
+    batches = _neighbours(experiment, asked.prompts, asked.ids)
+    waiting = list(reversed(asked.rows))
+    told: list[dict[str, Any]] = []
+    with Progress(f"generate: {_strategy(experiment)!r}", len(asked.prompts), "prompts") as progress:
+        for decoded in _decoded(experiment, asked, batches):
+            ready: list[dict[str, Any]] = []
+            while waiting and (isinstance(one := waiting[-1], BadRow) or one.key in decoded):
+                ready.append(_bad_row(one) if isinstance(one, BadRow) else decoded[one.key])
+                waiting.pop()
+            yield ready
+            told += [{name: one[name] for name in one if name == "error"} for one in ready]
             progress.advance(len(decoded))
-    _tell_unscored(unscored, len(chosen))
+    _tell_failed(told)
 
 
 def _neighbours(experiment: Experiment, prompts: list[Prompt], ids: list[tuple[int, ...]]) -> list[list[Request]]:
@@ -195,7 +237,7 @@ def _print(rows: Iterator[list[dict[str, Any]]], results: Any) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), results.fileno())
 
 
-def _identity(experiment: Experiment, batches: list[list[Request]]) -> dict[str, Any]:
+def _identity(experiment: Experiment, batches: list[list[Request]], asked: Asked) -> dict[str, Any]:
     """Everything that the completions depend on, by name."""
     return {
         **experiment.sampling_parts(experiment.judged_path, "generate"),
@@ -203,53 +245,101 @@ def _identity(experiment: Experiment, batches: list[list[Request]]) -> dict[str,
         **_reference_parts(experiment),
         "reward": experiment.reward.fingerprint,
         "batches": fingerprint([[(request.key, request.prompt_ids) for request in batch] for batch in batches]),
+        "rows": fingerprint(plain([_bad_row(one) if isinstance(one, BadRow) else one.columns for one in asked.rows])),
     }
 
 
-def _tell_unscored(unscored: int, count: int) -> None:
-    if unscored:
-        notice(f"{unscored} of {count} prompts have no scored candidate: their completion is null")
+def _tell_failed(rows: Sequence[Mapping[str, Any]]) -> None:
+    """How many rows have an error, and the most frequent one."""
+    errors = Counter(row["error"] for row in rows if "error" in row)
+    if errors:
+        often, times = errors.most_common(1)[0]
+        notice(f"{errors.total()} of {len(rows)} rows have an error in place of a completion ({times}x: {often})")
 
 
 # --- prompts and records ------------------------------------------------------------------------------------------
 
 
-def _prompts(experiment: Experiment, file: str | None) -> tuple[list[Prompt], list[tuple[int, ...]]]:
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """The rows of input, in order: prompts and rows that have none; and the tokens of the prompts."""
+
+    rows: list[Prompt | BadRow]
+    ids: list[tuple[int, ...]]
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """The rows that can be decoded; `ids` are theirs."""
+        return [one for one in self.rows if isinstance(one, Prompt)]
+
+
+def _asked(experiment: Experiment, file: str | None) -> Asked:
+    """The rows to decode.
+
+    Raises:
+        InputError: there are none, or not one of them can be decoded.
+    """
     recipe = experiment.recipe
     if file is None:
         test = list(experiment.splits.test)
-        return test, [experiment.prompt_ids[prompt.key] for prompt in test]
-    loaded = _loaded(recipe, file)
-    if loaded.duplicates:
-        notice(
-            f"{loaded.duplicates} duplicate prompts merged: {len(loaded.prompts)} completions for {loaded.rows} rows"
-        )
-    prompts = experiment.with_system_prompt(loaded.prompts)
+        return Asked([*test], [experiment.prompt_ids[prompt.key] for prompt in test])
+    rows, loaded = _loaded(recipe, file)
+    tell_how_read(loaded)
+    prompts = iter(experiment.with_system_prompt(loaded.prompts))
+    rows = [one if isinstance(one, BadRow) else next(prompts) for one in rows]
+    rendered = [one if isinstance(one, BadRow) else _rendered(experiment, one) for one in rows]
+    ids = {
+        one.key: ids
+        for one, ids in zip(rows, rendered, strict=True)
+        if isinstance(one, Prompt) and isinstance(ids, list)
+    }
+    if not ids:
+        raise InputError(next(one.problem for one in rendered if isinstance(one, BadRow)))
     checked = check_lengths(
-        {prompt.key: experiment.render(prompt.content) for prompt in prompts},
+        ids,
         recipe.max_prompt_length,
-        recipe.prompt_length_policy,
+        "drop" if recipe.prompt_length_policy == "error" else recipe.prompt_length_policy,
         context_length(experiment.base_path, recipe.model_revision, recipe.trust_remote_code),
         reserve=recipe.max_completion_length,
         bos_token_id=experiment.tokenizer.bos_token_id,
     )
-    kept = [prompt for prompt in prompts if prompt.key in checked.ids]
-    return kept, [tuple(checked.ids[prompt.key]) for prompt in kept]
+    if checked.truncated:
+        notice(f"{len(checked.truncated)} of {len(ids)} prompts truncated: longer than {checked.limit} tokens")
+    kept: list[Prompt | BadRow] = []
+    for one, tokens in zip(rows, rendered, strict=True):
+        if isinstance(tokens, BadRow):
+            kept.append(tokens)
+        elif isinstance(one, Prompt) and one.key in checked.ids:
+            kept.append(one)
+        elif isinstance(one, Prompt):
+            problem = (
+                f"the prompt has {len(tokens)} tokens, more than {checked.limit} (max_prompt_length, or the context)"
+            )
+            kept.append(BadRow({"prompt": one.content, **one.columns}, problem))
+    return Asked(kept, [tuple(checked.ids[one.key]) for one in kept if isinstance(one, Prompt)])
 
 
-def _loaded(recipe: Recipe, file: str) -> LoadedPrompts:
-    """The prompts in a file or on standard input."""
+def _rendered(experiment: Experiment, prompt: Prompt) -> list[int] | BadRow:
+    """A prompt's tokens, or why it has none."""
+    try:
+        return experiment.render(prompt)
+    except InputError as error:
+        return BadRow({"prompt": prompt.content, **prompt.columns}, str(error))
+
+
+def _loaded(recipe: Recipe, file: str) -> tuple[list[Prompt | BadRow], LoadedPrompts]:
+    """The rows of a file or of standard input, and how they were read."""
     if file == STANDARD:
         rows = _read_lines(
             sys.stdin.buffer.read() if hasattr(sys.stdin, "buffer") else sys.stdin.read().encode(), recipe
         )
         source = "standard input"
-        return prompts_from_rows(rows, source, prompt_column=recipe.prompt_column, data_format=recipe.data_format)
-    if not any(candidate.exists() for candidate in (Path(file), recipe.base_dir / file)):
+    elif not any(candidate.exists() for candidate in (Path(file), recipe.base_dir / file)):
         raise InputError(f"--prompts {file!r}: no such file")
-    return load_prompts(
-        file, prompt_column=recipe.prompt_column, data_format=recipe.data_format, base_dir=recipe.base_dir
-    )
+    else:
+        rows, source = read_rows(file, base_dir=recipe.base_dir, text_column=recipe.prompt_column), file
+    rows = renamed(rows, parse_columns(recipe.columns), source)
+    return prompts_or_problems(rows, source, prompt_column=recipe.prompt_column, data_format=recipe.data_format)
 
 
 def _read_lines(content: bytes, recipe: Recipe) -> list[dict[str, Any]]:
@@ -284,8 +374,7 @@ def _json(line: str) -> Any:
 
 def _record(one: Decoded) -> dict[str, Any]:
     rewards = [None if value != value else float(value) for value in one.rewards_N.tolist()]
-    return {
-        "prompt": one.prompt.content,
+    made = {
         "completion": one.text,
         "reward": None if one.chosen is None else rewards[one.chosen],
         "chosen": one.chosen,
@@ -295,3 +384,25 @@ def _record(one: Decoded) -> dict[str, Any]:
         ],
         "spent": dataclasses.asdict(one.spent),
     }
+    error = {"error": "no candidate has a score"} if one.chosen is None else {}
+    return _row({"prompt": one.prompt.content, **one.prompt.columns}, {**made, **error})
+
+
+def _failed_row(prompt: Prompt, error: Exception) -> dict[str, dict[str, Any]]:
+    """The row of a prompt that could not be decoded, by its key."""
+    return {prompt.key: _bad_row(BadRow({"prompt": prompt.content, **prompt.columns}, str(error)))}
+
+
+def _bad_row(bad: BadRow) -> dict[str, Any]:
+    return _row(bad.columns, {**_NOTHING, "error": bad.problem})
+
+
+_NOTHING = {"completion": None, "reward": None, "chosen": None, "candidates": []}
+
+
+def _row(given: Mapping[str, Any], made: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of output: the input's columns, then ours; columns of the input that are called like ours go to `input`."""
+    names = {*_NOTHING, "spent", "error"}
+    covered = {name: value for name, value in given.items() if name in names}
+    kept = {name: value for name, value in given.items() if name not in names}
+    return {**kept, **({"input": covered} if covered else {}), **made}

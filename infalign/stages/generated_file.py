@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,21 +61,47 @@ def claim_parts(path: Path, identity: Mapping[str, Any], batches: list[list[Requ
     return {folder / f"{number:06d}.json": batch for number, batch in enumerate(batches)}
 
 
-def write_output(files: list[Path], order: list[str], path: Path, identity: Mapping[str, Any]) -> int:
-    """One JSONL in the order of the prompts, whole, and the record of what made it; the batches' files go.
+def write_output(
+    files: list[Path], order: Sequence[str | Mapping[str, Any]], path: Path, identity: Mapping[str, Any]
+) -> list[Mapping[str, Any]]:
+    """One JSONL in the order of the input, whole, and the record of what made it; the batches' files go.
+
+    Args:
+        files: of the batches, each a list of (key, row).
+        order: a line each: the key of a decoded row, or a row as it is (one that could not be decoded).
+        path: of the JSONL.
+        identity: of the run.
 
     Returns:
-        How many prompts have no scored candidate.
+        The rows.
     """
-    rows = {key: row for file in files for key, row in read_json(file, "the batch")}
-    lines = "".join(line(rows[key]) for key in order)
-    write_whole(path, lambda temporary: temporary.write_text(lines, encoding="utf-8"))
-    write_json(_record_of(path), {"identity": identity, "digest": _digest(path)})
+    decoded = {key: row for file in files for key, row in read_json(file, "the batch")}
+    rows = [decoded[one] if isinstance(one, str) else one for one in order]
+    text = "".join(map(line, rows))
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    failed = sum("error" in row for row in rows)
+    write_json(_record_of(path), {"identity": identity, "digest": _digest(path), "failed": failed})
     if files:
         shutil.rmtree(files[0].parent)
-    return sum(row["chosen"] is None for row in rows.values())
+    return rows
+
+
+def failed_rows(path: Path) -> int:
+    """How many rows of a finished output have an `error`."""
+    return int(read_json(_record_of(path), "the record of the output").get("failed", 0))
 
 
 def line(row: Mapping[str, Any]) -> str:
     """A record as a line of JSON."""
-    return json.dumps(row, ensure_ascii=False) + "\n"
+    return json.dumps(plain(row), ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def plain(value: Any) -> Any:
+    """A value of the user's data as JSON can hold it: not finite numbers as null, other objects as their text."""
+    if isinstance(value, Mapping):
+        return {str(name): plain(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(one) for one in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if value is None or isinstance(value, (str, int, float)) else str(value)

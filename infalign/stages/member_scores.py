@@ -18,7 +18,8 @@ from infalign.calibration.table import SampleTable
 from infalign.rewards.calibrated_sum import sums_in
 from infalign.rewards.fingerprint import digest
 from infalign.rewards.loader import Reward
-from infalign.types import InputError, prompt_key
+from infalign.rewards.scoring import columns_digest
+from infalign.types import InputError, Prompt, prompt_key
 
 
 @dataclass
@@ -27,21 +28,27 @@ class MemberScores:
 
     Args:
         open_table: opens the calibration table, when a score is first needed.
+        prompts: all that may be scored, looked up by content and columns (rows of equal content may differ there).
         members: of the sum.
         count: K.
     """
 
     open_table: Callable[[], SampleTable]
+    prompts: Callable[[], Sequence[Prompt]]
     members: Sequence[Reward]
     count: int
 
-    def __call__(self, prompt: Any) -> list[NDArray[np.float64]]:
+    def __call__(self, prompt: Any, columns: Mapping[str, Any]) -> list[NDArray[np.float64]]:
         """(members, K) scores, NaN for no score.
+
+        Args:
+            prompt: its content.
+            columns: its row's.
 
         Raises:
             InputError: the prompt was never calibrated.
         """
-        key = prompt_key(prompt)
+        key = self._keys.get(_identity(prompt, columns), "")
         rows = [scores.get(key, np.empty(0))[: self.count] for scores in self._by_member]
         if any(len(row) < self.count for row in rows):
             raise InputError(
@@ -51,19 +58,35 @@ class MemberScores:
         return rows
 
     @cached_property
+    def _keys(self) -> dict[str, str]:
+        return {_identity(prompt.content, prompt.columns): prompt.key for prompt in self.prompts()}
+
+    @cached_property
     def _by_member(self) -> list[dict[str, NDArray[np.float64]]]:
         table = self.open_table()
-        return [table.rewards(member.fingerprint) for member in self.members]
+        digests = [{prompt.key: columns_digest(one, prompt) for prompt in self.prompts()} for one in self.members]
+        return [table.rewards(one.fingerprint, columns) for one, columns in zip(self.members, digests, strict=True)]
 
 
-def bind_sums(reward: Reward, open_table: Callable[[], SampleTable], sampling: Mapping[str, Any], count: int) -> Reward:
+def _identity(content: Any, columns: Mapping[str, Any]) -> str:
+    """A row by content and columns: of two that share both, either has the samples for a score."""
+    return digest(prompt_key(content), {name: value for name, value in columns.items() if value is not None})
+
+
+def bind_sums(
+    reward: Reward,
+    open_table: Callable[[], SampleTable],
+    prompts: Callable[[], Sequence[Prompt]],
+    sampling: Mapping[str, Any],
+    count: int,
+) -> Reward:
     """A reward whose calibrated sums find their members' scores in the calibration table; others as they are.
 
     Its fingerprint then covers the base samples, K and how they were drawn.
     """
     sums = sums_in(reward)
     for one in sums:
-        one.bind(MemberScores(open_table, one.members, count))
+        one.bind(MemberScores(open_table, prompts, one.members, count))
     if sums:
         reward.fingerprint = digest(reward.fingerprint, dict(sampling), count)
     return reward

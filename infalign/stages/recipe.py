@@ -49,6 +49,7 @@ class Recipe:
     dataset_test_split: str | None = key(None, "split of the test prompts; unset: held out of the train split", "data")
     datasets: list[dict] = key([], "TRL's mixture of data sets, in place of dataset_name", "data")
     prompt_column: str = key("prompt", "column with a text or a chat", "data")
+    columns: dict | list[str] | str = key({}, "other names of columns, e.g. prompt=question,chosen=better", "data")
     data_format: Literal["auto", "prompt", "transcript"] = key("auto", "transcript: hh-rlhf's chosen/rejected", "data")
     num_train_prompts: int | None = key(None, "how many; unset: all that are left", "data")
     num_validation_prompts: int = key(0, "held out for `eval_steps` during training", "data")

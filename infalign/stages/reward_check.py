@@ -61,7 +61,12 @@ class Checked:
 
 
 def reward_check(
-    spec: str, reward_kwargs: Mapping[str, Any] | None = None, *, prompts: str | None = None, samples: str | None = None
+    spec: str,
+    reward_kwargs: Mapping[str, Any] | None = None,
+    *,
+    prompts: str | None = None,
+    samples: str | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> list[Checked]:
     """Load a reward and try it on samples, once in each form.
 
@@ -70,6 +75,7 @@ def reward_check(
         reward_kwargs: as in a recipe.
         prompts: a file of prompts with their columns, in place of the built-in ones.
         samples: a file of rows of a prompt with its completions, in place of all built-in ones.
+        columns: our name -> the file's.
 
     Raises:
         InputError: the reward can't be loaded, or a file can't be read.
@@ -77,18 +83,20 @@ def reward_check(
     if prompts is not None and samples is not None:
         raise InputError("give --prompts or --samples, not both: a file of samples has its prompts")
     reward = load_reward(spec, reward_kwargs, base_dir=Path(), retries=0)
-    return [_checked(reward, form, rows) for form, rows in _samples(prompts, samples).items()]
+    return [_checked(reward, form, rows) for form, rows in _samples(prompts, samples, columns or {}).items()]
 
 
-def _samples(prompts: str | None, samples: str | None) -> dict[str, Rows]:
+def _samples(prompts: str | None, samples: str | None, columns: Mapping[str, str]) -> dict[str, Rows]:
     """The rows by form, at most `MOST` of each."""
     if samples is not None:
-        found = [(one.prompt, text) for one in read_completions(samples).values() for text in one.texts]
+        file = read_completions(samples, columns=columns)
+        found = [(one.prompt, text) for one in file.rows for text in one.texts or ()]
     else:
         asked = [_prompt(question) for question in QUESTIONS]
         asked += [_prompt([{"role": "user", "content": question}]) for question in QUESTIONS]
         if prompts is not None:
-            asked = list(load_prompts(prompts, base_dir=Path(), limit=MOST // len(ANSWERS)).prompts)
+            limit = MOST // len(ANSWERS)
+            asked = list(load_prompts(prompts, columns=columns, base_dir=Path(), limit=limit).prompts)
         found = [(prompt, answer) for prompt in asked for answer in ANSWERS]
     forms = {
         "text": [row for row in found if isinstance(row[0].content, str)],

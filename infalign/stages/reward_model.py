@@ -87,7 +87,7 @@ def load_pairs(recipe: RewardModelRecipe) -> Pairs:
     """
     train = _load(recipe, recipe.dataset_train_split)
     test = _load(recipe, recipe.dataset_test_split) if recipe.dataset_test_split else None
-    pools = [None if one is None else [Prompt("", pair.key) for pair in one.pairs] for one in (train, test)]
+    pools = [None if one is None else _distinct(one.pairs) for one in (train, test)]
     splits = split_prompts(
         pools[0] or [],
         pools[1],
@@ -102,6 +102,11 @@ def load_pairs(recipe: RewardModelRecipe) -> Pairs:
     base_path = resolve_model(recipe.model_name_or_path, recipe.base_dir)
     tokenizer = load_tokenizer(base_path, recipe.model_revision, recipe.trust_remote_code)
     return Pairs(base_path, tokenizer, chosen, kept)
+
+
+def _distinct(pairs: Sequence[Preference]) -> list[Prompt]:
+    """The pairs' prompts, near copies counted once."""
+    return list({pair.key: Prompt(pair.prompt, pair.key) for pair in reversed(pairs)}.values())
 
 
 def _load(recipe: RewardModelRecipe, split: str) -> LoadedPreferences:

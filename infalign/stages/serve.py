@@ -185,7 +185,7 @@ def renderer(experiment: Experiment) -> Callable[[Any], tuple[Prompt, tuple[int,
     def render(content: Any) -> tuple[Prompt, tuple[int, ...]]:
         plain = Prompt(content, prompt_key(content))
         prompt = experiment.with_system_prompt([plain])[0]
-        return prompt, tuple(experiment.render(prompt.content))
+        return prompt, tuple(experiment.render(prompt))
 
     return render
 

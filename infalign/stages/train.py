@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from trl import ModelConfig, get_peft_config, get_quantization_config
@@ -15,6 +16,7 @@ from infalign.runtime.console import notice, say
 from infalign.runtime.distributed import is_main, together
 from infalign.stages.calibrate import calibration_parts, open_table, reference_rewards
 from infalign.stages.experiment import Experiment
+from infalign.stages.filling import table_rewards
 from infalign.stages.objective import describe_transform
 from infalign.stages.output import STARTED, refuse_stale_start, reusable
 from infalign.stages.policy_folder import initial_model, load_initial_adapter, save_policy
@@ -22,7 +24,7 @@ from infalign.stages.recipe import Recipe, require_plain
 from infalign.stages.training_keys import split_training
 from infalign.training.config import CTRLConfig
 from infalign.training.progress import TrainingProgress, quiet
-from infalign.training.reward import CTRLReward
+from infalign.training.reward import DATA_COLUMNS, PROMPT_IDS, CTRLReward
 from infalign.training.trainer import CTRLTrainer
 from infalign.types import InputError, Interrupted, Prompt
 
@@ -128,7 +130,6 @@ def make_trainer(experiment: Experiment, table: SampleTable, identity: Mapping[s
         reward,
         arguments,
         procedure=experiment.procedure,
-        render=experiment.ids_of,
         identity=identity,
         train_dataset=_dataset(experiment, table, splits.train),
         eval_dataset=_dataset(experiment, table, splits.validation) if splits.validation else None,
@@ -196,11 +197,34 @@ def check_batch(arguments: CTRLConfig, prompts: int) -> None:
 
 
 def _dataset(experiment: Experiment, table: SampleTable, prompts: tuple[Prompt, ...]) -> Dataset:
-    """A TRL data set: `prompt`, the data's own columns, and the reference rewards."""
-    names = sorted({name for prompt in prompts for name in prompt.columns} - {"prompt", "ref_rewards"})
-    rows = [{"prompt": p.content, **{name: p.columns.get(name) for name in names}} for p in prompts]
+    """A TRL data set: each row's prompt, its tokens, the reference rewards, and the data's own columns."""
     count = experiment.recipe.num_calibration_samples
-    return table.attach(Dataset.from_list(rows), experiment.reward.fingerprint, count=count)
+    references = table_rewards(table, experiment.reward, prompts)
+    rows = [
+        {
+            "prompt": prompt.content,
+            PROMPT_IDS: list(experiment.prompt_ids[prompt.key]),
+            "ref_rewards": (row := references[prompt.key][:count])[~np.isnan(row)].tolist(),
+            DATA_COLUMNS: dict(prompt.columns),
+        }
+        for prompt in prompts
+    ]
+    return Dataset.from_dict({"row": list(range(len(rows)))}).with_transform(_RowsByNumber(rows))
+
+
+class _RowsByNumber:
+    """What a data set of row numbers shows: the rows as Python has them.
+
+    Arrow, which a data set stores its values in, has one type a column: it would turn the answers 5 and 3.5 into 5.0
+    and 3.5, give every dictionary the keys of all, and refuse integers beyond 64 bits.
+    """
+
+    def __init__(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        self.rows = rows
+
+    def __call__(self, batch: Mapping[str, Sequence[int]]) -> dict[str, list[Any]]:
+        """A batch of row numbers as the batch of their rows."""
+        return {name: [self.rows[number][name] for number in batch["row"]] for name in self.rows[0]}
 
 
 def _checkpoint(recipe: Recipe) -> str | bool:

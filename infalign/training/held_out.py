@@ -21,6 +21,7 @@ from trl.trainer.utils import use_adapter
 from infalign.evaluation.winrate import win_rate
 from infalign.runtime.distributed import even_share, gathered, together
 from infalign.theory.procedures import BestOfN
+from infalign.training.reward import PROMPT_IDS, data_columns
 from infalign.training.rollouts import rollout_uniforms
 
 Rows = list[tuple[list[int], list[float]]]
@@ -38,8 +39,10 @@ def measure(trainer: Any, rows: Sequence[dict[str, Any]], count: int) -> dict[st
         `winrate` under the trainer's procedure, `winrate_1` (standard), `kl_seq` (nats).
     """
     drawn = []
-    for row in even_share(rows):  # a rank with a row less samples the first one again, and forgets it
-        prompt_ids, samples = _sample(trainer, row or rows[0], count)
+    numbered = list(enumerate(rows))
+    for one in even_share(numbered):  # a rank with a row less samples the first one again, and forgets it
+        number, row = one or (0, None)
+        prompt_ids, samples = _sample(trainer, rows[number], count, number)
         drawn.append((row, samples, _mean_kl(trainer, prompt_ids, samples)))
     scored: list[NDArray[np.float64]] = []
     with together():
@@ -56,12 +59,14 @@ def measure(trainer: Any, rows: Sequence[dict[str, Any]], count: int) -> dict[st
     }
 
 
-def _sample(trainer: Any, row: dict[str, Any], count: int) -> tuple[list[int], Rows]:
-    """A prompt's tokens, and `count` completions of it with their log-probabilities."""
-    prompt_ids, _, _ = trainer._tokenize_prompts([row["prompt"]])
-    prompts = [list(prompt_ids[0])] * count
+def _sample(trainer: Any, row: dict[str, Any], count: int, number: int) -> tuple[list[int], Rows]:
+    """The tokens of row `number`'s prompt, and `count` completions of it with their log-probabilities."""
+    ids = row[PROMPT_IDS] if PROMPT_IDS in row else trainer._tokenize_prompts([row["prompt"]])[0][0]
+    prompts = [list(ids)] * count
     length = trainer.max_completion_length
-    uniforms_BT = rollout_uniforms(prompts, seed=trainer.args.seed, generation=-1, first_row=0, count=length)
+    # rows of equal prompts have streams of their own, by their place
+    first = number * count
+    uniforms_BT = rollout_uniforms(prompts, seed=trainer.args.seed, generation=-1, first_row=first, count=length)
     return prompts[0], trainer._decode(prompts, uniforms_BT)
 
 
@@ -71,12 +76,12 @@ def _rewards(trainer: Any, row: dict[str, Any], samples: Rows) -> NDArray[np.flo
     texts = trainer.processing_class.batch_decode([ids for ids, _ in samples], skip_special_tokens=True)
     chat = isinstance(row["prompt"], list)
     completions = [[{"role": "assistant", "content": text}] for text in texts] if chat else texts
-    columns = {name: [value] * count for name, value in row.items() if name not in ("prompt", reward.column)}
+    given = {name: [value] * count for name, value in row.items() if name not in ("prompt", reward.column)}
     rewards = reward.raw(
         prompts=[row["prompt"]] * count,
         completions=completions,
         completion_ids=[ids for ids, _ in samples],
-        **columns,
+        **data_columns(given),
     )
     return rewards[~np.isnan(rewards)]
 

@@ -7,7 +7,7 @@ and beta > 0, in `GRPOTrainer`, whose default scaling would divide the transform
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -17,6 +17,11 @@ from infalign.calibration.quantile import Method, calibrate, clip_to_open
 from infalign.rewards.loader import Reward, load_reward
 from infalign.runtime.distributed import together
 from infalign.types import InputError, RewardError
+
+DATA_COLUMNS = "infalign_columns"
+"""A column of a training set that holds each row's columns of the data as a mapping, in place of a column for each."""
+PROMPT_IDS = "infalign_prompt_ids"
+"""A column of a training set that holds each prompt's tokens, as calibration had them."""
 
 Transform = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 
@@ -91,6 +96,7 @@ class CTRLReward:
                 "attach the calibration table (SampleTable.attach), and keep remove_unused_columns false"
             )
         references = columns.pop(self.column)
+        columns = data_columns(columns)
         raw_B = self.raw(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
         calibrated_B = calibrate(raw_B[:, None], references, self.method)[:, 0]
         counts_B = np.array([np.count_nonzero(~np.isnan(np.asarray(row, dtype=float))) for row in references])
@@ -105,3 +111,18 @@ class CTRLReward:
         if log_metric is not None:
             log_metric("reward/unscored", float(1.0 - scored_B.mean()))
         return [float(value) if scored else None for value, scored in zip(transformed_B, scored_B, strict=True)]
+
+
+def data_columns(columns: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+    """The columns of a batch that are the data's, for the raw reward.
+
+    Args:
+        columns: those of the training set; where it has `DATA_COLUMNS`, the data's are in there.
+
+    >>> data_columns({"infalign_columns": [{"answer": 5}, {}], "trainer_state": None})
+    {'trainer_state': None, 'answer': [5, None]}
+    """
+    kept = {name: value for name, value in columns.items() if name not in (DATA_COLUMNS, PROMPT_IDS)}
+    rows = columns.get(DATA_COLUMNS, ())
+    names = sorted({name for row in rows for name in row})
+    return kept | {name: [row.get(name) for row in rows] for name in names}

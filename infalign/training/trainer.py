@@ -58,7 +58,7 @@ from infalign.training.checks import check_calibration_at_start, check_kl_at_sta
 from infalign.training.chunked_head import add_chunked_head
 from infalign.training.config import CTRLConfig
 from infalign.training.held_out import measure
-from infalign.training.reward import CTRLReward
+from infalign.training.reward import PROMPT_IDS, CTRLReward
 from infalign.training.rollout_state import load_rollout_state, save_rollout_state
 from infalign.training.rollouts import PromptOrder, rollout_uniforms, shuffled_groups
 from infalign.training.shared_logps import shared_logps
@@ -107,6 +107,7 @@ class CTRLTrainer(RLOOTrainer):
         self._render = render
         self._fast = _trl_is_tested() and args.shared_prefix
         self._sampled_logps: Tensor | None = None
+        self._row_ids: list[list[int]] = []
         self._scored_logps: list[Tensor] | None = None
         super().__init__(model, functions, args, **kwargs)
         if is_peft_model(self.model) and self.model.active_peft_config.is_prompt_learning:
@@ -127,6 +128,8 @@ class CTRLTrainer(RLOOTrainer):
     # --- rollouts -------------------------------------------------------------------------------------------------
 
     def _tokenize_prompts(self, prompts: list[Any]) -> Any:
+        if len(self._row_ids) == len(prompts):
+            return self._row_ids, None, {}
         if self._render is None:
             return super()._tokenize_prompts(prompts)
         return [self._render(prompt) for prompt in prompts], None, {}
@@ -190,11 +193,13 @@ class CTRLTrainer(RLOOTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self._scored_logps = []
         self.beta = self._beta_now()
+        self._row_ids = [list(row[PROMPT_IDS]) for row in inputs if PROMPT_IDS in row]
         try:
             batch = super()._generate_and_score_completions(inputs)
             self._log_rollouts(batch, inputs)
         finally:
             self._scored_logps = self._sampled_logps = None
+            self._row_ids = []
         return batch
 
     def _beta_now(self) -> float:

@@ -9,7 +9,7 @@ import pytest
 from infalign.data.preferences import preferences_from_rows, split_pairs
 from infalign.data.prompts import load_prompts
 from infalign.data.sources import read_rows
-from infalign.types import InputError, prompt_key
+from infalign.types import InputError, group_key
 
 USER = {"role": "user", "content": "hi"}
 HELLO, BYE = ({"role": "assistant", "content": text} for text in ("hello", "bye"))
@@ -30,12 +30,12 @@ def test_the_four_formats_say_the_same():
     found = [pairs_of(row)[0] for row in (transcript, implicit, explicit, texts, repeated)]
     assert all(pair == found[0] for pair in found)
     assert (found[0].prompt, found[0].chosen, found[0].rejected) == ([USER], [HELLO], [BYE])
-    assert found[0].key == prompt_key([USER])
+    assert found[0].key == group_key([USER])
 
 
 def test_texts_stay_texts():
     pair = pairs_of({"prompt": "2+2=", "chosen": "4", "rejected": "5"})[0]
-    assert (pair.prompt, pair.chosen, pair.rejected, pair.key) == ("2+2=", "4", "5", prompt_key("2+2="))
+    assert (pair.prompt, pair.chosen, pair.rejected, pair.key) == ("2+2=", "4", "5", group_key("2+2="))
 
 
 def test_a_prompt_column_of_another_name_and_transcripts_beside_a_prompt_column():
@@ -102,4 +102,4 @@ def test_real_pairs_have_the_keys_of_the_prompts_that_a_recipe_reads():
     loaded = preferences_from_rows(read_rows(str(HH)), "hh", data_format="transcript")
     prompts = load_prompts(str(HH), data_format="transcript").prompts
     assert (loaded.rows, loaded.identical, loaded.duplicates, len(loaded.pairs)) == (2312, 0, 0, 2312)
-    assert {pair.key for pair in loaded.pairs} == {prompt.key for prompt in prompts}
+    assert {pair.key for pair in loaded.pairs} == {prompt.group for prompt in prompts}

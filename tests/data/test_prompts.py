@@ -12,8 +12,8 @@ import pytest
 from huggingface_hub import constants
 
 from infalign.data.mixture import load_mixture
-from infalign.data.prompts import load_prompts, prompt_key, prompts_from_rows
-from infalign.types import InputError
+from infalign.data.prompts import load_prompts, prompts_from_rows
+from infalign.types import InputError, group_key, prompt_key
 
 ROWS = [{"prompt": "one", "answer": 1}, {"prompt": "two", "answer": 2}, {"prompt": " ONE ", "answer": 3}]
 
@@ -30,19 +30,35 @@ def contents(loaded) -> list:
 # -- keys
 
 
-def test_key_is_the_hash_of_the_normalised_text():
+def test_a_group_is_the_hash_of_the_normalised_text():
     expected = hashlib.blake2b(b"hello world", digest_size=8).hexdigest()
-    assert prompt_key("  Hello\n\tWORLD ") == expected
-    assert prompt_key("\uff28ello world") == expected  # a full-width H is an H under NFKC
+    assert group_key("  Hello\n\tWORLD ") == expected
+    assert group_key("\uff28ello world") == expected  # a full-width H is an H under NFKC
     assert len(expected) == 16
 
 
-def test_key_of_a_chat_includes_roles_and_turns():
+def test_the_group_of_a_chat_includes_roles_and_turns():
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    assert prompt_key(chat) == prompt_key([{**turn, "content": f" {turn['content'].upper()} "} for turn in chat])
+    assert group_key(chat) == group_key([{**turn, "content": f" {turn['content'].upper()} "} for turn in chat])
     swapped = [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]
     joined = [{"role": "user", "content": "a assistant b"}]
-    assert len({prompt_key(x) for x in (chat, swapped, joined, "a", [chat[0]])}) == 5
+    assert len({group_key(x) for x in (chat, swapped, joined, "a", [chat[0]])}) == 5
+
+
+def test_the_identity_is_the_exact_content():
+    """Whatever differs is another prompt; what Arrow adds to a turn (None) is no difference."""
+    composed, decomposed = "\u00e9", "e\u0301"
+    texts = ["a", "A", " a", "a ", "a\n", "a\t", "\uff41", composed, decomposed, "x\u00b2", "x2"]
+    assert len({prompt_key(text) for text in texts}) == len(texts)
+    chat = [{"role": "user", "content": "a"}]
+    assert prompt_key(chat) == prompt_key([{**chat[0], "tool_calls": None, "name": None}])
+    call = [{"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]}]
+    other = [{"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {"x": 2}}}]}]
+    different = (chat, "a", [*chat, *call], [*chat, *other], [{"role": "user", "content": "a", "name": "b"}])
+    assert len({prompt_key(x) for x in different}) == 5
+    assert (
+        len({prompt_key(chat), prompt_key(chat, {"tools": [1]}), prompt_key(chat, {}, 1), prompt_key(chat, {}, 2)}) == 4
+    )
 
 
 # -- formats of files
@@ -65,12 +81,23 @@ def test_every_local_format(tmp_path, suffix):
     assert [dict(p.columns) for p in loaded.prompts] == ([{}, {}] if "txt" in suffix else [{"tag": "x"}, {"tag": "y"}])
 
 
-def test_duplicates_are_merged_and_the_first_row_kept(tmp_path):
-    loaded = load_prompts(write(tmp_path / "r.jsonl", ROWS))
-    assert contents(loaded) == ["one", "two"]
-    assert (loaded.rows, loaded.duplicates, loaded.columns) == (3, 1, ("answer",))
-    assert loaded.prompts[0].columns == {"answer": 1}
-    assert "2 prompts (1 duplicate rows merged)" in loaded.summary()
+def test_every_row_is_a_prompt_of_its_own(tmp_path):
+    rows = [*ROWS, {"prompt": "one", "answer": 4}, {"prompt": "one", "answer": 4}]
+    loaded = load_prompts(write(tmp_path / "r.jsonl", rows))
+    assert contents(loaded) == ["one", "two", " ONE ", "one", "one"]
+    assert [prompt.columns["answer"] for prompt in loaded.prompts] == [1, 2, 3, 4, 4]
+    assert len({prompt.key for prompt in loaded.prompts}) == 5
+    assert len({prompt.group for prompt in loaded.prompts}) == 2
+    assert (loaded.repeated, loaded.columns) == (2, ("answer",))
+    assert "5 prompts (2 repeat another row's; each row counts)" in loaded.summary()
+
+
+def test_further_rows_leave_the_keys_of_those_before_them(tmp_path):
+    few = load_prompts(write(tmp_path / "few.jsonl", ROWS)).prompts
+    more = load_prompts(write(tmp_path / "more.jsonl", [*ROWS, *ROWS])).prompts
+    changed = [{**row, "answer": 7, "id": 1} for row in ROWS]
+    other = load_prompts(write(tmp_path / "other.jsonl", changed)).prompts
+    assert [one.key for one in more[:3]] == [one.key for one in few] == [one.key for one in other]
 
 
 def test_limit_takes_the_first_rows(tmp_path):
@@ -180,7 +207,9 @@ def test_all_problems_are_collected():
 
 
 def test_a_missing_column_names_those_there_are():
-    with pytest.raises(InputError, match=r"no column 'prompt' \(and no 'chosen'\); the columns are 'text', 'id'"):
+    with pytest.raises(
+        InputError, match=r"no column 'prompt' \(nor messages, .* chosen\); the columns are 'text', 'id'"
+    ):
         prompts_from_rows([{"text": "x", "id": 1}], "rows")
     with pytest.raises(InputError, match=r"no column 'chosen'; the columns are 'prompt'"):
         prompts_from_rows([{"prompt": "x"}], "rows", data_format="transcript")
@@ -202,8 +231,9 @@ def test_reserved_columns_empty_data_and_unknown_formats():
     [
         ("a.jsonl", '{"prompt": "x"}\n{"prompt": \n', r"a.jsonl, line 2: not JSON"),
         ("a.jsonl", '{"prompt": "x"}\n\n[1]\n', r"a.jsonl, line 3: a JSON object is wanted, got list"),
-        ("a.json", '{"prompt": "x"}\n{"prompt": "y"}', r"line 2: not JSON \(Extra data; one object per line"),
-        ("a.json", '{"prompt": "x"}', r"a JSON list of objects is wanted"),
+        ("a.json", '{"prompt": "x"}\n{"prompt": "y"', r"line 2: not JSON \(Expecting ',' delimiter"),
+        ("a.json", '{"data":\n[{"prompt": "x"}]}', r"a JSON list of objects is wanted"),
+        ("a.json", "3", r"a JSON list of objects is wanted"),
         ("a.csv", "prompt\nx,y\n", r"row 1: more fields than the header"),
         ("a.csv", 'prompt\n"x\n', r"a.csv, line 1: not CSV \(unexpected end"),
         ("a.parquet", "PARnothing", r"a.parquet: cannot be read"),
@@ -231,13 +261,13 @@ def test_a_name_that_is_nowhere(tmp_path, monkeypatch):
 # -- mixtures
 
 
-def test_a_mixture_joins_and_merges(tmp_path):
+def test_a_mixture_joins(tmp_path):
     write(tmp_path / "a.jsonl", ROWS[:2])
     write(tmp_path / "b.jsonl", [{"prompt": "TWO", "tag": "t"}, {"prompt": "three", "tag": "u"}])
     loaded = load_mixture([{"path": "a.jsonl"}, {"path": "json", "data_files": "b.jsonl"}], base_dir=tmp_path)
-    assert contents(loaded) == ["one", "two", "three"]
-    assert (loaded.rows, loaded.duplicates) == (4, 1)
-    assert loaded.prompts[2].columns == {"answer": None, "tag": "u"}
+    assert contents(loaded) == ["one", "two", "TWO", "three"]
+    assert [prompt.columns for prompt in loaded.prompts[1:3]] == [{"answer": 2}, {"tag": "t"}]
+    assert loaded.columns == ("answer", "tag")
 
 
 def test_fractions_follow_trl(tmp_path):

@@ -6,13 +6,13 @@ import random
 
 import pytest
 
-from infalign.data.prompts import prompt_key
+from infalign.data.prompts import numbered
 from infalign.data.splits import split_prompts
 from infalign.types import InputError, Prompt
 
 
 def pool(*texts: str) -> list[Prompt]:
-    return [Prompt(text, prompt_key(text)) for text in texts]
+    return list(numbered((text, {}) for text in texts))
 
 
 POOL = pool(*(f"prompt {i}" for i in range(30)))
@@ -29,7 +29,7 @@ def test_sizes_and_disjointness():
 
 
 def test_row_order_does_not_matter_the_seed_does():
-    shuffled = random.Random(1).sample(POOL, len(POOL)) + POOL[:3]
+    shuffled = random.Random(1).sample(POOL, len(POOL))
     assert split(shuffled).keys() == split().keys()
     assert split(seed=1).keys() != split().keys()
 
@@ -50,7 +50,25 @@ def test_test_prompts_leave_train_and_are_counted():
     found = split(test=test, num_train=None, num_validation=0, num_test=3)
     assert {prompt.key for prompt in found.test} == {prompt.key for prompt in test}
     assert len(found.train) == 28 and found.removed_from_train == 2
-    assert not {p.key for p in found.train} & {p.key for p in found.test}
+    assert not {p.group for p in found.train} & {p.group for p in found.test}
+
+
+def test_near_copies_stay_on_one_side_and_count_as_rows():
+    texts = [variant for i in range(12) for variant in (f"Prompt {i}", f"prompt  {i}", f"prompt {i}")]
+    found = split(pool(*texts), num_train=9, num_validation=6, num_test=6)
+    sides = [{prompt.group for prompt in part} for part in (found.train, found.validation, found.test)]
+    assert [len(part) for part in (found.train, found.validation, found.test)] == [9, 6, 6] and found.left_out == 0
+    assert not (sides[0] & sides[1] or sides[0] & sides[2] or sides[1] & sides[2])
+    everything = split(pool(*texts), num_train=None, num_validation=6, num_test=6)
+    assert len(everything.train) == 36 - 12  # every row is in a split
+
+
+def test_a_count_that_cuts_a_group_leaves_its_rest_out():
+    texts = [variant for i in range(12) for variant in (f"Prompt {i}", f"prompt {i}")]
+    found = split(pool(*texts), num_train=7, num_validation=0, num_test=3)
+    assert (len(found.train), len(found.test), found.left_out) == (7, 3, 2)
+    more = split(pool(*texts), num_train=8, num_validation=0, num_test=4)
+    assert more.test[:3] == found.test and more.train[:7] == found.train and more.left_out == 0
 
 
 def test_the_same_pool_twice_is_like_one_pool():
@@ -63,11 +81,11 @@ def test_the_same_pool_twice_is_like_one_pool():
     [
         (
             {"train": POOL[:12], "num_validation": 0},
-            r"asked for 10 train \+ 5 test prompts, the data has 12 distinct; ask",
+            r"asked for 10 train \+ 5 test prompts, the data has 12; ask",
         ),
         ({"train": POOL[:5], "num_train": None}, r"asked for some train \+ 4 validation \+ 5 test prompts"),
-        ({"test": POOL[:2]}, "asked for 5 test prompts, the data for them has 2 distinct"),
-        ({"train": POOL[:12], "test": POOL[:5]}, "the data has 12 distinct, 5 of them test prompts"),
+        ({"test": POOL[:2]}, "asked for 5 test prompts, the data for them has 2"),
+        ({"train": POOL[:12], "test": POOL[:5]}, "the data has 12, 5 of them test prompts"),
         ({"num_train": 0}, "num_train must be at least 1, got 0"),
         ({"num_validation": -1}, "num_validation must be at least 0, got -1"),
     ],

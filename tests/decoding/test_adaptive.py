@@ -63,7 +63,7 @@ def test_limits():
 @pytest.mark.parametrize("unit", ["reward", "spread"])
 def test_it_stops_where_the_next_candidate_does_not_pay(unit):
     stops = set()
-    for one in run(Adaptive(16, cost=0.15, unit=unit), NORMAL, reward, given=prompts(20)):
+    for one in run(Adaptive(16, cost=0.15, unit=unit), NORMAL, reward, given=prompts(60)):
         everything = reward(None, NORMAL.sample([Request(one.prompt.key, index, (1,)) for index in range(16)]))
 
         def pays(m, rewards=everything):

@@ -98,7 +98,7 @@ def test_arguments_are_checked(arguments, message):
 
 
 def test_a_prompt_without_base_rewards_is_refused():
-    with pytest.raises(InputError, match=r"needs base rewards, and the prompt 'prompt 0' has none"):
+    with pytest.raises(InputError, match=r"needs base rewards, and the prompt 'prompt \d+' has none"):
         run(Rejection(2, 0.5, num_references=0), Levels(POLICY))
     with pytest.raises(InputError, match="decode needs reference, a sampler of the base"):
         run(Rejection(2, 0.5), Levels(POLICY))

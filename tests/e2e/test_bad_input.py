@@ -127,13 +127,13 @@ def test_a_half_line_is_named(calibrated, tmp_path, capsys):
     assert "line 2" in line
 
 
-def test_duplicates_are_merged_and_counted(calibrated, tmp_path, capsys):
+def test_repeated_rows_all_count(calibrated, tmp_path, capsys):
     folder, keys = calibrated
     rows = (folder / "prompts.jsonl").read_text()
     (tmp_path / "twice.jsonl").write_text(rows + rows)
     changed = {**keys, "dataset_name": str(tmp_path / "twice.jsonl"), "output_dir": str(tmp_path / "fresh")}
     assert run_cli(tmp_path, changed, "calibrate") == 0
-    assert "12 duplicate prompts merged" in capsys.readouterr().err
+    assert "24 prompts (12 repeat another row's; each row counts)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -332,7 +332,8 @@ class TestEvaluation:
         assert run_cli(tmp_path, keys, "generate", *flags, "--output", str(tmp_path / "o.jsonl")) == 0
         rows = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
         assert [row["completion"] for row in rows] == [None] * 4
-        assert "4 of 4 prompts have no scored candidate" in capsys.readouterr().err
+        assert [row["error"] for row in rows] == ["no candidate has a score"] * 4
+        assert "4 of 4 rows have an error in place of a completion" in capsys.readouterr().err
 
     def test_n_above_the_samples(self, copy, capsys):
         work, keys = copy

@@ -109,7 +109,7 @@ def quantile(value, reference):
 def bound(functions, weights, references=REFERENCES):
     reward = load_reward(weighted_sum([{"reward": f, "weight": w} for f, w in zip(functions, weights, strict=True)]))
     tables = {prompt_key(name): [np.array(row, dtype=float) for row in rows] for name, rows in references.items()}
-    sums_in(reward)[0].bind(lambda prompt: tables[prompt_key(prompt)])
+    sums_in(reward)[0].bind(lambda prompt, columns: tables[prompt_key(prompt)])
     return reward
 
 

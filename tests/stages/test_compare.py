@@ -124,7 +124,7 @@ def test_a_reward_scores_what_has_none_with_the_files_own_columns(tmp_path):
     assert by_label(run(files, reward=spec))["BestOfN(4)"]["mean"] == win_rate(LENGTHS, BASE_LENGTHS, BestOfN(4)).mean
     turned = by_label(run(files, reward=spec, reward_kwargs={"sign": -1.0}))["BestOfN(4)"]["mean"]
     assert turned == win_rate(-LENGTHS, -BASE_LENGTHS, BestOfN(4)).mean
-    with pytest.raises(InputError, match=r"20 of 20 prompts in .*b.jsonl have no rewards: add them, or score with"):
+    with pytest.raises(InputError, match=r"20 of 20 prompts in .*b.jsonl have no rewards: add them .*, or score with"):
         run(files)
 
 

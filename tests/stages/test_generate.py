@@ -105,7 +105,11 @@ def test_every_format_of_prompts(form, keys, rows, tmp_path):
 )
 def test_standard_input(content, keys, rows, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stdin", Input(content))
-    assert generate(load_recipe(keys), prompts="-", output=str(tmp_path / "out.jsonl")).read_text() == rows
+    lines = generate(load_recipe(keys), prompts="-", output=str(tmp_path / "out.jsonl")).read_text().splitlines()
+    found = [json.loads(line) for line in lines]
+    ids = [row.pop("id", None) for row in found]
+    assert found == [json.loads(line) for line in rows.splitlines()]
+    assert ids == ([text[:1] for text in TEXTS] if b"id" in content else [None] * len(TEXTS))
 
 
 def test_a_text_that_begins_with_a_brace_is_a_text(keys, tmp_path, monkeypatch):
@@ -131,7 +135,7 @@ def test_chats_on_standard_input(keys, tmp_path, monkeypatch):
         (b'{"text": "a"}\n', "standard input: no column 'prompt'"),
         (b'{"prompt": 3}\n', "row 1: the prompt is 3, neither text nor a chat"),
         (b"the \xff cat", "standard input is not UTF-8 text"),
-        (b"the cat " * 300, "prompts are longer than"),
+        (b"the cat " * 300, "all 1 prompts are longer than 507 tokens"),
     ],
 )
 def test_standard_input_that_is_none(content, message, keys, tmp_path, monkeypatch):
@@ -181,8 +185,9 @@ def test_standard_output_is_the_lines_alone(keys, rows, tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("\n".join([*TEXTS, TEXTS[0]]))
     assert generate(load_recipe(keys), prompts=str(tmp_path / "prompts.txt"), output="-") is None
     out, err = capsys.readouterr()
-    assert out == rows
-    assert "generate: BestOfN(3): 6 prompts in" in err and "1 duplicate prompts merged" in err
+    lines = out.splitlines(keepends=True)
+    assert "".join(lines[:6]) == rows and json.loads(lines[6])["prompt"] == TEXTS[0]
+    assert "generate: BestOfN(3): 7 prompts in" in err and "7 prompts (1 repeat another row's" in err
     assert [one.name for one in tmp_path.iterdir()] == ["prompts.txt"]
 
 
