@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import errno
 import importlib
 import logging
@@ -25,7 +26,8 @@ VERBS = {
     "run": "the whole experiment: calibrate, train, evaluate, report",
     "calibrate": "draw and score the base policy's reference samples",
     "train": "KL-regularised RL on the calibrated, transformed reward",
-    "evaluate": "win rates of policy against base as decoded, KL, the exact limit",
+    "evaluate": "win rates of policy against base as decoded, KL, the exact limit; also of two files of samples",
+    "compare": "win rates of one file of samples against another, whoever made them; loads no model",
     "report": "one HTML page and PNGs of what was measured",
     "generate": "decode prompts with the policy and its procedure, to JSONL",
     "serve": "an OpenAI-compatible endpoint of the policy and its procedure",
@@ -121,9 +123,21 @@ def _dispatch(words: list[str], debug: bool) -> int:
     if verb == "reward":
         return _reward(rest)
     if any(word in ("-h", "--help") for word in rest):
-        print(_verb_help(verb))
+        files = any(word.partition("=")[0] in ("--base", "--policy") for word in rest)
+        print(_compare_help(verb) if files or verb == "compare" else _verb_help(verb))
         return 0
+    if verb == "compare":
+        from infalign.runtime.config import read_flags  # noqa: PLC0415 - keeps --help fast
+
+        return _compare(read_flags(rest))
     return _recipe_verb(verb, rest, debug)
+
+
+def _compare(flags: dict[str, Any]) -> int:
+    """Two files of samples: `infalign compare`, or `evaluate` with --base and --policy."""
+    asked = _stage("comparison", "load_comparison")(flags)
+    _stage("compare", "tell")(asked, _stage("compare", "compare")(asked))
+    return 0
 
 
 def _recipe_verb(verb: str, words: list[str], debug: bool) -> int:
@@ -137,9 +151,7 @@ def _recipe_verb(verb: str, words: list[str], debug: bool) -> int:
         raise InputError(f"{verb} runs in one process: leave --{next(iter(asked))} out")
     flags = read_flags(words)
     if verb == "evaluate" and not {"base", "policy"}.isdisjoint(flags):
-        asked_files = _stage("comparison", "load_comparison")(flags)
-        _stage("compare", "tell")(asked_files, _stage("compare", "compare")(asked_files))
-        return 0
+        return _compare(flags)
     config = flags.pop("config", None)
     if config is not None and not isinstance(config, str):
         raise InputError("--config takes one path, e.g. --config recipe.yaml")
@@ -245,16 +257,34 @@ def _verb_help(verb: str) -> str:
         lines += [""] if _OPTIONS.get(verb) else []
         lines.append(f"several processes (launch/README.md; names: {', '.join(launch.names())}):")
         lines += [f"  --{flag:<25} {text}" for flag, text in launch.FLAGS.items()]
+    lines += _key_lines(defaults, own_keys(type(defaults)))
+    if verb == "evaluate":
+        lines += ["", "two files of samples instead of a recipe (`infalign compare --help` lists the keys):"]
+        lines += ["  --base FILE --policy FILE"]
+    lines += ["", f"training: every field of TRL's {config} and ModelConfig (learning_rate, max_steps, use_peft, ...)"]
+    return "\n".join(lines)
+
+
+def _compare_help(verb: str) -> str:
+    """The keys of a comparison of two files, by heading, with their defaults."""
+    from infalign.stages.comparison import Comparison  # noqa: PLC0415 - keeps --help fast
+
+    lines = [f"usage: infalign {verb} --base FILE --policy FILE [--KEY VALUE ...]", "", VERBS["compare"]]
+    return "\n".join(lines + _key_lines(Comparison(), dataclasses.fields(Comparison)))
+
+
+def _key_lines(defaults: Any, keys: Sequence[dataclasses.Field]) -> list[str]:
+    """A line for each key, by heading."""
+    lines: list[str] = []
     kind = ""
-    for one in own_keys(type(defaults)):
+    for one in keys:
         if one.metadata["kind"] != kind:
             kind = one.metadata["kind"]
             lines += ["", f"{kind}:"]
         value = getattr(defaults, one.name)
         shown = "" if value in (None, "", [], {}) else f" [{value}]"
         lines.append(f"  --{one.name:<25} {one.metadata['help']}{shown}")
-    lines += ["", f"training: every field of TRL's {config} and ModelConfig (learning_rate, max_steps, use_peft, ...)"]
-    return "\n".join(lines)
+    return lines
 
 
 def _theory(words: list[str]) -> int:

@@ -2,13 +2,16 @@
 
 A pair is a prompt with the completion that was chosen and the one that was rejected. TRL's formats: `prompt`, `chosen`,
 `rejected` as texts or as chats ("explicit"), or whole conversations under `chosen` and `rejected` ("implicit"), of
-which the turns that both begin with are the prompt. A transcript is an implicit conversation.
+which the turns that both begin with are the prompt. A transcript is an implicit conversation. With answers that are
+chats a prompt that is a text is the user's turn (UltraFeedback). A row's `tools` and `chat_template_kwargs` go to the
+chat template, its `margin` to the loss, as in TRL.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from infalign.data.chats import checked_chat
@@ -16,20 +19,23 @@ from infalign.data.forms import from_prompt
 from infalign.data.prompts import DataFormat, read_checked
 from infalign.data.sources import Row
 from infalign.data.transcripts import parse_transcript, prompt_of
-from infalign.types import InputError, Messages, group_key
+from infalign.types import InputError, Messages, group_key, template_variables
 
 
 @dataclass(frozen=True)
 class Preference:
     """One pair: `chosen` and `rejected` follow `prompt`, all three texts or all three chats.
 
-    `key` is the prompt's (`types.group_key` of the chat up to the last user turn that both sides answer).
+    `template` are the row's variables of the chat template; `margin` is in the unit of scores, None where the data has
+    none. `key` is the prompt's (`types.group_key` of the chat up to the last user turn that both sides answer).
     """
 
     prompt: str | Messages
     chosen: str | Messages
     rejected: str | Messages
     key: str
+    template: Mapping[str, Any] = field(default_factory=dict)
+    margin: float | None = None
 
 
 @dataclass(frozen=True)
@@ -72,12 +78,12 @@ def preferences_from_rows(
     explicit = prompt_column in rows[0] and data_format != "transcript"
     if data_format == "prompt" and not explicit:
         raise InputError(f"{source}: no column {prompt_column!r}; set prompt_column, or data_format: auto")
-    read = read_checked(rows, source, lambda row: _explicit(row, prompt_column) if explicit else _implicit(row))
+    read = read_checked(rows, source, lambda row: _preference(row, prompt_column if explicit else None))
     _check_alike(read, source)
     distinct: dict[str, Preference] = {}
     for pair in read:
         if pair.chosen != pair.rejected:
-            distinct.setdefault(repr((pair.prompt, pair.chosen, pair.rejected)), pair)
+            distinct.setdefault(repr(pair), pair)
     identical = sum(pair.chosen == pair.rejected for pair in read)
     if not distinct:
         raise InputError(f"{source}: chosen and rejected are the same in all {len(rows)} rows")
@@ -94,8 +100,28 @@ def split_pairs(
     return train, tuple(pair for pair in pairs if pair.key in test_keys)
 
 
+def _preference(row: Row, prompt_column: str | None) -> Preference:
+    pair = _implicit(row) if prompt_column is None else _explicit(row, prompt_column)
+    template = {} if isinstance(pair.prompt, str) else template_variables(row)
+    return replace(pair, template=template, margin=_margin(row.get("margin")))
+
+
+def _margin(value: Any) -> float | None:
+    if value is None or value == "":
+        return None
+    try:
+        margin = float(value) if not isinstance(value, bool) else math.nan
+    except (TypeError, ValueError, OverflowError):
+        margin = math.nan
+    if not math.isfinite(margin):
+        raise InputError(f"margin is {str(value)[:40]!r}; a finite number or null is wanted")
+    return margin
+
+
 def _explicit(row: Row, prompt_column: str) -> Preference:
     prompt = from_prompt(row.get(prompt_column))
+    if isinstance(prompt, str) and any(isinstance(row.get(name), (list, tuple)) for name in ("chosen", "rejected")):
+        prompt = [{"role": "user", "content": prompt}]
     if isinstance(prompt, str):
         sides = [_text(row.get(name), name) for name in ("chosen", "rejected")]
     else:

@@ -75,15 +75,18 @@ def length_controlled_win_rate(
     """
     if len(policy.proxy) != len(base.proxy):
         raise InputError(f"policy and base must have the same prompts, got {len(policy.proxy)} and {len(base.proxy)}")
-    prompts = [_weighted(policy, base, procedure, number) for number in range(len(policy.proxy))]
-    mean = float(np.mean([(w * d).sum() for w, d, _ in prompts]))
-    spread = float(np.sqrt(np.mean([(w * (d - mean) ** 2).sum() for w, d, _ in prompts])))
-    binned_PBF = np.stack([_binned(*one, spread) for one in prompts])
+    count = len(policy.proxy)
+    decoded = [[_decoded(side, procedure, number) for side in (policy, base)] for number in range(count)]
+    mean, spread = _moments(decoded)
+    binned_PBF = np.empty((count, BINS, 3))
+    shares_P2 = np.empty((count, 2))  # of longer and of shorter answers
+    for number, (ours, theirs) in enumerate(decoded):  # a prompt's pairs are many: never all prompts' at once
+        weight, longer, win = _pairs(ours, theirs)
+        binned_PBF[number] = _binned(weight, longer, win, spread)
+        shares_P2[number] = (weight * (longer >= 0.0)).sum(), (weight * (longer <= 0.0)).sum()
     theta, slope = _fit(binned_PBF.sum(0)[None])[0].tolist()
-    overlap = min(float(np.mean([(w * (side * d >= 0.0)).sum() for w, d, _ in prompts])) for side in (1.0, -1.0))
-    if overlap < LEAST_OVERLAP:
+    if shares_P2.mean(0).min() < LEAST_OVERLAP:
         theta = slope = np.nan
-    count = len(prompts)
     drawn_RP = np.random.default_rng(seed).multinomial(count, np.full(count, 1.0 / count), size=RESAMPLES)
     refits = _fit(np.tensordot(drawn_RP.astype(np.float64), binned_PBF, 1))[:, 0]
     tail = (1.0 - confidence) / 2.0
@@ -103,16 +106,33 @@ def decoded_reward(side: Side, procedure: Procedure) -> float:
     return float(np.mean(means))
 
 
-def _weighted(policy: Side, base: Side, procedure: Procedure, number: int) -> tuple[Array, Array, Array]:
-    """Of one prompt's pairs that can be decoded: weight, difference in length, and win, flat."""
-    ours, theirs = (_decoded(side, procedure, number) for side in (policy, base))
+Decodable = tuple[Array, Array, Array]
+"""Of one side of a prompt, the samples that can be decoded: weights, judged rewards, lengths."""
+
+
+def _moments(decoded: Sequence[Sequence[Decodable]]) -> tuple[float, float]:
+    """Mean and standard deviation of the difference in length over all pairs, from each side's own moments."""
+    centre = float(np.mean([(weights * lengths).sum() for sides in decoded for weights, _, lengths in sides]))
+    first, second = 0.0, 0.0
+    for sides in decoded:
+        (a, la, laa), (b, lb, lbb) = (
+            (w.sum(), (w * (x - centre)).sum(), (w * (x - centre) ** 2).sum()) for w, _, x in sides
+        )
+        first += la * b - a * lb
+        second += laa * b - 2.0 * la * lb + a * lbb
+    mean = first / len(decoded)
+    return float(mean), float(np.sqrt(max(second / len(decoded) - mean**2, 0.0)))
+
+
+def _pairs(ours: Decodable, theirs: Decodable) -> tuple[Array, Array, Array]:
+    """Of one prompt's pairs: weight, difference in length, and win, flat."""
     weight = ours[0][:, None] * theirs[0]
     longer = ours[2][:, None] - theirs[2]
     win = (ours[1][:, None] > theirs[1]) + 0.5 * (ours[1][:, None] == theirs[1])
     return weight.ravel(), longer.ravel(), win.ravel()
 
 
-def _decoded(side: Side, procedure: Procedure, number: int) -> tuple[Array, Array, Array]:
+def _decoded(side: Side, procedure: Procedure, number: int) -> Decodable:
     proxy, judge, lengths = (np.asarray(rows[number]) for rows in (side.proxy, side.judge, side.lengths))
     scored = ~(np.isnan(proxy) | np.isnan(judge))
     weights = tied_weights(proxy[scored], procedure)

@@ -20,6 +20,7 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 from trl import ModelConfig, RewardConfig, get_peft_config
 
+from infalign.data.columns import parse_columns, renamed
 from infalign.data.preferences import LoadedPreferences, Preference, preferences_from_rows, split_pairs
 from infalign.data.sources import read_rows
 from infalign.data.splits import split_prompts
@@ -117,6 +118,7 @@ def _load(recipe: RewardModelRecipe, split: str) -> LoadedPreferences:
         data_dir=recipe.dataset_data_dir,
         base_dir=recipe.base_dir,
     )
+    rows = renamed(rows, parse_columns(recipe.columns), str(recipe.dataset_name))
     loaded = preferences_from_rows(
         rows, str(recipe.dataset_name), prompt_column=recipe.prompt_column, data_format=recipe.data_format
     )
@@ -148,11 +150,13 @@ def _fit_head(recipe: RewardModelRecipe, pairs: Pairs, folder: Path, parts: dict
     if recipe.keep_layers is not None and recipe.keep_layers > layers:
         raise InputError(f"keep_layers is {recipe.keep_layers}, the backbone has {layers} layers")
     depths = candidate_depths(layers) if recipe.keep_layers is None else (recipe.keep_layers,)
-    encoded = [ids for pair in _encoded(recipe, pairs.tokenizer, pairs.train) for ids in pair]
+    sequences = [ids for pair in encoded(recipe, pairs.tokenizer, pairs.train) for ids in pair]
     names = [f"{number}" for number in range(len(pairs.train)) for _ in range(2)]
-    found = features(model, encoded, names, depths, tokens=recipe.tokens_per_batch)
+    found = features(model, sequences, names, depths, tokens=recipe.tokens_per_batch)
     clusters = [pair.key for pair in pairs.train]
-    head = fit_head(found[0::2] - found[1::2], depths, clusters, recipe.seed)
+    margins = _margins(pairs.train)
+    differences = found[0::2] - found[1::2]
+    head = fit_head(differences, depths, clusters, recipe.seed, None if margins is None else np.array(margins))
     say(
         f"reward model: {head.depth} of {layers} layers, penalty {head.penalty:.3g}; cross-validated on "
         f"{len(pairs.train)} training pairs: loss {head.cv_loss:.4f} (chance 0.6931), accuracy {head.cv_accuracy:.3f}"
@@ -163,7 +167,7 @@ def _fit_head(recipe: RewardModelRecipe, pairs: Pairs, folder: Path, parts: dict
         model.score.weight.copy_(torch.as_tensor(head.weights_H)[None])
     _save(recipe, pairs, model, folder, parts, method="head", **_facts(head))
     place = depths.index(head.depth)
-    _check_saved(folder, encoded[:CHECKED], found[:CHECKED, place].astype(np.float64) @ head.weights_H)
+    _check_saved(folder, sequences[:CHECKED], found[:CHECKED, place].astype(np.float64) @ head.weights_H)
 
 
 def _backbone(recipe: RewardModelRecipe, pairs: Pairs, layers: int | None) -> Any:
@@ -227,8 +231,9 @@ def _train(recipe: RewardModelRecipe, pairs: Pairs, folder: Path, parts: dict[st
         trainer = make_trainer(
             pairs.base_path,
             _arguments(recipe, ours, work),
-            _encoded(recipe, pairs.tokenizer, pairs.train),
+            encoded(recipe, pairs.tokenizer, pairs.train),
             pairs.tokenizer,
+            margins=_margins(pairs.train),
             peft_config=peft,
             identity=parts,
         )
@@ -296,7 +301,16 @@ def _arguments(recipe: RewardModelRecipe, ours: dict[str, Any], work: Path) -> R
 # --- both -------------------------------------------------------------------------------------------------------------
 
 
-def _encoded(recipe: RewardModelRecipe, tokenizer: Any, pairs: Sequence[Preference]) -> list[Encoded]:
+def _margins(pairs: Sequence[Preference]) -> list[float] | None:
+    """The margins of pairs, 0 where a row has none; None where the data has none at all."""
+    margins = [pair.margin for pair in pairs]
+    if all(margin is None for margin in margins):
+        return None
+    say(f"reward model: the data's margins are part of the loss ({sum(m is not None for m in margins)} pairs)")
+    return [margin or 0.0 for margin in margins]
+
+
+def encoded(recipe: RewardModelRecipe, tokenizer: Any, pairs: Sequence[Preference]) -> list[Encoded]:
     """Token ids of both sides as the reward will see them, cut at the left to `max_length`."""
     cut = 0
     found: list[Encoded] = []
@@ -307,7 +321,7 @@ def _encoded(recipe: RewardModelRecipe, tokenizer: Any, pairs: Sequence[Preferen
                 pair.prompt,
                 side,
                 name=recipe.model_name_or_path,
-                chat_template_kwargs=recipe.chat_template_kwargs,
+                chat_template_kwargs={**recipe.chat_template_kwargs, **pair.template},
             )
             for side in (pair.chosen, pair.rejected)
         ]

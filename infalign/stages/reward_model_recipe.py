@@ -35,6 +35,7 @@ class RewardModelRecipe:
     dataset_train_split: str = key("train", "split that training pairs come from", "data")
     dataset_test_split: str | None = key(None, "split of the held-out pairs; unset: prompts of the train split", "data")
     prompt_column: str = key("prompt", "column of explicit prompts", "data")
+    columns: dict | list[str] | str = key({}, "other names of columns, e.g. chosen=better,rejected=worse", "data")
     data_format: Literal["auto", "prompt", "transcript"] = key("auto", "transcript: hh-rlhf's texts", "data")
     num_train_prompts: int | None = key(None, "prompts whose pairs are trained on; unset: all that are left", "data")
     num_test_prompts: int = key(512, "prompts whose pairs are held out", "data")

@@ -110,7 +110,13 @@ def _reader(model: Any, depths: Sequence[int]) -> Any:
     return read
 
 
-def fit_head(differences_PDH: NDArray[np.float32], depths: Sequence[int], clusters_P: Sequence[str], seed: int) -> Head:
+def fit_head(
+    differences_PDH: NDArray[np.float32],
+    depths: Sequence[int],
+    clusters_P: Sequence[str],
+    seed: int,
+    margins_P: Array | None = None,
+) -> Head:
     """The head, depth and penalty with the smallest cross-validated loss, refitted on all pairs.
 
     Args:
@@ -118,6 +124,7 @@ def fit_head(differences_PDH: NDArray[np.float32], depths: Sequence[int], cluste
         depths: D numbers of layers.
         clusters_P: the prompt of each pair: pairs of one prompt are in one fold.
         seed: of the folds.
+        margins_P: of the pairs, see `bradley_terry`; held-out pairs are judged without.
 
     Raises:
         InputError: fewer than `FOLDS` prompts.
@@ -130,24 +137,27 @@ def fit_head(differences_PDH: NDArray[np.float32], depths: Sequence[int], cluste
     fold_P = np.array([fold_of[name] for name in clusters_P])
     best: tuple[float, float, int, float] | None = None
     for place in range(len(depths)):
-        found = cross_validate(differences_PDH[:, place].astype(np.float64), fold_P)
+        found = cross_validate(differences_PDH[:, place].astype(np.float64), fold_P, margins_P)
         loss, accuracy, penalty = min(found)
         if best is None or loss < best[0]:
             best = loss, accuracy, place, penalty
     assert best is not None
     loss, accuracy, place, penalty = best
-    weights = bradley_terry(differences_PDH[:, place].astype(np.float64), penalty)
+    weights = bradley_terry(differences_PDH[:, place].astype(np.float64), penalty, margins_P=margins_P)
     return Head(weights, penalty, depths[place], loss, accuracy)
 
 
-def cross_validate(differences_PH: Array, fold_P: NDArray[np.int_]) -> list[tuple[float, float, float]]:
+def cross_validate(
+    differences_PH: Array, fold_P: NDArray[np.int_], margins_P: Array | None = None
+) -> list[tuple[float, float, float]]:
     """(loss in nats, accuracy, penalty) for every penalty, over pairs that were held out of the fit."""
     margins = np.empty((len(PENALTIES), len(differences_PH)))
     for fold in np.unique(fold_P):
         out = fold_P == fold
         start: Array | None = None
+        wanted = None if margins_P is None else margins_P[~out]
         for number, penalty in reversed(list(enumerate(PENALTIES))):  # strong to weak, each from the one before
-            start = bradley_terry(differences_PH[~out], penalty, start)
+            start = bradley_terry(differences_PH[~out], penalty, start, wanted)
             margins[number, out] = differences_PH[out] @ start
     right = (margins > 0.0) + 0.5 * (margins == 0.0)
     losses = -special.log_expit(margins).mean(1)
@@ -157,8 +167,10 @@ def cross_validate(differences_PH: Array, fold_P: NDArray[np.int_]) -> list[tupl
     ]
 
 
-def bradley_terry(differences_PH: Array, penalty: float, start_H: Array | None = None) -> Array:
-    """argmin_w mean softplus(-w d) + penalty/2 |s w|^2, s the root mean square of each difference: (H,).
+def bradley_terry(
+    differences_PH: Array, penalty: float, start_H: Array | None = None, margins_P: Array | None = None
+) -> Array:
+    """argmin_w mean softplus(m - w d) + penalty/2 |s w|^2, s the root mean square of each difference: (H,).
 
     The penalty acts where every difference has unit size, so that it means the same for every feature. Newton's method.
 
@@ -166,6 +178,7 @@ def bradley_terry(differences_PH: Array, penalty: float, start_H: Array | None =
         differences_PH: P pairs.
         penalty: above 0.
         start_H: where to start from.
+        margins_P: m, by how much the chosen side should score higher (TRL's `margin`); None is 0.
 
     >>> w = bradley_terry(np.array([[1.0], [1.0], [1.0], [-1.0]]), 1e-6)
     >>> float(w[0].round(3))  # log(3/1): three of four prefer what has more of it
@@ -175,9 +188,10 @@ def bradley_terry(differences_PH: Array, penalty: float, start_H: Array | None =
     scale_H = np.where(scale_H > 0.0, scale_H, 1.0)
     scaled = differences_PH / scale_H
     weights = np.zeros(scaled.shape[1]) if start_H is None else start_H * scale_H
-    loss = _penalised(scaled, weights, penalty)
+    wanted = 0.0 if margins_P is None else margins_P
+    loss = _penalised(scaled, weights, penalty, wanted)
     for _ in range(_STEPS):
-        margin = scaled @ weights
+        margin = scaled @ weights - wanted
         gradient = -(special.expit(-margin) @ scaled) / len(scaled) + penalty * weights
         if np.abs(gradient).max() < 1e-10:
             break
@@ -185,13 +199,13 @@ def bradley_terry(differences_PH: Array, penalty: float, start_H: Array | None =
         curvature = (scaled * spread[:, None]).T @ scaled
         curvature[np.diag_indices_from(curvature)] += penalty
         step = linalg.solve(curvature, gradient, assume_a="pos")
-        share, trial = 1.0, _penalised(scaled, weights - step, penalty)
+        share, trial = 1.0, _penalised(scaled, weights - step, penalty, wanted)
         while trial > loss and share > 1e-6:  # far from the solution a whole step can go too far
             share /= 2.0
-            trial = _penalised(scaled, weights - share * step, penalty)
+            trial = _penalised(scaled, weights - share * step, penalty, wanted)
         weights, loss = weights - share * step, min(trial, loss)
     return weights / scale_H
 
 
-def _penalised(scaled_PH: Array, weights_H: Array, penalty: float) -> float:
-    return float(-special.log_expit(scaled_PH @ weights_H).mean() + penalty / 2.0 * weights_H @ weights_H)
+def _penalised(scaled_PH: Array, weights_H: Array, penalty: float, wanted: Array | float) -> float:
+    return float(-special.log_expit(scaled_PH @ weights_H - wanted).mean() + penalty / 2.0 * weights_H @ weights_H)

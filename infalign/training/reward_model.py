@@ -35,6 +35,7 @@ def make_trainer(
     pairs: Sequence[Encoded],
     tokenizer: Any,
     *,
+    margins: Sequence[float] | None = None,
     peft_config: Any = None,
     identity: Mapping[str, Any],
 ) -> RewardTrainer:
@@ -45,13 +46,15 @@ def make_trainer(
         arguments: TRL's.
         pairs: for training, within the length limit.
         tokenizer: the backbone's.
+        margins: by how much the chosen side must score higher for the loss of a tie, one a pair; None is 0.
         peft_config: of the adapters, or None for a full fine-tuning.
         identity: what a run must share with a checkpoint to go on from it.
 
     Raises:
         InputError: TRL refuses the settings.
     """
-    rows = Dataset.from_dict({"chosen_ids": [c for c, _ in pairs], "rejected_ids": [r for _, r in pairs]})
+    columns: dict[str, Any] = {"chosen_ids": [c for c, _ in pairs], "rejected_ids": [r for _, r in pairs]}
+    rows = Dataset.from_dict(columns | ({} if margins is None else {"margin": list(margins)}))
     try:
         trainer = RewardTrainer(
             model=base_path,

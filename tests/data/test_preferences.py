@@ -13,6 +13,7 @@ from infalign.types import InputError, group_key
 
 USER = {"role": "user", "content": "hi"}
 HELLO, BYE = ({"role": "assistant", "content": text} for text in ("hello", "bye"))
+CASES = Path(__file__).parent.parent / "cases"
 HH = Path(__file__).parents[2].parent / "shared" / "data" / "hh-harmless-base-test.jsonl.gz"
 
 
@@ -55,6 +56,23 @@ def test_sides_that_part_early_are_compared_from_there():
     assert (asked.prompt, asked.chosen, asked.rejected) == ([USER], [HELLO, more, BYE], [HELLO, other, BYE])
 
 
+def test_a_text_prompt_with_chat_answers():
+    """UltraFeedback's form: the prompt is the user's turn, which the conversations repeat."""
+    (pair,) = pairs_of({"prompt": "q", "chosen": [{"role": "user", "content": "q"}, HELLO], "rejected": [BYE]})
+    assert (pair.prompt, pair.chosen, pair.rejected) == ([{"role": "user", "content": "q"}], [HELLO], [BYE])
+    assert len(pairs_of(*read_rows(str(CASES / "mixed_ultrafeedback.jsonl")))) == 4
+
+
+def test_tool_calls_tools_and_margins_are_kept():
+    loaded = preferences_from_rows(read_rows(str(CASES / "rm_tools.jsonl")), "rows")
+    assert (len(loaded.pairs), loaded.identical) == (4, 0)
+    first = loaded.pairs[0]
+    cities = [side[0]["tool_calls"][0]["function"]["arguments"]["city"] for side in (first.chosen, first.rejected)]
+    assert cities == ["Oslo", "Rome"] and first.template["tools"][0]["function"]["name"] == "weather"
+    assert {pair.margin for pair in pairs_of(*read_rows(str(CASES / "margin.jsonl")))} == {5.0}
+    assert pairs_of({"prompt": "p", "chosen": "a", "rejected": "b"})[0].margin is None
+
+
 def test_equal_sides_and_repeated_rows_are_counted():
     row = {"prompt": "p", "chosen": "a", "rejected": "b"}
     loaded = preferences_from_rows([row, row, {"prompt": "p", "chosen": "a", "rejected": "a"}], "rows")
@@ -71,6 +89,8 @@ def test_equal_sides_and_repeated_rows_are_counted():
         ([{"prompt": [USER], "chosen": [USER], "rejected": [BYE]}], "chosen does not end with an assistant turn"),
         ([{"chosen": [USER, HELLO], "rejected": [{"role": "user", "content": "x"}, BYE]}], "no first turn in common"),
         ([{"chosen": "hello", "rejected": "bye"}], "row 1: a transcript starts with"),
+        ([{"prompt": "p", "chosen": "a", "rejected": "b", "margin": "wide"}], "margin is 'wide'; a finite number"),
+        ([{"prompt": "p", "chosen": "a", "rejected": "b", "margin": 10**400}], "margin is '10+'; a finite number"),
         (
             [{"prompt": "p", "chosen": "a", "rejected": "b"}, {"prompt": [USER], "chosen": "a", "rejected": "b"}],
             "alike",

@@ -317,8 +317,9 @@ def test_what_a_chat_template_reads_reaches_it(base, tmp_path):
     template = (
         "{%- if tools %}the {{ tools | length * 'cat ' }}{% endif %}"
         "{%- for m in messages %}user {{ m['content'] or '' }}"
-        "{%- for call in m.get('tool_calls') or [] %} sat {{ 'dog' if call['function']['arguments']['city'] == 'Oslo' }}"
-        "{%- endfor %}{%- if m.get('name') == 'weather' %} ran{% endif %} {% endfor %}"
+        "{%- for call in m.get('tool_calls') or [] %} sat"
+        " {{ call['function']['arguments']['city'] | replace('Oslo', 'dog') }}{%- endfor %}"
+        "{%- if m.get('name') == 'weather' %} ran{% endif %} {% endfor %}"
         "{%- if enable_thinking is defined and not enable_thinking %}mat{% endif %}"
     )
     (tmp_path / "model" / "chat_template.jinja").write_text(template)

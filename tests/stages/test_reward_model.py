@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from transformers import AutoModelForSequenceClassification
 
 from infalign.cli import main
 from infalign.rewards import load_reward
-from infalign.stages.reward_model import load_pairs, reward_model
+from infalign.stages.reward_model import encoded, load_pairs, reward_model
 from infalign.stages.reward_model_recipe import load_reward_model_recipe
 from infalign.types import InputError
 from tests.tiny import tiny_causal, tiny_classifier
@@ -114,6 +115,51 @@ LEARNING = {"max_steps": 25, "learning_rate": 5e-3, "per_device_train_batch_size
 def test_a_whole_model_learns_with_trl(keys, tmp_path):
     found = run(keys, tmp_path / "out", **LEARNING)
     assert found["accuracy"]["low"] > 0.5 and found["manifest"]["method"] == "full"
+
+
+def with_margins(keys, folder, margin):
+    """The pairs with a margin in every row, as TRL reads it."""
+    rows = [json.loads(line) for line in Path(keys["dataset_name"]).read_text().splitlines()]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps({**row, "margin": margin}) + "\n" for row in rows))
+    return {**keys, "dataset_name": str(folder / "pairs.jsonl")}
+
+
+def test_margins_shape_both_ways_of_training(keys, tmp_path, capsys):
+    """A margin of m asks for a difference that is larger by m: the head's scores spread further."""
+    plain = run(keys, tmp_path / "plain", freeze_backbone=True)
+    wide = run(with_margins(keys, tmp_path, 5.0), tmp_path / "wide", freeze_backbone=True)
+    assert "the data's margins are part of the loss (300 pairs)" in capsys.readouterr().out
+    assert wide["score_spread"] > 1.5 * plain["score_spread"]
+    none = run(with_margins(keys, tmp_path, 0.0), tmp_path / "none", freeze_backbone=True)
+    assert none["score_spread"] == pytest.approx(plain["score_spread"], rel=1e-3)
+    losses = {}
+    for margin in (0.0, 5.0):
+        options = {"max_steps": 1, "per_device_train_batch_size": 8, "learning_rate": 1e-6}
+        out = tmp_path / f"trained{margin}"
+        run(with_margins(keys, tmp_path, margin), out, **options)
+        log = next((out / "training").rglob("trainer_state.json"))
+        losses[margin] = json.loads(log.read_text())["log_history"][0]["loss"]
+    assert losses[0.0] + 2.0 < losses[5.0] < losses[0.0] + 5.0  # log(1 + e^(m - d)) grows by less than m
+
+
+def test_pairs_that_differ_in_tool_calls_are_pairs(keys, tmp_path):
+    """What the template makes of a call is trained on; the row's tools reach the template too."""
+    base = tmp_path / "base"
+    shutil.copytree(keys["model_name_or_path"], base)
+    (base / "chat_template.jinja").write_text(
+        "{% if tools %}the {% endif %}{% for m in messages %}{{ m['content'] or '' }} "
+        "{% for c in m.get('tool_calls') or [] %}"
+        "{{ 'cat' if c['function']['arguments']['city'] == 'Oslo' else 'dog' }} {% endfor %}{% endfor %}"
+    )
+    data = Path(__file__).parent.parent / "cases" / "rm_tools.jsonl"
+    changed = {**keys, "model_name_or_path": str(base), "dataset_name": str(data), "num_test_prompts": 1}
+    recipe = load_reward_model_recipe({**changed, "output_dir": str(tmp_path / "o")})
+    pairs = load_pairs(recipe)
+    assert len(pairs.train) + len(pairs.test) == 4
+    for chosen, rejected in encoded(recipe, pairs.tokenizer, pairs.train):
+        texts = [pairs.tokenizer.decode(ids) for ids in (chosen, rejected)]
+        assert all(text.startswith("the ") for text in texts)
+        assert "cat" in texts[0] and "dog" in texts[1]
 
 
 def test_adapters_are_merged_and_score_as_they_were_trained(keys, tmp_path):

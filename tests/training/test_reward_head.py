@@ -38,6 +38,20 @@ def test_the_fit_minimises_the_penalised_loss():
     np.testing.assert_allclose(gradient, 0.0, atol=1e-6)
 
 
+def test_margins_are_part_of_the_loss():
+    rng = np.random.default_rng(1)
+    differences, margins = rng.normal(size=(60, 3)), rng.normal(size=60)
+    size = np.sqrt((differences**2).mean(0))
+
+    def loss(w):
+        return np.log1p(np.exp(margins - differences @ w)).mean() + 0.02 / 2 * ((size * w) ** 2).sum()
+
+    best = optimize.minimize(loss, np.zeros(3), tol=1e-12)
+    np.testing.assert_allclose(bradley_terry(differences, 0.02, margins_P=margins), best.x, atol=1e-5)
+    zero = bradley_terry(differences, 0.02, margins_P=np.zeros(60))
+    np.testing.assert_allclose(zero, bradley_terry(differences, 0.02), atol=1e-12)
+
+
 def test_the_scale_of_a_feature_does_not_matter():
     rng = np.random.default_rng(1)
     differences = rng.normal(size=(60, 3))
