@@ -368,7 +368,7 @@ def _json(line: str) -> Any:
     """What a line holds as JSON; None for no JSON."""
     try:
         return json.loads(line)
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # also numbers of too many digits
         return None
 
 
