@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from infalign.rewards.calls import own_copy
 from infalign.rewards.contract import Text
 from infalign.rewards.fingerprint import callable_digest, digest
 from infalign.rewards.guard import GuardedReward, OnError
@@ -178,7 +179,8 @@ def built_callable(
     if not callable(value):
         raise InputError(f"{subject} is not callable: {value!r:.60} ({type(value).__name__})")
     if not _is_builder(value, options, lists):
-        return partial(value, **options) if options else value
+        return partial(value, **own_copy(options)) if options else value
+    options = own_copy(options)  # a builder may change what it is given; the recipe's own stays
     wanted = {name: one for name, one in (given or {}).items() if name in _named(value) and name not in options}
     try:
         return value(**wanted, **options)
