@@ -134,9 +134,13 @@ class SampleTable:
 
     def new_score_shard(self, segment: Segment, batch: int, reward: str) -> Path:
         """Where further rewards of a batch by the reward of that fingerprint go."""
-        folder = self.folder / f"scores-{reward}"
+        folder = self.scores_folder(reward)
         taken = len(list(folder.glob(f"{segment.number:03d}-{batch:05d}-*.parquet")))
         return folder / f"{segment.number:03d}-{batch:05d}-{taken}.parquet"
+
+    def scores_folder(self, reward: str) -> Path:
+        """Where the rewards by the reward of that fingerprint are."""
+        return self.folder / f"scores-{reward}"
 
     def scored(self, reward: str) -> set[tuple[str, int]]:
         """(key, index) of every sample that the reward of that fingerprint has been asked about."""
@@ -163,7 +167,7 @@ class SampleTable:
 
     def _scores(self, reward: str) -> dict[str, list[tuple[int, float]]]:
         found: dict[str, list[tuple[int, float]]] = {}
-        for path in sorted((self.folder / f"scores-{reward}").glob("[0-9]*.parquet")):
+        for path in sorted(self.scores_folder(reward).glob("[0-9]*.parquet")):
             table = _read(path)
             columns = (table[name].to_pylist() for name in ("key", "index", "reward"))
             for key, index, value in zip(*columns, strict=True):

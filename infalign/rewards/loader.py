@@ -29,6 +29,7 @@ from infalign.rewards.calls import own_copy
 from infalign.rewards.contract import Text
 from infalign.rewards.fingerprint import callable_digest, digest
 from infalign.rewards.guard import GuardedReward, OnError
+from infalign.rewards.imports import digests, import_path, modules_behind, remember
 from infalign.rewards.lookup import Found, find_object, one_line
 from infalign.runtime.artifacts import without_secrets
 from infalign.types import InputError
@@ -112,9 +113,13 @@ def load_reward(
     found = _find(spec, Path(base_dir))
     policy: dict[str, Any] = {"on_error": on_error, "retries": retries, "timeout": timeout, "backoff": backoff}
     given = {"load_member": partial(load_reward, base_dir=base_dir, **policy), "recipe_dir": Path(base_dir)}
-    function = _build(found.value, options, name or found.name, given)
+    with import_path(*found.folders):  # a builder may import
+        function = _build(found.value, options, name or found.name, given)
+    modules = {**found.modules, **(modules_behind(function, found.folders) if found.folders else {})}
+    remember(modules)
     own = getattr(function, "fingerprint", None)
-    identity = own if _is_ours(function) and own else [found.source, own, without_secrets(options)]
+    speaks_for_itself = _is_ours(function) and own and not modules
+    identity = own if speaks_for_itself else [[*found.source, *digests(modules)], own, without_secrets(options)]
     if getattr(function, "tries_again", False):  # its parts have the time limit and the further attempts
         policy |= {"retries": 0, "timeout": None}
     guard = GuardedReward(function, name=name or found.name, strip_reasoning=strip_reasoning, **policy)
