@@ -140,8 +140,10 @@ def _find(spec: Any, base_dir: Path) -> Found:
         return Found(partial(build, spec), spec.rstrip("/").rpartition("/")[2] or "http", [])
     for folder in (base_dir / Path(spec).expanduser(), Path(spec).expanduser()):
         if spec and folder.is_dir():
-            if not (folder / "config.json").is_file():
-                raise InputError(f"reward {spec!r}: the folder {folder} holds no model (no config.json)")
+            if not any((folder / config).is_file() for config in ("config.json", "adapter_config.json")):
+                raise InputError(
+                    f"reward {spec!r}: the folder {folder} holds no model (no config.json, no adapter_config.json)"
+                )
             return Found(str(folder), folder.resolve().name, [])
     found = find_object(spec, base_dir)
     if found is not None:

@@ -42,6 +42,8 @@ def measure(
         max_length=recipe.max_length,
         too_long="truncate",
         chat_template_kwargs=recipe.chat_template_kwargs,
+        pair=False,  # as the pairs were encoded in training
+        as_chat=False,
     )
     chosen, rejected = ([getattr(pair, side) for pair in test] for side in ("chosen", "rejected"))
     prompts = [pair.prompt for pair in test]
