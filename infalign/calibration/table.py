@@ -153,9 +153,13 @@ class SampleTable:
 
     def new_score_shard(self, segment: Segment, batch: int, reward: str) -> Path:
         """Where further rewards of a batch by the reward of that fingerprint go."""
-        folder = self.folder / f"scores-{reward}"
+        folder = self.scores_folder(reward)
         taken = len(list(folder.glob(f"{segment.number:03d}-{batch:05d}-*.parquet")))
         return folder / f"{segment.number:03d}-{batch:05d}-{taken}.parquet"
+
+    def scores_folder(self, reward: str) -> Path:
+        """Where the rewards by the reward of that fingerprint are."""
+        return self.folder / f"scores-{reward}"
 
     def scored(self, reward: str, columns: Mapping[str, str]) -> set[tuple[str, int]]:
         """(key, index) of every sample that the reward of that fingerprint has been asked about.
@@ -193,7 +197,7 @@ class SampleTable:
 
     def _scores(self, reward: str, columns: Mapping[str, str] | None) -> dict[str, dict[int, float]]:
         found: dict[str, dict[int, float]] = {}
-        paths = (self.folder / f"scores-{reward}").glob("[0-9]*.parquet")
+        paths = self.scores_folder(reward).glob("[0-9]*.parquet")
         for path in sorted(paths, key=lambda path: [int(part) for part in path.stem.split("-")]):
             table = _read(path)
             read = table["columns"].to_pylist() if "columns" in table.column_names else [None] * len(table)

@@ -1,20 +1,29 @@
 r"""The answer in a completion, so that completions that mean the same can vote for it.
 
 An extractor maps a text to its answer, or to None where there is none. Two answers are the same when their normal forms
-are: numbers by value (1,000 = 1000.0), anything else as text, ignoring case, white space and dollar signs around it.
+are: numbers by value (1,000 = 1000.0, 1/2 = 0.5, 5 cm = 5), anything else as text, ignoring case, white space, dollar
+signs and LaTeX that only changes the looks. `reward_models/verifier.py`, which is made to be copied and so imports
+nothing from here, reads answers in the same way; the tests hold the two together.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from decimal import Decimal, InvalidOperation
+from fractions import Fraction
 
 from infalign.types import InputError
 
 Extractor = Callable[[str], str | None]
 
-_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d{1,3})?|[-+]?\.\d+")
+_NUMBER = r"(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d{1,3})?|\.\d+)"
+_FRACTION = r"\\[dt]?frac\s*(?:\{\s*(-?[\d.]+)\s*\}|(\d))\s*(?:\{\s*([\d.]+)\s*\}|(\d))"
+_SIGN = r"(?:(?<![\w.)\]}])[-+])?"  # in 1-5 it is none
+_IN_TEXT = re.compile(rf"{_SIGN}(?:\d+ +)?{_NUMBER} ?/ ?{_NUMBER}|{_SIGN}{_NUMBER}")
+_UNIT = r"%|(?!pi$)[a-z][a-z ]*[a-z](?: ?\^\{?\d\}?)?"
+_VALUE = re.compile(rf"([-+]?)(?:(?:(\d+) )?({_NUMBER})/({_NUMBER})|({_NUMBER})) ?(?:{_UNIT})?")
+_STYLE = re.compile(r"\\(?:text|mathrm|mathbf|textbf|mbox)\s*\{([^{}]*)\}")
+_SPACING = re.compile(r"\\left|\\right|\\[,;:! ]|\^\s*\{?\\circ\}?|°|\\[()\[\]]|\\?\$")
 _HASHES = re.compile(r"####\s*(.+)")
 
 
@@ -34,12 +43,12 @@ def boxed(text: str) -> str | None:
 
 
 def last_number(text: str) -> str | None:
-    """The last number of a text.
+    r"""The last number of a text; a fraction is one number, and a minus between two numbers is no sign.
 
-    >>> last_number("3 apples and 1,200.50 pears.")
-    '1,200.50'
+    >>> last_number("3 apples and 1,200.50 pears."), last_number("within 1-5"), last_number(r"at \frac{1}{2}")
+    ('1,200.50', '5', '1/2')
     """
-    found = _NUMBER.findall(text)
+    found = _IN_TEXT.findall(_simple(text))
     return found[-1] if found else None
 
 
@@ -97,16 +106,39 @@ def _last_match(pattern: re.Pattern[str], text: str) -> str | None:
 
 
 def normal_form(answer: str) -> str:
-    """What equal answers have in common.
+    r"""What equal answers have in common: the number in lowest terms, without its unit, or the plain text.
 
     >>> normal_form("$1,000.0 "), normal_form("1000"), normal_form("  New   York.")
     ('1000', '1000', 'new york')
+    >>> normal_form(r"\dfrac{2}{4}"), normal_form("0.5"), normal_form(r"5\text{ cm}"), normal_form(r"\text{E}")
+    ('1/2', '1/2', '5', 'e')
     """
-    text = " ".join(answer.casefold().split()).strip("$ ").rstrip(". ")
-    if not _NUMBER.fullmatch(text):
+    text = _plain(answer)
+    found = _VALUE.fullmatch(text)
+    if found is None:
         return text
+    sign, whole, above, below, number = found.groups()
     try:
-        value = Decimal(text.replace(",", "")).normalize()
-    except InvalidOperation:  # beyond Decimal's range: compared as text
+        value = _exact(number) if number else _exact(whole or "0") + _exact(above) / _exact(below)
+        return str(-value if sign == "-" else value)
+    except (ZeroDivisionError, ValueError):  # 1/0, and thousands of digits: compared as text
         return text
-    return "0" if value == 0 else f"{value:f}"
+
+
+def _exact(number: str) -> Fraction:
+    return Fraction(number.replace(",", ""))
+
+
+def _simple(text: str) -> str:
+    r"""One way to write a fraction, a minus and a comma: 1\frac{1}{2} as 1 1/2."""
+    text = re.sub(r"(?<=\d)(?:\{,\}|\\,)(?=\d{3})", ",", text).replace("\\%", "%").replace("\N{MINUS SIGN}", "-")
+    return re.sub(_FRACTION, r"\1\2/\3\4", re.sub(rf"(?<=\d)\s*(?={_FRACTION})", " ", text))
+
+
+def _plain(text: str) -> str:
+    """A text without what only changes its looks."""
+    text = _SPACING.sub(" ", _STYLE.sub(r" \1 ", _simple(text)))
+    text = " ".join(text.casefold().split()).rstrip(". ")
+    text = re.sub(r"\s*([,=(){}\[\]/])\s*", r"\1", text)
+    text = re.sub(r"^[a-z]=", "", text)  # x = 5
+    return re.sub(r"^\((\w)\)$", r"\1", text)  # (E)

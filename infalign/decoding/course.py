@@ -6,6 +6,7 @@ A strategy is asked again and again what to do for one prompt: `Draw` further ca
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -13,6 +14,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from infalign.rewards.calls import own_copy
 from infalign.types import InputError, Prompt, Sample
 
 Floats = NDArray[np.float64]
@@ -163,8 +165,9 @@ class Course:
         return np.where(np.array(self.whole, dtype=bool), np.array(self.rewards, dtype=np.float64), np.nan)
 
     def _seen(self) -> Seen:
+        columns = dict(self.prompt.columns)
         return Seen(
-            self.prompt,
+            dataclasses.replace(self.prompt, content=own_copy(self.prompt.content), columns=own_copy(columns)),
             tuple(self.candidates),
             np.array(self.rewards, dtype=np.float64),
             np.array(self.whole, dtype=bool),

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from infalign.calibration.quantile import calibrate
-from infalign.rewards.contract import TRAINER_ARGUMENTS, Text
+from infalign.rewards.contract import TRAINERS, Text
 from infalign.rewards.fingerprint import digest
 from infalign.rewards.loader import Reward
 from infalign.rewards.members import scores_of
@@ -72,7 +72,7 @@ class CalibratedSum:
                 "weighted_sum: it adds quantiles among base samples, and there are none here: name it as `reward` in a "
                 "recipe and run `infalign calibrate`, or give them with bind()"
             )
-        data = {name: values for name, values in columns.items() if name not in TRAINER_ARGUMENTS}
+        data = {name: values for name, values in columns.items() if name not in TRAINERS}
         of_row = [{name: values[row] for name, values in data.items()} for row in range(len(prompts))]
         names = [digest(prompt_key(prompt), own) for prompt, own in zip(prompts, of_row, strict=True)]
         first = {name: row for row, name in reversed(list(enumerate(names)))}

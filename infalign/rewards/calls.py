@@ -1,13 +1,44 @@
-"""Calling foreign functions with a time limit: sync ones in a daemon thread, coroutines on a loop of their own."""
+"""Calling foreign functions: on copies of what we keep, with a time limit, sync ones in a daemon thread, coroutines on
+one event loop.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import copy
 import inspect
 import threading
 from collections.abc import Awaitable, Callable
 from typing import Any
+
+_FIXED = {str, int, float, bool, bytes, complex, type(None)}
+
+
+def own_copy(value: Any) -> Any:
+    """A value that a foreign function may change without changing ours.
+
+    Lists, tuples and dictionaries are copied at every depth, and every place gets its own copy: a prompt that stands in
+    a list K times, the same object, comes back as K prompts. Anything else with a `copy()` or `clone()` (sets, arrays,
+    images, tensors) is copied by it; the rest (numbers, texts, dates, functions, models) is handed on as it is.
+
+    >>> shared = [{"role": "user", "content": "Hi"}]
+    >>> copies = own_copy([shared, shared])
+    >>> copies[0].append("x"), copies[1], shared
+    (None, [{'role': 'user', 'content': 'Hi'}], [{'role': 'user', 'content': 'Hi'}])
+    """
+    if type(value) in _FIXED:
+        return value
+    if isinstance(value, list):
+        return [one if type(one) in _FIXED else own_copy(one) for one in value]
+    if type(value) is tuple:
+        return tuple(map(own_copy, value))
+    if isinstance(value, dict):
+        copied = copy.copy(value)  # keeps what a subclass is and knows, e.g. a defaultdict's default
+        copied.update((name, own_copy(one)) for name, one in value.items())
+        return copied
+    method = None if isinstance(value, type) else getattr(value, "copy", None) or getattr(value, "clone", None)
+    return method() if callable(method) else value
 
 
 def is_async(function: Callable[..., Any]) -> bool:

@@ -22,13 +22,16 @@ from infalign.rewards.classifier_loading import (
     keep_head_in_float32,
     load_classifier,
     model_fingerprint,
+    positions_of,
+    takes_types,
 )
 from infalign.rewards.contract import Text
-from infalign.rewards.encoding import encode_pair, last_index
+from infalign.rewards.encoding import as_chat as wrapped
+from infalign.rewards.encoding import encode_as_pair, encode_pair, last_index
 from infalign.rewards.shared_scoring import groups_of, shared_states
 from infalign.runtime.console import notice, say
 from infalign.runtime.shared_prefix import buckets, why_plain
-from infalign.types import InputError, RewardError
+from infalign.types import TEMPLATE_COLUMNS, InputError, RewardError, template_variables
 
 TooLong = Literal["error", "truncate", "mask"]
 TOO_LONG = ("error", "truncate", "mask")
@@ -51,6 +54,10 @@ class ClassifierReward:
         dtype: of the backbone, "auto" as stored.
         chat_template: jinja text to use in place of the tokenizer's.
         chat_template_kwargs: extra variables of the template.
+        pair: encode prompt and completion as a pair of texts with token types, `tokenizer(prompt, completion)`, as
+            cross-encoders (DeBERTa, BERT) are mostly trained. None is False, with a notice for an encoder.
+        as_chat: put text prompts and completions through the chat template, as turns of the user and the assistant.
+            None is False, with a notice where the model has a template.
         trust_remote_code: run Python code that comes with the model.
 
     Attributes:
@@ -61,7 +68,7 @@ class ClassifierReward:
         InputError: no trained head, no choice of label, chats without template, or scores that depend on the batch.
     """
 
-    reads_columns: tuple[str, ...] = ()
+    reads_columns: tuple[str, ...] = TEMPLATE_COLUMNS
 
     def __init__(
         self,
@@ -76,9 +83,11 @@ class ClassifierReward:
         dtype: str | torch.dtype = "auto",
         chat_template: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        pair: bool | None = None,
+        as_chat: bool | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        _check_options(batch_tokens, max_length, too_long)
+        _check_options(batch_tokens, max_length, too_long, pair=pair, as_chat=as_chat)
         loaded = load_classifier(
             model_or_path, tokenizer=tokenizer, device=device, dtype=dtype, trust_remote_code=trust_remote_code
         )
@@ -86,21 +95,33 @@ class ClassifierReward:
         self.__name__ = self.name.rstrip("/").split("/")[-1]
         self.label = choose_label(self.model.config, label, self.name)
         self.batch_tokens, self.too_long = batch_tokens, too_long
-        self.max_length = max_length or _context(self.model, self.tokenizer)
         self.chat_template = chat_template or getattr(self.tokenizer, "chat_template", None)
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
+        self.pair, self.as_chat = pair, as_chat
+        if as_chat and not self.chat_template:
+            raise InputError(
+                f"as_chat: the tokenizer of the reward model {self.name!r} has no chat template; give chat_template"
+            )
         self.counts = {"scored": 0, "truncated": 0, "masked": 0}
-        self._shown = False
-        weights = model_fingerprint(self.model, self.tokenizer)
-        template = (self.chat_template, sorted(self.chat_template_kwargs.items()))
-        self.fingerprint = f"{weights}:{self.label}:{self.max_length}:{too_long}:{_digest(template)}"
+        self._shown = self._told_of_chats = False
         self._backbone = keep_head_in_float32(self.model)
         self._is_decoder = (
             isinstance(getattr(self.model, "score", None), nn.Module) and self._backbone is not self.model
         )
         self._skipped_id = getattr(_text_config(self.model), "pad_token_id", None)
         self._pad_id = _pad_id(self.model, self.tokenizer, set_in_config=not self._is_decoder)
+        self._takes_types = not self._is_decoder and takes_types(self.model)
+        self.max_length = self._longest(max_length)
+        weights = model_fingerprint(self.model, self.tokenizer)
+        template = (self.chat_template, sorted(self.chat_template_kwargs.items()))
+        how = "".join(f":{name}" for name, on in (("pair", pair), ("as_chat", as_chat)) if on)
+        self.fingerprint = f"{weights}:{self.label}:{self.max_length}:{too_long}:{_digest(template)}{how}"
         self._check_batching()
+        if pair is None and not self._is_decoder:
+            notice(
+                f"reward model {self.name!r} is an encoder and is given prompt and completion as one text: if it was "
+                "trained on pairs of texts, as most are, set reward_kwargs: {pair: true}; {pair: false} if not"
+            )
         why = why_plain(self.model) if self._is_decoder else None
         self._shares = self._is_decoder and why is None
         if why is not None:
@@ -111,17 +132,26 @@ class ClassifierReward:
     ) -> NDArray[np.float64]:
         """Scores (B,), one logit per completion; NaN where `too_long="mask"` left one out.
 
+        Of the data's columns `tools` and `chat_template_kwargs` go to the chat template, as in training.
+
         Raises:
             RewardError: a sequence is too long under `too_long="error"`.
             InputError: chats for a tokenizer without chat template.
         """
-        sequences = [self.encode(p, c) for p, c in zip(prompts, completions, strict=True)]
-        self._show(sequences)
-        kept = [self._fitted(ids, index) for index, ids in enumerate(sequences)]
+        given = [columns.get(name) or [None] * len(prompts) for name in TEMPLATE_COLUMNS]
+        variables = [
+            template_variables(dict(zip(TEMPLATE_COLUMNS, row, strict=True))) for row in zip(*given, strict=True)
+        ]
+        pairs = [self._encoded(*row) for row in zip(prompts, completions, variables, strict=True)]
+        self._show([ids for ids, _ in pairs])
+        kept = [self._places_kept(ids, index) for index, (ids, _) in enumerate(pairs)]
         scores = np.full(len(kept), np.nan)
-        chosen = [index for index, ids in enumerate(kept) if ids is not None]
-        names = [repr(prompts[index]) for index in chosen]
-        scores[chosen] = self.score([ids for ids in kept if ids is not None], names)
+        chosen = [(index, places) for index, places in enumerate(kept) if places is not None]
+        sequences, types = (
+            [[pairs[index][side][place] for place in places] for index, places in chosen] for side in (0, 1)
+        )
+        names = [repr(prompts[index]) for index, _ in chosen]
+        scores[[index for index, _ in chosen]] = self.score(sequences, names, types if self.pair else None)
         self.counts["scored"] += len(chosen)
         return scores
 
@@ -131,14 +161,34 @@ class ClassifierReward:
         Raises:
             InputError: a chat and no template, or a template that refuses it.
         """
-        return encode_pair(
-            self.tokenizer,
-            prompt,
-            completion,
-            name=self.name,
-            chat_template=self.chat_template,
-            chat_template_kwargs=self.chat_template_kwargs,
-        )
+        return self._encoded(prompt, completion)[0]
+
+    def _encoded(
+        self, prompt: Text, completion: Text, variables: Mapping[str, Any] | None = None
+    ) -> tuple[list[int], list[int]]:
+        """Token ids and token types; `variables` are the row's own for the chat template."""
+        if self.as_chat:
+            prompt, completion = wrapped(prompt, completion)
+        elif self.as_chat is None and self.chat_template and isinstance(prompt, str) and isinstance(completion, str):
+            self._tell_of_chats()
+        options: dict[str, Any] = {
+            "name": self.name,
+            "chat_template": self.chat_template,
+            "chat_template_kwargs": {**self.chat_template_kwargs, **(variables or {})},
+        }
+        if self.pair:
+            return encode_as_pair(self.tokenizer, prompt, completion, **options)
+        ids = encode_pair(self.tokenizer, prompt, completion, **options)
+        return ids, [0] * len(ids)
+
+    def _tell_of_chats(self) -> None:
+        if not self._told_of_chats:
+            self._told_of_chats = True
+            notice(
+                f"reward model {self.name!r} has a chat template, and the prompts are texts: they are scored without "
+                "it; set reward_kwargs: {as_chat: true} to wrap prompt and completion as turns of a chat, {as_chat: "
+                "false} if bare text is right"
+            )
 
     def render(self, prompt: Text, completion: Text) -> str:
         """The text that `encode` stands for, special tokens shown: to print one example."""
@@ -152,12 +202,18 @@ class ClassifierReward:
             short = text if len(text) <= _MOST_SHOWN else f"{text[: _MOST_SHOWN // 2]} ... {text[-_MOST_SHOWN // 2 :]}"
             say(f"  what the reward model {self.__name__} sees, for example: {short!r}")
 
-    def score(self, sequences: Sequence[list[int]], names: Sequence[Hashable] | None = None) -> NDArray[np.float64]:
+    def score(
+        self,
+        sequences: Sequence[list[int]],
+        names: Sequence[Hashable] | None = None,
+        types: Sequence[list[int]] | None = None,
+    ) -> NDArray[np.float64]:
         """Logits (B,) of token sequences, in length-bucketed batches, longest first.
 
         Args:
             sequences: token ids.
             names: sequences of one name (a prompt) go through the backbone with their common beginning computed once.
+            types: token types of each sequence, for an encoder; None is 0 throughout.
         """
         scores = np.empty(len(sequences))
         groups = groups_of(sequences, names) if names is not None and self._shares else []
@@ -170,11 +226,12 @@ class ClassifierReward:
         rest = [row for row in range(len(sequences)) if row not in done]
         for bucket in buckets([len(sequences[row]) for row in rest], self.batch_tokens):
             rows = [rest[index] for index in bucket]
-            scores[rows] = self._forward([sequences[row] for row in rows])
+            of_rows = None if types is None else [types[row] for row in rows]
+            scores[rows] = self._forward([sequences[row] for row in rows], of_rows)
         return scores
 
     @torch.inference_mode()
-    def _forward(self, sequences: Sequence[list[int]]) -> NDArray[np.float64]:
+    def _forward(self, sequences: Sequence[list[int]], types: Sequence[list[int]] | None = None) -> NDArray[np.float64]:
         lengths = torch.tensor([len(ids) for ids in sequences])
         width = int(lengths.max())
         padded = [ids + [self._pad_id] * (width - len(ids)) for ids in sequences]
@@ -186,13 +243,17 @@ class ClassifierReward:
             last = torch.tensor([last_index(ids, self._skipped_id) for ids in sequences], device=device)
             logits = self.model.score(hidden[torch.arange(len(sequences), device=device), last])
         else:
-            logits = self.model(input_ids=inputs, attention_mask=mask).logits
+            more = {}
+            if types is not None and self._takes_types:
+                more["token_type_ids"] = torch.tensor([row + [0] * (width - len(row)) for row in types], device=device)
+            logits = self.model(input_ids=inputs, attention_mask=mask, **more).logits
         return logits[:, self.label].double().cpu().numpy()
 
-    def _fitted(self, ids: list[int], index: int) -> list[int] | None:
+    def _places_kept(self, ids: list[int], index: int) -> Sequence[int] | None:
+        """Which tokens of a sequence are scored; None when it gets no score."""
         limit = self.max_length
         if limit is None or len(ids) <= limit:
-            return ids
+            return range(len(ids))
         if self.too_long == "error":
             raise RewardError(
                 f"completion {index} has {len(ids)} tokens with its prompt, the reward model {self.name!r} takes "
@@ -202,8 +263,24 @@ class ClassifierReward:
         if self.too_long == "mask":
             return None
         first = {self.tokenizer.bos_token_id, self.tokenizer.cls_token_id} - {None}
-        keep = ids[:1] if ids[0] in first and limit > 1 else []
-        return keep + ids[len(ids) - limit + len(keep) :]
+        kept = [0] if ids[0] in first and limit > 1 else []
+        return [*kept, *range(len(ids) - limit + len(kept), len(ids))]
+
+    def _longest(self, max_length: int | None) -> int | None:
+        """The most tokens of a sequence: as asked for, else what model and tokenizer say.
+
+        Raises:
+            InputError: more than the model has positions for.
+        """
+        positions = positions_of(self.model, {self._pad_id})
+        if max_length is not None and positions is not None and max_length > positions:
+            raise InputError(
+                f"reward model {self.name!r}: max_length is {max_length}, and the model has positions for {positions} "
+                "tokens"
+            )
+        return max_length or min(
+            (one for one in (positions, _context(self.model, self.tokenizer)) if one), default=None
+        )
 
     def _check_batching(self) -> None:
         """Scores one by one must be the scores of a padded batch; says both when they are not."""
@@ -219,11 +296,14 @@ class ClassifierReward:
             )
 
 
-def _check_options(batch_tokens: int, max_length: int | None, too_long: str) -> None:
+def _check_options(batch_tokens: int, max_length: int | None, too_long: str, **switches: Any) -> None:
     if batch_tokens < 1 or (max_length is not None and max_length < 1):
         raise InputError(f"batch_tokens and max_length are at least 1 token, got {batch_tokens} and {max_length}")
     if too_long not in TOO_LONG:
         raise InputError(f"too_long is one of {', '.join(TOO_LONG)}, got {too_long!r}")
+    for name, value in switches.items():
+        if value not in (None, True, False):
+            raise InputError(f"{name} is true or false, got {value!r}")
 
 
 def _context(model: Any, tokenizer: Any) -> int | None:

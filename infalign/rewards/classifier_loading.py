@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
+import re
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +15,12 @@ import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from infalign.rewards.adapters import adapter_config, base_of, load_merged, unwrapped
+from infalign.rewards.lookup import one_line
 from infalign.runtime.console import notice
 from infalign.types import InputError
 
+_WATCHED = 3  # tokens
 _SAMPLED = 64
 """Entries of every weight that go into the fingerprint."""
 
@@ -38,6 +44,8 @@ def load_classifier(
 ) -> LoadedClassifier:
     """The model (from a path, a Hub id, or given) on its device, and its own tokenizer.
 
+    An adapter is merged into the base model that it names; a given `PeftModel` is scored as it is.
+
     Weights are read from safetensors only. `device=None` is this process's GPU, or the CPU; a given model stays where
     it is. `dtype` is of the backbone ("auto": as stored).
 
@@ -45,14 +53,20 @@ def load_classifier(
         InputError: the model or tokenizer cannot be loaded, or weights (e.g. the head) are missing from the files.
     """
     if isinstance(model_or_path, nn.Module):
-        model, name = model_or_path, _model_name(model_or_path)
+        model, name = unwrapped(model_or_path), _model_name(model_or_path)
+        source = name
     else:
         name = str(model_or_path)
         if trust_remote_code:
             notice(f"reward model {name!r}: trust_remote_code runs Python code that ships with it")
-        model = _from_files(name, dtype, trust_remote_code).to(device or default_device())
+        adapter = adapter_config(name)
+        if adapter is None:
+            model, source = _from_files(name, dtype, trust_remote_code), name
+        else:
+            model, source = load_merged(name, adapter, dtype, trust_remote_code), _with_tokenizer(name, adapter)
+        model = model.to(device or default_device())
     model.requires_grad_(False).eval()
-    source = name if tokenizer is None else tokenizer
+    source = source if tokenizer is None else tokenizer
     if isinstance(source, (str, Path)):
         source = _tokenizer(str(source), trust_remote_code)
     return LoadedClassifier(model, source, name)
@@ -105,6 +119,45 @@ def keep_head_in_float32(model: nn.Module) -> nn.Module:
     return backbone
 
 
+def positions_of(model: nn.Module, paddings: Set[int] = frozenset()) -> int | None:
+    """How many tokens the model's table of positions has room for; None when it has no such table.
+
+    It is watched on a few tokens, all the same: the embedding that is asked for consecutive rows is the positions', and
+    the first row says where they start: at padding_idx + 1 in RoBERTa and its kin, at 0 in most others.
+
+    Args:
+        model: a classifier.
+        paddings: token ids that mean padding, beside what the embeddings say.
+    """
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    avoided = {table.padding_idx for table in tables} | paddings
+    token = next(token for token in range(len(avoided) + 1) if token not in avoided)
+    found: list[int] = []
+
+    def watch(table: Any, inputs: tuple[Any, ...]) -> None:
+        rows = inputs[0].flatten()[:_WATCHED].tolist() if inputs and isinstance(inputs[0], torch.Tensor) else []
+        if len(rows) == _WATCHED and all(row == rows[0] + place for place, row in enumerate(rows)):
+            found.append(table.num_embeddings - int(rows[0]))
+
+    hooks = [table.register_forward_pre_hook(watch) for table in tables]
+    ids = torch.full((1, _WATCHED), token, device=next(model.parameters()).device)
+    try:
+        with torch.inference_mode():
+            model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    except (RuntimeError, IndexError, ValueError):  # e.g. BART, which wants an end token; its tables were asked before
+        pass
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return min(found, default=None)
+
+
+def takes_types(model: nn.Module) -> bool:
+    """Whether a model tells the two texts of a pair apart by token types."""
+    count = getattr(getattr(model, "config", None), "type_vocab_size", None)
+    return "token_type_ids" in inspect.signature(model.forward).parameters and (count is None or count > 1)
+
+
 def model_fingerprint(model: nn.Module, tokenizer: Any) -> str:
     """16 hex digits over the class, the shapes and 64 evenly spread entries of every weight, and the tokenizer.
 
@@ -128,7 +181,7 @@ def _from_files(name: str, dtype: Any, trust_remote_code: bool) -> Any:
         )
     except Exception as error:  # OS, network, configuration and shape errors; all are the recipe's to mend
         raise InputError(
-            f"reward model {name!r} cannot be loaded as a sequence classifier ({_one_line(error)}); give a folder or "
+            f"reward model {name!r} cannot be loaded as a sequence classifier ({one_line(error)}); give a folder or "
             f"Hub id with safetensors weights"
         ) from error
     missing = sorted(info["missing_keys"])
@@ -139,7 +192,51 @@ def _from_files(name: str, dtype: Any, trust_remote_code: bool) -> Any:
             f"reward model {name!r} has no trained {', '.join(missing[:3])}: it would be freshly initialised and score "
             f"at random{other}; give a trained reward model"
         )
+    _check_unused(model, name, info["unexpected_keys"])
     return model
+
+
+_HARMLESS = re.compile(r"(.*\.)?(position_ids|inv_freq|masked_bias|attn\.bias)")  # constants that old files hold
+_OTHER_TASKS = re.compile(
+    r"(lm_head|cls|lm_predictions|mask_predictions|generator_predictions|embed_out|qa_outputs)\..*"
+)
+
+
+def _check_unused(model: Any, name: str, unexpected: Iterable[str]) -> None:
+    """Tell of weights in the files that the model's class has no place for: it does not score as it was trained.
+
+    A bias of the head is the same for every completion, so that no order and no quantile depends on it.
+
+    Raises:
+        InputError: other weights of a head.
+    """
+    unused = sorted(key for key in unexpected if not _HARMLESS.fullmatch(key) and not _OTHER_TASKS.fullmatch(key))
+    inside = [key for key in unused if key.startswith(f"{model.base_model_prefix}.")]
+    linear = {f"{path}.bias" for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+    biases = [key for key in unused if key not in inside and key in linear]
+    others = [key for key in unused if key not in inside and key not in biases]
+    kind = type(model).__name__
+    if others:
+        raise InputError(
+            f"reward model {name!r}: its files hold weights of another head, {', '.join(others[:3])}, for which {kind} "
+            "has no place: its scores would not be those that it was trained for; load it with the class that it was "
+            "trained with (trust_remote_code: true where that comes along), or take these weights out of the files"
+        )
+    for keys, effect in (
+        (biases, "every score is off by the same constant, which changes no order and no quantile"),
+        (inside, "scores differ from those that it was trained for"),
+    ):
+        if keys:
+            notice(
+                f"reward model {name!r}: {', '.join(keys[:3])}{' and more' if len(keys) > 3 else ''} in its files "
+                f"left out, because {kind} has no place for it: {effect}"
+            )
+
+
+def _with_tokenizer(name: str, adapter: dict[str, Any]) -> str:
+    """Where the tokenizer of an adapter lies: mostly beside it, else with its base."""
+    beside = not Path(name).is_dir() or (Path(name) / "tokenizer_config.json").is_file()
+    return name if beside else base_of(name, adapter)
 
 
 def _tokenizer(name: str, trust_remote_code: bool) -> Any:
@@ -147,7 +244,7 @@ def _tokenizer(name: str, trust_remote_code: bool) -> Any:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:  # as above
         raise InputError(
-            f"no tokenizer for the reward model at {name!r} ({_one_line(error)}); save it beside the model or pass one"
+            f"no tokenizer for the reward model at {name!r} ({one_line(error)}); save it beside the model or pass one"
         ) from error
 
 
@@ -157,8 +254,3 @@ def _model_name(model: nn.Module) -> str:
 
 def _to_float32(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs)
-
-
-def _one_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return f"{type(error).__name__}: {text.splitlines()[0][:200]}"

@@ -4,7 +4,8 @@ A reward is a callable `f(prompts, completions, completion_ids, **columns) -> li
 with keywords. Lists have one entry per completion (B). With chat prompts a prompt is a list of messages and a
 completion is `[{"role": "assistant", "content": text}]`; with text prompts both are strings. `columns` are the other
 columns of the data, repeated likewise, and `trainer_state`, `log_extra`, `log_metric` (outside a trainer: None and two
-functions that do nothing). `None` and NaN mean "no score": counted, never turned into a number. Numbers are finite.
+functions that do nothing). `None` and NaN mean "no score": counted, never turned into a number. Numbers are finite. The
+lists and all that is in them are the reward's own copies: it may change them.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from numpy.typing import NDArray
 
 from infalign.types import Messages, RewardError
 
+TRAINERS = ("trainer_state", "log_extra", "log_metric")
+"""What a trainer hands to a reward beside the data."""
+
 Text = str | Messages
 """A prompt or completion: a string, or chat messages."""
-
-TRAINER_ARGUMENTS = ("trainer_state", "log_extra", "log_metric")
-"""What a reward is given beside the data's columns, see the module."""
 
 
 @runtime_checkable

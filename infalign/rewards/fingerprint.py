@@ -1,9 +1,10 @@
 """Short hashes of where a reward comes from, so that a changed reward never passes for the old one.
 
-They cover the source file (or the package version, or the source text of a function), the name, the keyword arguments,
-and the plain values (numbers, text, lists of them) that a function's closure or an object holds; not the files that the
-source imports, nor other objects it holds, nor secrets (`runtime.artifacts.without_secrets`): another key to the same
-server is the same reward. An object with a `fingerprint` attribute speaks for itself.
+They cover the source file (or the package version, or the source text of a function), the local modules that a source
+file imports (`rewards.imports`), the name, the keyword arguments, and the plain values (numbers, text, lists of them)
+that a function's closure or an object holds; not data files that the source reads, nor other objects it holds, nor
+secrets (`runtime.artifacts.without_secrets`): another key to the same server is the same reward. An object with a
+`fingerprint` attribute speaks for itself.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from infalign.rewards.imports import IMPORTED, digests, file_digest
 from infalign.runtime.artifacts import without_secrets
 
 
@@ -30,11 +32,6 @@ def digest(*parts: Any) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def file_digest(path: Path) -> str:
-    """16 hex digits over the content of a file."""
-    return hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
-
-
 def module_digest(module: Any) -> list[str]:
     """Name, version of the distribution, and source hash of an imported module, as far as they can be found."""
     source = getattr(module, "__file__", None)
@@ -43,7 +40,10 @@ def module_digest(module: Any) -> list[str]:
 
 
 def callable_digest(function: Callable[..., Any]) -> list[Any]:
-    """Name, source text and plain state of a callable (or of its class); of a `partial` also what is bound."""
+    """Name, source text and plain state of a callable (or of its class); of a `partial` also what is bound.
+
+    Of one from a reward's file also the local modules that this imports.
+    """
     if isinstance(function, partial):
         return [callable_digest(function.func), list(map(repr, function.args)), _plain(function.keywords)]
     described = function if inspect.isroutine(function) or inspect.isclass(function) else type(function)
@@ -51,7 +51,8 @@ def callable_digest(function: Callable[..., Any]) -> list[Any]:
         source = inspect.getsource(described)
     except (OSError, TypeError):  # built in, or typed at a prompt
         source = ""
-    return [getattr(described, "__qualname__", repr(described)), source, _state(function)]
+    imported = digests(IMPORTED.get(getattr(described, "__module__", None) or "", {}))
+    return [getattr(described, "__qualname__", repr(described)), source, _state(function), *imported]
 
 
 def _state(function: Callable[..., Any]) -> dict[str, Any]:

@@ -2,6 +2,9 @@
 
 An exception or a time-out may pass, so it is tried again; a wrong count or type will not, so it raises at once. A
 failure is never a number.
+
+Every attempt works on its own copies: whatever a function does to prompts, completions, token ids or columns changes
+neither what is scored next, nor what is kept, nor what another function sees.
 """
 
 from __future__ import annotations
@@ -16,8 +19,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from infalign.rewards.calls import CoroutineRunner, in_thread, is_async
-from infalign.rewards.contract import Text, as_rewards
+from infalign.rewards.calls import CoroutineRunner, in_thread, is_async, own_copy
+from infalign.rewards.contract import TRAINERS, Text, as_rewards
 from infalign.rewards.reasoning import strip_reasoning as strip
 from infalign.types import InputError, RewardError
 
@@ -118,7 +121,7 @@ class GuardedReward:
         return frozenset(one.name for one in named)
 
     def _arguments(self, lists: dict[str, Any], columns: dict[str, Any]) -> dict[str, Any]:
-        outside_trainer = {"trainer_state": None, "log_extra": _ignore, "log_metric": _ignore}
+        outside_trainer = dict(zip(TRAINERS, (None, _ignore, _ignore), strict=True))
         arguments = {**outside_trainer, **columns, **lists}
         if self._signature is None:
             return arguments
@@ -151,7 +154,9 @@ class GuardedReward:
                 time.sleep(min(self.backoff * 2**attempt, LONGEST_WAIT) * random.uniform(0.5, 1.5))
         raise _AllFailed(self.retries + 1) from cause
 
-    def _call(self, arguments: dict[str, Any]) -> Any:
+    def _call(self, given: dict[str, Any]) -> Any:
+        # TRL's own three are its objects, not data, and a function may well want to speak to them
+        arguments = {name: one if name in TRAINERS else own_copy(one) for name, one in given.items()}
         if is_async(self.function):
             return self._coroutines.run(self.function(**arguments), self.timeout)
         output = in_thread(lambda: self.function(**arguments), self.timeout)

@@ -29,7 +29,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from infalign.rewards.contract import Text, completion_text
+from infalign.rewards.contract import TRAINERS, Text, completion_text
 from infalign.rewards.fingerprint import digest
 from infalign.runtime.address import address_problem, exposes_key, key_in_environment
 from infalign.runtime.console import notice
@@ -38,7 +38,6 @@ from infalign.types import InputError, RewardError
 
 Shape = Literal["infalign", "openrlhf"]
 SHAPES = ("infalign", "openrlhf")
-_TRAINERS = ("trainer_state", "log_extra", "log_metric")
 
 
 class HTTPReward:
@@ -130,7 +129,7 @@ class HTTPReward:
 
     def _sent(self, columns: dict[str, Any]) -> dict[str, Any]:
         """The data's columns that go along."""
-        data = {name: rows for name, rows in columns.items() if name not in (*_TRAINERS, "completion_ids")}
+        data = {name: rows for name, rows in columns.items() if name not in (*TRAINERS, "completion_ids")}
         wanted = self.columns if self.columns is not None else list(data)
         wanted = wanted if self.shape == "infalign" else [self.label_column] if self.label_column else []
         lacking = [name for name in wanted if name not in data]

@@ -25,9 +25,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from infalign.rewards.calls import own_copy
 from infalign.rewards.contract import Text
 from infalign.rewards.fingerprint import callable_digest, digest
 from infalign.rewards.guard import GuardedReward, OnError
+from infalign.rewards.imports import digests, import_path, modules_behind, remember
 from infalign.rewards.lookup import Found, find_object, one_line
 from infalign.runtime.artifacts import without_secrets
 from infalign.types import InputError
@@ -116,9 +118,13 @@ def load_reward(
     found = _find(spec, Path(base_dir))
     policy: dict[str, Any] = {"on_error": on_error, "retries": retries, "timeout": timeout, "backoff": backoff}
     given = {"load_member": partial(load_reward, base_dir=base_dir, **policy), "recipe_dir": Path(base_dir)}
-    function = _build(found.value, options, name or found.name, given)
+    with import_path(*found.folders):  # a builder may import
+        function = _build(found.value, options, name or found.name, given)
+    modules = {**found.modules, **(modules_behind(function, found.folders) if found.folders else {})}
+    remember(modules)
     own = getattr(function, "fingerprint", None)
-    identity = own if _is_ours(function) and own else [found.source, own, without_secrets(options)]
+    speaks_for_itself = _is_ours(function) and own and not modules
+    identity = own if speaks_for_itself else [[*found.source, *digests(modules)], own, without_secrets(options)]
     if getattr(function, "tries_again", False):  # its parts have the time limit and the further attempts
         policy |= {"retries": 0, "timeout": None}
     guard = GuardedReward(function, name=name or found.name, strip_reasoning=strip_reasoning, **policy)
@@ -139,8 +145,10 @@ def _find(spec: Any, base_dir: Path) -> Found:
         return Found(partial(build, spec), spec.rstrip("/").rpartition("/")[2] or "http", [])
     for folder in (base_dir / Path(spec).expanduser(), Path(spec).expanduser()):
         if spec and folder.is_dir():
-            if not (folder / "config.json").is_file():
-                raise InputError(f"reward {spec!r}: the folder {folder} holds no model (no config.json)")
+            if not any((folder / config).is_file() for config in ("config.json", "adapter_config.json")):
+                raise InputError(
+                    f"reward {spec!r}: the folder {folder} holds no model (no config.json, no adapter_config.json)"
+                )
             return Found(str(folder), folder.resolve().name, [])
     found = find_object(spec, base_dir)
     if found is not None:
@@ -183,7 +191,8 @@ def built_callable(
     if not callable(value):
         raise InputError(f"{subject} is not callable: {value!r:.60} ({type(value).__name__})")
     if not _is_builder(value, options, lists):
-        return partial(value, **options) if options else value
+        return partial(value, **own_copy(options)) if options else value
+    options = own_copy(options)  # a builder may change what it is given; the recipe's own stays
     wanted = {name: one for name, one in (given or {}).items() if name in _named(value) and name not in options}
     try:
         return value(**wanted, **options)

@@ -9,13 +9,24 @@ import importlib.util
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from infalign.rewards.fingerprint import file_digest, module_digest
+from infalign.rewards.fingerprint import module_digest
+from infalign.rewards.imports import (
+    IMPORTED,
+    PREFIX,
+    Modules,
+    file_digest,
+    import_path,
+    local_modules,
+    module_and_imports,
+    remember,
+    renew,
+)
 from infalign.types import InputError
 
 _DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
@@ -23,11 +34,21 @@ _DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 
 @dataclass(frozen=True)
 class Found:
-    """The object of a spec, a name for logs, and what identifies its source (independent of where the file lies)."""
+    """The object of a spec.
+
+    Attributes:
+        value: the object.
+        name: for logs.
+        source: what identifies its source, wherever that lies.
+        modules: the local modules that its source imports.
+        folders: where its source imports from, after the import path.
+    """
 
     value: Any
     name: str
     source: list[str]
+    modules: Modules = field(default_factory=dict)
+    folders: tuple[Path, ...] = ()
 
 
 def find_object(spec: str, base_dir: Path, *, what: str = "reward") -> Found | None:
@@ -49,16 +70,34 @@ def find_object(spec: str, base_dir: Path, *, what: str = "reward") -> Found | N
     if spec.endswith(".py") or (colon and left.endswith(".py")):
         shown, name = (spec, "") if spec.endswith(".py") else (left, name)
         path = find_file(shown, base_dir, what=what)
-        value = _attribute(_load_file(path, base_dir, what), name, shown, what)
-        return Found(value, _telling(name, path.stem), [name, file_digest(path)])
+        folders = (path.parent, base_dir)
+        modules = local_modules(path, folders)
+        with _as_it_is_now(modules):
+            module = _load_file(path, folders, what)
+        IMPORTED[module.__name__] = modules
+        value = _attribute(module, name, shown, what)
+        return Found(value, _telling(name, path.stem), [name, file_digest(path)], modules, folders)
     if not (colon and _is_module_name(left)):
         if not _DOTTED.fullmatch(spec):
             return None
         left, _, name = spec.rpartition(".")
-    module = _import(left, base_dir, spec, what)
+    folders = (base_dir, Path())
+    modules = module_and_imports(left, folders)
+    with _as_it_is_now(modules):
+        module = _import(left, folders, spec, what)
     value = _attribute(module, name, left, what)
     defined_in = sys.modules.get(getattr(value, "__module__", None) or "", module)
-    return Found(value, _telling(name, left.rpartition(".")[2]), [name, *module_digest(defined_in)])
+    source = [name, *module_digest(defined_in)]
+    others = {one: path for one, path in modules.items() if one != defined_in.__name__}
+    return Found(value, _telling(name, left.rpartition(".")[2]), source, others, folders)
+
+
+@contextlib.contextmanager
+def _as_it_is_now(modules: Modules) -> Iterator[None]:
+    """Import local modules as their files are now, also where this process imported them before."""
+    renew(modules)
+    yield
+    remember(modules)
 
 
 def _telling(name: str, place: str) -> str:
@@ -84,14 +123,14 @@ def find_file(path: str, base_dir: Path, *, what: str = "reward") -> Path:
     )
 
 
-def _load_file(path: Path, base_dir: Path, what: str) -> ModuleType:
+def _load_file(path: Path, folders: tuple[Path, ...], what: str) -> ModuleType:
     unique = hashlib.blake2b(str(path).encode(), digest_size=4).hexdigest()
-    module_spec = importlib.util.spec_from_file_location(f"infalign_reward_{path.stem}_{unique}", path)
+    module_spec = importlib.util.spec_from_file_location(f"{PREFIX}{path.stem}_{unique}", path)
     assert module_spec is not None and module_spec.loader is not None  # the suffix is .py
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_spec.name] = module
     try:
-        with _import_path(path.parent, base_dir):
+        with import_path(*folders):
             module_spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # the user's code, at import: anything
         sys.modules.pop(module_spec.name, None)
@@ -99,9 +138,9 @@ def _load_file(path: Path, base_dir: Path, what: str) -> ModuleType:
     return module
 
 
-def _import(name: str, base_dir: Path, spec: str, what: str) -> ModuleType:
+def _import(name: str, folders: tuple[Path, ...], spec: str, what: str) -> ModuleType:
     try:
-        with _import_path(base_dir, Path()):
+        with import_path(*folders):
             return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name and (name == error.name or name.startswith(error.name + ".")):
@@ -147,14 +186,3 @@ def one_line(error: BaseException) -> str:
 
 def _is_module_name(text: str) -> bool:
     return all(part.isidentifier() for part in text.split("."))
-
-
-@contextlib.contextmanager
-def _import_path(*folders: Path) -> Iterator[None]:
-    """Folders at the END of the import path for a moment: they can add modules, not shadow installed ones."""
-    before = list(sys.path)
-    sys.path.extend(str(folder.resolve()) for folder in folders)
-    try:
-        yield
-    finally:
-        sys.path[:] = before

@@ -17,7 +17,7 @@ from infalign.runtime.distributed import is_main
 from infalign.stages.experiment import CALIBRATION, Experiment
 from infalign.stages.filling import fill, table_rewards
 from infalign.stages.member_scores import members_to_score
-from infalign.stages.output import clear_if_stale
+from infalign.stages.output import clear_if_stale, forget_scores
 from infalign.stages.recipe import Recipe, require_plain
 from infalign.types import InputError, Prompt
 
@@ -40,6 +40,7 @@ def calibrate(recipe: Recipe, experiment: Experiment | None = None) -> dict[str,
     count = recipe.num_calibration_samples
     wanted = [Wanted(prompt, experiment.prompt_ids[prompt.key], count) for prompt in prompts]
     drawn = 0
+    forget_scores(table, [*members_to_score(reward), reward], recipe.overwrite)
     for rewards in filter(None, (members_to_score(reward), [reward])):  # a sum needs its members' scores of all samples
         drawn += fill(
             table,

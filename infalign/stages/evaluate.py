@@ -25,7 +25,7 @@ from infalign.stages.filling import fill, table_rewards
 from infalign.stages.judging import judge_decoded
 from infalign.stages.measured import Measured, sample_facts
 from infalign.stages.objective import describe_transform
-from infalign.stages.output import clear_if_stale
+from infalign.stages.output import clear_if_stale, forget_scores
 from infalign.stages.recipe import Recipe, require_plain
 from infalign.stages.strategy import load_strategy
 from infalign.theory.optimum import win_rate_limit
@@ -107,10 +107,12 @@ def _sample(experiment: Experiment, path: str, side: str, prompts: list[Prompt])
     parts = experiment.sampling_parts(path, purpose)
     clear_if_stale(folder, parts, recipe.overwrite)
     table = SampleTable.open(folder, parts)
+    rewards = [reward for reward in (experiment.reward, experiment.gold) if reward is not None]
+    forget_scores(table, rewards, recipe.overwrite)
     drawn = fill(
         table,
         [Wanted(prompt, experiment.prompt_ids[prompt.key], recipe.eval_samples) for prompt in prompts],
-        [reward for reward in (experiment.reward, experiment.gold) if reward is not None],
+        rewards,
         lambda: experiment.sampler(path, purpose),
         max_tokens=recipe.max_completion_length,
         tokens_per_batch=recipe.tokens_per_batch,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from infalign.calibration.table import SampleTable
+from infalign.rewards.loader import Reward
 from infalign.runtime.artifacts import differences, fingerprint, read_json, read_manifest
 from infalign.runtime.console import say
 from infalign.runtime.distributed import barrier, is_main
@@ -20,6 +22,18 @@ def clear_if_stale(folder: Path, parts: Mapping[str, Any], overwrite: bool) -> N
     plan = folder / "plan.json"
     if overwrite and plan.exists() and differences(read_json(plan, "the sampling plan")["parts"], parts):
         _remove(folder)
+
+
+def forget_scores(table: SampleTable, rewards: Iterable[Reward], overwrite: bool) -> None:
+    """With `overwrite`, remove what these rewards gave to a table's samples, so that all are scored anew.
+
+    Needed where a reward changed in a way that its fingerprint can't see: a file that it reads, a server's model.
+    """
+    if overwrite:
+        barrier()
+        for reward in rewards if is_main() else ():
+            shutil.rmtree(table.scores_folder(reward.fingerprint), ignore_errors=True)
+        barrier()
 
 
 def reusable(folder: Path, kind: str, parts: Mapping[str, Any], overwrite: bool) -> bool:

@@ -122,7 +122,7 @@ class Recipe:
 
     output_dir: str = key("", "where everything is written", "output")
     seed: int = key(42, "of every random stream", "output")
-    overwrite: bool = key(False, "make stale stages anew instead of refusing", "output")
+    overwrite: bool = key(False, "make stale stages anew instead of refusing, and score all samples anew", "output")
 
     training: dict = field(default_factory=dict, metadata={"kind": "training"})
     base_dir: Path = field(default=Path(), metadata={"kind": "internal"})

@@ -42,10 +42,13 @@ def measure(
         max_length=recipe.max_length,
         too_long="truncate",
         chat_template_kwargs=recipe.chat_template_kwargs,
+        pair=False,  # as the pairs were encoded in training
+        as_chat=False,
     )
     chosen, rejected = ([getattr(pair, side) for pair in test] for side in ("chosen", "rejected"))
     prompts = [pair.prompt for pair in test]
-    scores = reward([*prompts, *prompts], [*chosen, *rejected])
+    variables = [dict(pair.template) for pair in test]
+    scores = reward([*prompts, *prompts], [*chosen, *rejected], chat_template_kwargs=[*variables, *variables])
     half = len(prompts)
     lengths = [len(reward.tokenizer(completion_text(one)).input_ids) for one in [*chosen, *rejected]]
     found = pair_quality(
@@ -56,7 +59,8 @@ def measure(
         [pair.key for pair in test],
         confidence=recipe.confidence,
     )
-    alone = np.array([reward([p], [c])[0] for p, c in zip(prompts[:CHECKED], chosen[:CHECKED], strict=True)])
+    some = list(zip(prompts, chosen, variables, strict=True))[:CHECKED]
+    alone = np.array([reward([p], [c], chat_template_kwargs=[v])[0] for p, c, v in some])
     content = _described(found) | {
         "batch_difference": float(np.abs(alone - scores[: len(alone)]).max()),
         "score_spread": float(scores.std()),

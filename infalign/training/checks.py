@@ -51,7 +51,8 @@ def check_calibration_at_start(mean: float, rollouts: int, prompts: int, referen
         raise InputError(
             f"at step 0 the mean calibrated reward is {mean:.3f} and must be 0.5 ± {SIGMAS * spread:.3f}: the "
             "calibration was not sampled from this policy with these prompts, template, temperature and length limit, "
-            "or the reward is not the one it was scored with: run `infalign calibrate` again"
+            "or the reward is not the one it was scored with: run `infalign calibrate --overwrite`, which scores the "
+            "samples anew"
         )
 
 

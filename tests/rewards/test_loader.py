@@ -187,7 +187,7 @@ def test_fingerprints_of_objects_follow_what_they_hold():
         ("trl.rewards.think_reward", None, r"'trl.rewards' has no 'think_reward'; did you mean 'think_format_reward'"),
         ("./folder", None, r"no such folder under"),
         ("a b", None, r"not of the form path/to/file.py:name"),
-        ("empty", None, r"holds no model \(no config.json\)"),
+        ("empty", None, r"holds no model \(no config.json, no adapter_config.json\)"),
         (3, None, r"a reward is a spec, a callable or a model, got 3 \(int\)"),
     ],
 )
