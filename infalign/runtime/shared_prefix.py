@@ -340,7 +340,7 @@ def why_plain(model: Any) -> str | None:
     Args:
         model: a causal language model, or a classifier with a causal backbone (unwrapped, its weights in place).
     """
-    if any(getattr(module, "gradient_checkpointing", False) and module.training for module in model.modules()):
+    if keeps_no_cache(model):
         return "gradient checkpointing keeps no cache"
     kind = next(model.parameters()).device.type
     precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
@@ -348,6 +348,11 @@ def why_plain(model: Any) -> str | None:
     if precision not in verdicts:
         verdicts[precision] = _verdict(model)
     return verdicts[precision]
+
+
+def keeps_no_cache(model: Any) -> bool:
+    """Whether gradient checkpointing is on, now: TRL turns it off and on again around every pass without gradients."""
+    return any(getattr(module, "gradient_checkpointing", False) and module.training for module in model.modules())
 
 
 def _verdict(model: Any) -> str | None:

@@ -26,9 +26,11 @@ class CTRLConfig(RLOOConfig):
         max_skipped_steps: a step whose loss or gradients are not finite is skipped; so many in a row stop the run.
         initial_weights: a checkpoint or policy folder to start the policy from (optimizer, schedule and step count
             begin anew; the reference stays the base model). The way to go on with another number of processes.
-        shared_prefix: compute each prompt once and repeat its KV cache (exact); False takes TRL's plain path.
+        shared_prefix: compute each prompt once and repeat its KV cache (exact); False draws the same rollouts row by
+            row and takes TRL's own log-probabilities.
         disable_dropout: True, so that sampling and training see one policy.
-        gradient_checkpointing: False by default; True saves memory and gives up the shared prefix.
+        gradient_checkpointing: False by default; True saves memory and gives up the shared prefix where there are
+            gradients.
         bf16: None means bf16 on an accelerator and float32 on the CPU.
     """
 

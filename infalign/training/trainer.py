@@ -21,6 +21,7 @@ The first four are active for TRL versions in `TESTED_TRL`; for another version 
 
 from __future__ import annotations
 
+import inspect
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -43,7 +44,7 @@ from infalign.runtime.artifacts import disk_errors, write_whole
 from infalign.runtime.console import notice, say
 from infalign.runtime.distributed import any_rank, barrier, is_main, together, world_size
 from infalign.runtime.layout import columnwise
-from infalign.runtime.shared_prefix import why_plain
+from infalign.runtime.shared_prefix import keeps_no_cache, positions, why_plain
 from infalign.training.callbacks import (
     ContinueLoss,
     KLBudget,
@@ -105,7 +106,8 @@ class CTRLTrainer(RLOOTrainer):
         self.procedure = procedure or getattr(self.ctrl_reward, "procedure", None)
         args.beta = _resolve_beta(args, self.ctrl_reward)
         self._render = render
-        self._fast = _trl_is_tested() and args.shared_prefix
+        self._fast = _trl_is_tested()
+        self._shared = self._fast and args.shared_prefix
         self._sampled_logps: Tensor | None = None
         self._scored_logps: list[Tensor] | None = None
         super().__init__(model, functions, args, **kwargs)
@@ -122,7 +124,7 @@ class CTRLTrainer(RLOOTrainer):
         if args.kl_budget is not None:
             self.add_callback(KLBudget(args.kl_budget))
         self._warned: set[str] = set()
-        self._shares: dict[tuple[int, bool], bool] = {}
+        self._shares: dict[int, bool] = {}
 
     # --- rollouts -------------------------------------------------------------------------------------------------
 
@@ -143,7 +145,7 @@ class CTRLTrainer(RLOOTrainer):
         )
         with together():
             rows = self._decode(prompt_ids, uniforms_BT)
-        if not (self.args.bf16 or self.args.fp16):
+        if self._shared and not (self.args.bf16 or self.args.fp16):
             width = max(len(ids) for ids, _ in rows)
             padded = [logps + [0.0] * (width - len(logps)) for _, logps in rows]
             self._sampled_logps = torch.tensor(padded, device=self.accelerator.device)
@@ -176,6 +178,7 @@ class CTRLTrainer(RLOOTrainer):
                         settings,
                         self.eos_token_ids,
                         in_step=self._rollouts_are_sharded(),
+                        share=self._shared,
                     )
             finally:
                 model.train(training)
@@ -364,10 +367,10 @@ class CTRLTrainer(RLOOTrainer):
             kept = torch.nn.functional.pad(kept, (0, logits_to_keep - kept.shape[1]))  # pad_to_multiple_of
             self._keep_scored(kept)
             return kept, None, None
-        plain = compute_aux_loss or any(value is not None for value in multimodal.values())
-        if plain or not self._can_share(model):
+        text_only = all(value is None for value in multimodal.values())
+        if compute_aux_loss or not text_only or not self._can_share(model):
             found = super()._get_per_token_logps_and_entropies(
-                model,
+                self._positioned(model) if self._fast and text_only else model,
                 input_ids,
                 attention_mask,
                 logits_to_keep,
@@ -384,34 +387,55 @@ class CTRLTrainer(RLOOTrainer):
         self._keep_scored(logps)
         return logps, entropies if compute_entropy else None, None
 
+    def _positioned(self, model: Any) -> Any:
+        """`model`, called with the positions of real tokens: TRL counts the padding on the left too.
+
+        Rotary positions are relative, so that only learned ones (GPT-2's) show it.
+        """
+        accepted = inspect.signature(_causal_model(self.accelerator.unwrap_model(model)).forward).parameters
+        if "position_ids" not in accepted:
+            return model
+        return lambda **inputs: model(**inputs, position_ids=positions(inputs["attention_mask"]))
+
     def _keep_scored(self, logps: Tensor) -> None:
         if self._scored_logps is not None:
             self._scored_logps.append(logps.detach())
 
     def _add_chunked_heads(self) -> None:
         """Log-probabilities without (B, T, V) logits, also where TRL has no kernel for them."""
-        if not self._fast or self._sharding() in ("zero3", "fsdp"):
+        if not self._shared or self._sharding() in ("zero3", "fsdp"):
             return
         add_chunked_head(_causal_model(self.model), self.temperature, entropy=True)
         if self.ref_model is not None:
             add_chunked_head(self.accelerator.unwrap_model(self.ref_model), self.temperature, entropy=False)
 
     def _can_share(self, model: Any) -> bool:
-        """Whether shared prefixes can be used for `model`; every rank finds the same."""
-        if not self._fast:
+        """Whether shared prefixes can be used for `model` in this pass; every rank finds the same.
+
+        Gradient checkpointing is asked about at every call: it is on where there are gradients and off elsewhere. In
+        float32 the passes without gradients share all the same. In mixed precision they don't: two paths are a rounding
+        apart (0.04 nats a sequence of 64 tokens), and the ratio of an on-policy step must be 1.
+        """
+        if not self._shared:
             return False
         inner = _causal_model(self.accelerator.unwrap_model(model))
-        asked = id(inner), inner.training
-        if asked not in self._shares:
+        mixed = self.args.bf16 or self.args.fp16
+        if keeps_no_cache(inner) or (mixed and self.args.gradient_checkpointing):
+            self._warn_of_plain_passes("gradient checkpointing keeps no cache")
+            return False
+        if id(inner) not in self._shares:
             sharded = self._sharding() in ("zero3", "fsdp")
             with self.accelerator.autocast():
                 why = "parameters are sharded" if sharded else why_plain(inner)
-            self._shares[asked] = not any_rank(why is not None)
-            if not self._shares[asked] and "prefix" not in self._warned:
-                self._warned.add("prefix")
-                why = why or "another rank can't share them"
-                notice(f"log-probabilities compute each prompt once per rollout, not once per group: {why}")
-        return self._shares[asked]
+            self._shares[id(inner)] = not any_rank(why is not None)
+            if not self._shares[id(inner)]:
+                self._warn_of_plain_passes(why or "another rank can't share them")
+        return self._shares[id(inner)]
+
+    def _warn_of_plain_passes(self, why: str) -> None:
+        if "prefix" not in self._warned:
+            self._warned.add("prefix")
+            notice(f"log-probabilities compute each prompt once per rollout, not once per group: {why}")
 
     # --- held-out measurement -------------------------------------------------------------------------------------
 

@@ -118,8 +118,15 @@ def test_qlora(tmp_path):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"gradient_checkpointing": True}, {"bf16": True}, {"dtype": "bfloat16", "bf16": True}, {**LORA, "bf16": True}],
-    ids=["checkpointing", "bf16", "bfloat16 weights", "lora in bf16"],
+    [
+        {"gradient_checkpointing": True},
+        {"bf16": True},
+        {"dtype": "bfloat16", "bf16": True},
+        {**LORA, "bf16": True},
+        {**LORA, "gradient_checkpointing": True},
+        {"bf16": True, "gradient_checkpointing": True},
+    ],
+    ids=["checkpointing", "bf16", "bfloat16 weights", "lora in bf16", "lora, checkpointing", "bf16, checkpointing"],
 )
 def test_memory_savers_train(changes, tmp_path):
     _, policy = trained({**tiny_experiment(tmp_path), **changes})

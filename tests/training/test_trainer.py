@@ -117,6 +117,54 @@ def test_mixed_precision_shares_too(llama, tmp_path):
     assert subject._shares and all(subject._shares.values())
 
 
+def test_positions_with_checkpointing_are_those_of_the_tokens(tmp_path):
+    """GPT-2's positions are learned: TRL's own passes, which checkpointing needs, count the padding on the left."""
+    moved = []
+    for checkpointing in (False, True):
+        subject = trainer(
+            tiny_causal(tmp_path / "model", "gpt2"),
+            tmp_path / "out",
+            gradient_checkpointing=checkpointing,
+            max_steps=1,
+            optim="sgd",
+        )
+        subject.train()
+        moved.append(torch.cat([p.detach().flatten() for p in subject.model.parameters()]))
+    torch.testing.assert_close(moved[0], moved[1], atol=1e-6, rtol=0)
+
+
+def test_on_policy_ratios_are_one_in_mixed_precision_with_checkpointing(llama, tmp_path):
+    """The passes with and without gradients take one path: two are a rounding of bf16 apart."""
+    subject = trainer(llama, tmp_path, bf16=True, gradient_checkpointing=True, max_steps=1)
+    seen = {}
+    scored = subject._get_per_token_logps_and_entropies
+
+    def spy(model, ids, mask, kept, *args, **kwargs):
+        found = scored(model, ids, mask, kept, *args, **kwargs)
+        if model is not subject.ref_model:
+            seen[torch.is_grad_enabled()] = (found[0].detach() * mask[:, -kept:]).sum(1)
+        return found
+
+    subject._get_per_token_logps_and_entropies = spy
+    subject.train()
+    assert torch.equal(seen[True], seen[False])
+
+
+def test_the_plain_path_draws_the_same_rollouts(llama, tmp_path):
+    found = []
+    for shared in (True, False):
+        drawn = []
+
+        def spy(completion_ids, **_):
+            drawn.append(sorted(map(tuple, completion_ids)))  # noqa: B023
+            return [float(sum(ids)) for ids in completion_ids]
+
+        subject = trainer(llama, tmp_path, CTRLReward(spy, identity), shared_prefix=shared, learning_rate=0.0)
+        subject.train()
+        found.append(drawn)
+    assert len(found[0]) == 2 and found[0] == found[1]
+
+
 def test_padding_to_a_multiple(llama, tmp_path):
     """The sampler's log-probabilities are as wide as the longest completion, TRL's batch is wider."""
     losses = []
