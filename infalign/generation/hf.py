@@ -27,7 +27,7 @@ from infalign.generation.plan import Request
 from infalign.runtime.console import notice
 from infalign.runtime.distributed import any_rank
 from infalign.runtime.seeds import uniforms
-from infalign.runtime.shared_prefix import Decoding, pad_left, positions, why_plain
+from infalign.runtime.shared_prefix import Decoding, pad_left, positions, why_plain, without_router_logits
 from infalign.types import Sample, SamplingSettings
 
 KEPT = 7 / 8
@@ -189,6 +189,7 @@ class _Plainly:
             past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
+            **without_router_logits(self.model),
         )
         self.cache = output.past_key_values
         self.mask = torch.nn.functional.pad(self.mask, (0, 1), value=1)

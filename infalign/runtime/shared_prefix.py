@@ -112,6 +112,14 @@ class SharedPrefix:
     mask_UP: Tensor
 
 
+def without_router_logits(model: Any) -> dict[str, bool]:
+    """What keeps a mixture of experts from its load-balancing loss, which counts whole rows and fails on a part of one.
+
+    Its config may ask for that loss (`output_router_logits: true`); neither sampling nor log-probabilities need it.
+    """
+    return {"output_router_logits": False} if hasattr(model.config.get_text_config(), "output_router_logits") else {}
+
+
 def new_cache(model: Any) -> DynamicCache:
     """An empty cache of the layout that `model` asks for."""
     return DynamicCache(config=model.config.get_text_config())
@@ -197,6 +205,7 @@ class Decoding:
                 past_key_values=self.own,
                 use_cache=True,
                 logits_to_keep=1,
+                **without_router_logits(self.model),
             )
         self.positions = self.positions + 1
         return output.logits[:, -1]
@@ -273,7 +282,10 @@ class _OwnLayer(DynamicLayer):
         return keys, values
 
 
-_KNOWN = {"dropout", "is_causal", "position_ids", "use_cache", "cache_position", "output_attentions", "logits_to_keep"}
+_KNOWN = {
+    *("dropout", "is_causal", "position_ids", "use_cache", "cache_position"),
+    *("output_attentions", "output_router_logits", "logits_to_keep"),
+}
 """What models hand to their attention that changes nothing for one query in eval mode."""
 
 

@@ -44,7 +44,7 @@ from infalign.runtime.artifacts import disk_errors, write_whole
 from infalign.runtime.console import notice, say
 from infalign.runtime.distributed import any_rank, barrier, is_main, together, world_size
 from infalign.runtime.layout import columnwise
-from infalign.runtime.shared_prefix import keeps_no_cache, positions, why_plain
+from infalign.runtime.shared_prefix import keeps_no_cache, positions, why_plain, without_router_logits
 from infalign.training.callbacks import (
     ContinueLoss,
     KLBudget,
@@ -368,9 +368,14 @@ class CTRLTrainer(RLOOTrainer):
             self._keep_scored(kept)
             return kept, None, None
         text_only = all(value is None for value in multimodal.values())
+        if compute_aux_loss:
+            self._warn_of_plain_passes(
+                f"the experts' load-balancing loss (router_aux_loss_coef {self.router_aux_loss_coef:g}) counts whole rows; "
+                "router_aux_loss_coef: 0 leaves it out"
+            )
         if compute_aux_loss or not text_only or not self._can_share(model):
             found = super()._get_per_token_logps_and_entropies(
-                self._positioned(model) if self._fast and text_only else model,
+                self._called_plainly(model) if self._fast and text_only else model,
                 input_ids,
                 attention_mask,
                 logits_to_keep,
@@ -387,15 +392,21 @@ class CTRLTrainer(RLOOTrainer):
         self._keep_scored(logps)
         return logps, entropies if compute_entropy else None, None
 
-    def _positioned(self, model: Any) -> Any:
-        """`model`, called with the positions of real tokens: TRL counts the padding on the left too.
+    def _called_plainly(self, model: Any) -> Any:
+        """`model`, called by TRL with the positions of real tokens, and without router logits unless TRL asks for them.
 
-        Rotary positions are relative, so that only learned ones (GPT-2's) show it.
+        TRL counts the padding on the left, too. Rotary positions are relative, so that only learned ones (GPT-2's) show
+        it.
         """
-        accepted = inspect.signature(_causal_model(self.accelerator.unwrap_model(model)).forward).parameters
-        if "position_ids" not in accepted:
-            return model
-        return lambda **inputs: model(**inputs, position_ids=positions(inputs["attention_mask"]))
+        inner = _causal_model(self.accelerator.unwrap_model(model))
+        placed = "position_ids" in inspect.signature(inner.forward).parameters
+        routing = without_router_logits(inner)
+
+        def call(**inputs: Any) -> Any:
+            place = {"position_ids": positions(inputs["attention_mask"])} if placed else {}
+            return model(**{**routing, **place, **inputs})
+
+        return call
 
     def _keep_scored(self, logps: Tensor) -> None:
         if self._scored_logps is not None:
@@ -420,6 +431,8 @@ class CTRLTrainer(RLOOTrainer):
             return False
         inner = _causal_model(self.accelerator.unwrap_model(model))
         mixed = self.args.bf16 or self.args.fp16
+        if mixed and self.aux_loss_enabled:
+            return False
         if keeps_no_cache(inner) or (mixed and self.args.gradient_checkpointing):
             self._warn_of_plain_passes("gradient checkpointing keeps no cache")
             return False

@@ -144,6 +144,18 @@ def test_gradient_checkpointing_trains_like_the_plain_path(tmp_path):
         torch.testing.assert_close(value, weights[1][name], atol=1e-6, rtol=0)
 
 
+def test_experts_whose_config_asks_for_router_logits(tmp_path):
+    """Every stage: samples, log-probabilities and KL leave the load-balancing loss out; the saved config asks again."""
+    keys = tiny_experiment(tmp_path)
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
+    tiny_causal(tmp_path / "model", "qwen3_moe", output_router_logits=True, **sizes)
+    result = infalign.run(keys)
+    policy = tmp_path / "out" / "policy"
+    assert abs(logged(policy, "kl_seq")[0]) < 1e-4 and logged(policy, "aux_loss")
+    assert result["evaluation"]["kl"]["mean"] > 0
+    assert json.loads((policy / "config.json").read_text())["output_router_logits"] is True
+
+
 def test_tensorboard(tmp_path, monkeypatch):
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "runs"))
     trained({**tiny_experiment(tmp_path), "report_to": "tensorboard"})

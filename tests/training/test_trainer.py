@@ -127,10 +127,41 @@ def test_positions_with_checkpointing_are_those_of_the_tokens(tmp_path):
             gradient_checkpointing=checkpointing,
             max_steps=1,
             optim="sgd",
+            learning_rate=0.1,
+            seed=1,  # whose first two prompts are of unlike length
         )
         subject.train()
         moved.append(torch.cat([p.detach().flatten() for p in subject.model.parameters()]))
-    torch.testing.assert_close(moved[0], moved[1], atol=1e-6, rtol=0)
+    torch.testing.assert_close(moved[0], moved[1], atol=1e-5, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory):
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
+    return tiny_causal(tmp_path_factory.mktemp("experts"), "qwen3_moe", output_router_logits=True, **sizes)
+
+
+@pytest.mark.parametrize("coefficient", [0.0, 0.01])
+def test_experts_train_as_on_the_plain_path(coefficient, experts, tmp_path, capsys):
+    """TRL's load-balancing loss is kept: it takes whole rows, and a coefficient of 0 leaves it out."""
+    moved = []
+    for shared in (True, False):
+        subject = trainer(
+            experts,
+            tmp_path,
+            shared_prefix=shared,
+            router_aux_loss_coef=coefficient,
+            max_steps=1,
+            optim="sgd",
+            learning_rate=0.1,
+        )
+        subject.train()
+        moved.append(torch.cat([p.detach().flatten() for p in subject.model.parameters()]))
+        log = subject.state.log_history[0]
+        assert log["kl_seq"] == pytest.approx(0.0, abs=1e-4)
+        assert ("aux_loss" in log) == bool(coefficient)
+    torch.testing.assert_close(moved[0], moved[1], atol=1e-5, rtol=0)
+    assert ("load-balancing loss (router_aux_loss_coef 0.01)" in capsys.readouterr().err) == bool(coefficient)
 
 
 def test_on_policy_ratios_are_one_in_mixed_precision_with_checkpointing(llama, tmp_path):
