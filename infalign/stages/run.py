@@ -15,7 +15,8 @@ from infalign.stages.evaluation_table import tell
 from infalign.stages.experiment import Experiment
 from infalign.stages.recipe import Recipe, load_recipe, require, require_plain
 from infalign.stages.report import report
-from infalign.stages.train import check_batch, train, training_arguments
+from infalign.stages.train import train, training_arguments
+from infalign.training.checks import check_batch
 from infalign.types import InputError
 
 

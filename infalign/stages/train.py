@@ -49,6 +49,15 @@ _REPORTING = {
 }
 
 
+_OF_THE_RECIPE = {
+    "dtype": "dtype",
+    "torch_dtype": "dtype",
+    "revision": "model_revision",
+    "attn_implementation": "attn_implementation",
+    "trust_remote_code": "trust_remote_code",
+}
+
+
 def train(recipe: Recipe, experiment: Experiment | None = None) -> dict[str, Any]:
     """Train the policy, or find it trained.
 
@@ -122,7 +131,6 @@ def make_trainer(experiment: Experiment, table: SampleTable, identity: Mapping[s
     _, adapter = split_training(recipe.training)
     model = ModelConfig(model_name_or_path=experiment.base_path, **adapter)
     splits = experiment.splits
-    check_batch(arguments, len(splits.train))
     trainer = CTRLTrainer(
         initial_model(arguments, experiment.base_path) or experiment.base_path,
         reward,
@@ -154,6 +162,13 @@ def training_arguments(experiment: Experiment) -> CTRLConfig:
         raise InputError("training made 0 steps: max_steps is 0; leave it out to train num_train_epochs")
     if recipe.dtype == "float16":
         raise InputError("dtype float16 can't be trained in: its range is too small; use bfloat16 or float32")
+    model_init = ours.get("model_init_kwargs") or {}
+    for name, own in _OF_THE_RECIPE.items():
+        if isinstance(model_init, dict) and name in model_init:
+            raise InputError(
+                f"model_init_kwargs: {name} is the recipe's key {own}: set that, so that calibration, training and "
+                "evaluation load the same model"
+            )
     shared = {
         "output_dir": str(experiment.policy_path),
         "seed": recipe.seed,
@@ -166,7 +181,7 @@ def training_arguments(experiment: Experiment) -> CTRLConfig:
         "disable_tqdm": True,
         "model_init_kwargs": {"revision": recipe.model_revision, "use_safetensors": True, "dtype": recipe.dtype}
         | ({"attn_implementation": recipe.attn_implementation} if recipe.attn_implementation else {})
-        | (ours.get("model_init_kwargs") or {}),
+        | model_init,
     }
     defaults: dict[str, Any] = {
         "save_total_limit": 1,
@@ -177,22 +192,8 @@ def training_arguments(experiment: Experiment) -> CTRLConfig:
         return CTRLConfig(**{**defaults, **ours, **shared})
     except InputError:
         raise
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ImportError) as error:
         raise InputError(f"the training keys do not fit: {' '.join(str(error).split())}") from error
-
-
-def check_batch(arguments: CTRLConfig, prompts: int) -> None:
-    """A generation needs so many distinct prompts.
-
-    Raises:
-        InputError: there are fewer, or evaluation during training has no validation prompts.
-    """
-    needed = int(arguments.generation_batch_size or 0) // int(arguments.num_generations or 1)
-    if prompts < needed:
-        raise InputError(
-            f"{prompts} training prompts are fewer than the {needed} of one batch (per_device_train_batch_size x "
-            "processes x steps_per_generation / num_generations): add prompts, or lower per_device_train_batch_size"
-        )
 
 
 def _dataset(experiment: Experiment, table: SampleTable, prompts: tuple[Prompt, ...]) -> Dataset:

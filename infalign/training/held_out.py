@@ -22,6 +22,7 @@ from infalign.evaluation.winrate import win_rate
 from infalign.runtime.distributed import even_share, gathered, together
 from infalign.theory.procedures import BestOfN
 from infalign.training.rollouts import rollout_uniforms
+from infalign.types import InputError
 
 Rows = list[tuple[list[int], list[float]]]
 
@@ -36,7 +37,13 @@ def measure(trainer: Any, rows: Sequence[dict[str, Any]], count: int) -> dict[st
 
     Returns:
         `winrate` under the trainer's procedure, `winrate_1` (standard), `kl_seq` (nats).
+
+    Raises:
+        InputError: there are no rows, or they have no reference rewards.
     """
+    if not rows:
+        raise InputError("the eval_dataset is empty: give it prompts, or leave it out")
+    trainer.ctrl_reward.require_references(rows[0], "the eval_dataset")
     drawn = []
     for row in even_share(rows):  # a rank with a row less samples the first one again, and forgets it
         prompt_ids, samples = _sample(trainer, row or rows[0], count)
