@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import httpx
 import torch
 from datasets import Dataset
+from huggingface_hub import HfApi
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from infalign.calibration.table import SampleTable
-from infalign.runtime.artifacts import without_secrets, write_json, write_manifest
+from infalign.runtime.artifacts import MANIFEST, without_secrets, write_json, write_manifest
 from infalign.runtime.console import notice, say
 from infalign.runtime.distributed import is_main, together
 from infalign.stages.calibrate import calibration_parts, open_table, reference_rewards
@@ -21,6 +23,7 @@ from infalign.stages.policy_folder import initial_model, load_initial_adapter, s
 from infalign.stages.recipe import Recipe, require_plain
 from infalign.stages.training_keys import split_training
 from infalign.training.config import CTRLConfig
+from infalign.training.packages import missing_packages
 from infalign.training.progress import TrainingProgress, quiet
 from infalign.training.reward import CTRLReward
 from infalign.training.trainer import CTRLTrainer
@@ -71,6 +74,8 @@ def train(recipe: Recipe, experiment: Experiment | None = None) -> dict[str, Any
     """
     require_plain(recipe)
     experiment = experiment or Experiment(recipe)
+    with together():  # before the calibration is read
+        check_ready(experiment)
     experiment.claim_output()
     folder = experiment.policy_path
     parts = training_parts(experiment)
@@ -107,6 +112,24 @@ def train(recipe: Recipe, experiment: Experiment | None = None) -> dict[str, Any
         experiment.record()
     trainer.accelerator.wait_for_everyone()
     return {"folder": folder, "trained": True, "steps": trainer.state.global_step}
+
+
+def check_ready(experiment: Experiment) -> None:
+    """Training can start: its keys fit, their packages are installed, and the Hub is there if it is pushed to.
+
+    Raises:
+        InputError: one of these is not so.
+    """
+    arguments = training_arguments(experiment)
+    finished = (experiment.policy_path / MANIFEST).exists()
+    if arguments.push_to_hub and is_main() and not finished:
+        try:
+            HfApi().whoami(token=arguments.hub_token)
+        except (OSError, ValueError, httpx.HTTPError) as error:
+            raise InputError(
+                f"push_to_hub: the Hub does not know you ({' '.join(str(error).split())[:200]}): check the connection, "
+                "log in with `hf auth login`, or leave push_to_hub out and upload the policy later"
+            ) from error
 
 
 def training_parts(experiment: Experiment) -> dict[str, Any]:
@@ -154,10 +177,13 @@ def training_arguments(experiment: Experiment) -> CTRLConfig:
     """`CTRLConfig` from the recipe: its training keys, and what it shares with calibration.
 
     Raises:
-        InputError: TRL or transformers refuse a combination; their words are passed on.
+        InputError: TRL or transformers refuse a combination (their words are passed on), or a package is missing.
     """
     recipe = experiment.recipe
-    ours, _ = split_training(recipe.training)
+    ours, adapter = split_training(recipe.training)
+    missing = missing_packages({**adapter, "attn_implementation": recipe.attn_implementation})
+    if missing:
+        raise InputError("; ".join(missing))
     if ours.get("max_steps") == 0:
         raise InputError("training made 0 steps: max_steps is 0; leave it out to train num_train_epochs")
     if recipe.dtype == "float16":

@@ -184,6 +184,7 @@ def test_the_hub_keys_pass_through(tmp_path):
 def test_what_is_pushed_is_the_merged_policy(tmp_path, monkeypatch):
     pushed = {}
     monkeypatch.setattr("infalign.stages.policy_folder.upload_folder", lambda **words: pushed.update(words))
+    monkeypatch.setattr("huggingface_hub.HfApi.whoami", lambda self, token=None: {"name": "me"})
     monkeypatch.setattr(CTRLTrainer, "init_hf_repo", lambda self, token=None: setattr(self, "hub_model_id", "me/mine"))
     keys = {**tiny_experiment(tmp_path), **LORA, "push_to_hub": True, "hub_model_id": "me/mine"}
     _, policy = trained(keys)
