@@ -370,3 +370,7 @@ def _quiet_libraries() -> None:
     if not Path("/dev/nvidiactl").exists():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|torch)\..*")
+
+
+if __name__ == "__main__":  # as `python -m infalign`
+    raise SystemExit(main())

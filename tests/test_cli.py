@@ -25,6 +25,15 @@ def test_help_is_fast_and_names_every_verb():
     assert min(spent) < 0.5
 
 
+@pytest.mark.parametrize("module", ["infalign", "infalign.cli"])
+def test_both_modules_are_the_command_line(module):
+    """`python -m infalign.cli` did nothing and ended with 0, also under accelerate."""
+    command = [sys.executable, "-m", module, "run", "--config", "nowhere.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "infalign: error: no recipe at nowhere.yaml: give --config the path of a YAML file\n"
+
+
 @pytest.mark.parametrize("verb", sorted(set(VERBS) - {"theory", "env", "reward"}))
 def test_every_verb_has_help(verb, capsys):
     assert main([verb, "--help"]) == 0

@@ -27,7 +27,7 @@ from infalign.generation.plan import Request
 from infalign.runtime.console import notice
 from infalign.runtime.distributed import any_rank
 from infalign.runtime.seeds import uniforms
-from infalign.runtime.shared_prefix import Decoding, pad_left, positions, why_plain
+from infalign.runtime.shared_prefix import Decoding, pad_left, positions, why_plain, without_router_logits
 from infalign.types import Sample, SamplingSettings
 
 KEPT = 7 / 8
@@ -107,6 +107,7 @@ def decode_rows(
     end_ids: Sequence[int],
     *,
     in_step: bool = False,
+    share: bool = True,
 ) -> list[tuple[list[int], list[float]]]:
     """Decode one completion a prompt, T tokens at most; row b is a function of prompt b and `uniforms_BT[b]`.
 
@@ -117,6 +118,7 @@ def decode_rows(
         settings: the sampling distribution; its `max_tokens` is T.
         end_ids: tokens that end a completion.
         in_step: all ranks make equally many forward passes, as weights that are sharded over them need.
+        share: compute each prompt once for all of its rows, where the model allows it.
 
     Returns:
         For each row its token ids (end token included) and their log-probabilities in nats.
@@ -125,7 +127,7 @@ def decode_rows(
     uniforms = torch.as_tensor(uniforms_BT, device=device)
     ends = torch.tensor(list(end_ids), device=device)
     count = uniforms.shape[1]
-    shared = not in_step and _shares(model)
+    shared = share and not in_step and _shares(model)
     rows = Decoding(model, prompts, room=count) if shared else _Plainly(model, prompts)
     active = torch.arange(len(prompts), device=device)
     tokens_BT = torch.zeros(uniforms.shape, dtype=torch.long, device=device)
@@ -187,6 +189,7 @@ class _Plainly:
             past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
+            **without_router_logits(self.model),
         )
         self.cache = output.past_key_values
         self.mask = torch.nn.functional.pad(self.mask, (0, 1), value=1)

@@ -22,6 +22,7 @@ from infalign.runtime.shared_prefix import (
     positions,
     unique_rows,
     why_plain,
+    without_router_logits,
 )
 
 
@@ -45,7 +46,8 @@ def completion_states(model: Any, prompts: Sequence[Sequence[int]], completions:
 def completion_logits(model: Any, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> Tensor:
     """(B, T, V) float32 logits that predict each completion token, in one plain pass, for a model of any head."""
     ids, mask = pad_left([[*p, *c] for p, c in zip(prompts, completions, strict=True)], 0, model.device)
-    logits = model(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False).logits.float()
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions(mask), "use_cache": False}
+    logits = model(**inputs, **without_router_logits(model)).logits.float()
     width, longest = ids.shape[1], max(map(len, completions))
     starts = torch.tensor([width - len(completion) - 1 for completion in completions], device=ids.device)
     places = (starts[:, None] + torch.arange(longest, device=ids.device)).clamp(max=width - 1)

@@ -112,6 +112,14 @@ class SharedPrefix:
     mask_UP: Tensor
 
 
+def without_router_logits(model: Any) -> dict[str, bool]:
+    """What keeps a mixture of experts from its load-balancing loss, which counts whole rows and fails on a part of one.
+
+    Its config may ask for that loss (`output_router_logits: true`); neither sampling nor log-probabilities need it.
+    """
+    return {"output_router_logits": False} if hasattr(model.config.get_text_config(), "output_router_logits") else {}
+
+
 def new_cache(model: Any) -> DynamicCache:
     """An empty cache of the layout that `model` asks for."""
     return DynamicCache(config=model.config.get_text_config())
@@ -197,6 +205,7 @@ class Decoding:
                 past_key_values=self.own,
                 use_cache=True,
                 logits_to_keep=1,
+                **without_router_logits(self.model),
             )
         self.positions = self.positions + 1
         return output.logits[:, -1]
@@ -273,7 +282,10 @@ class _OwnLayer(DynamicLayer):
         return keys, values
 
 
-_KNOWN = {"dropout", "is_causal", "position_ids", "use_cache", "cache_position", "output_attentions", "logits_to_keep"}
+_KNOWN = {
+    *("dropout", "is_causal", "position_ids", "use_cache", "cache_position"),
+    *("output_attentions", "output_router_logits", "logits_to_keep"),
+}
 """What models hand to their attention that changes nothing for one query in eval mode."""
 
 
@@ -340,7 +352,7 @@ def why_plain(model: Any) -> str | None:
     Args:
         model: a causal language model, or a classifier with a causal backbone (unwrapped, its weights in place).
     """
-    if any(getattr(module, "gradient_checkpointing", False) and module.training for module in model.modules()):
+    if keeps_no_cache(model):
         return "gradient checkpointing keeps no cache"
     kind = next(model.parameters()).device.type
     precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
@@ -348,6 +360,11 @@ def why_plain(model: Any) -> str | None:
     if precision not in verdicts:
         verdicts[precision] = _verdict(model)
     return verdicts[precision]
+
+
+def keeps_no_cache(model: Any) -> bool:
+    """Whether gradient checkpointing is on, now: TRL turns it off and on again around every pass without gradients."""
+    return any(getattr(module, "gradient_checkpointing", False) and module.training for module in model.modules())
 
 
 def _verdict(model: Any) -> str | None:

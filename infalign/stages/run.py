@@ -15,7 +15,8 @@ from infalign.stages.evaluation_table import tell
 from infalign.stages.experiment import Experiment
 from infalign.stages.recipe import Recipe, load_recipe, require, require_plain
 from infalign.stages.report import report
-from infalign.stages.train import check_batch, train, training_arguments
+from infalign.stages.train import check_ready, train, training_arguments
+from infalign.training.checks import check_batch
 from infalign.types import InputError
 
 
@@ -31,7 +32,9 @@ def preflight(experiment: Experiment) -> None:
             "policy_name_or_path is for evaluate and generate: `run` trains a policy and evaluates that one"
         )
     check_samples(recipe, experiment.procedure)
-    _ = experiment.transform, experiment.reward, experiment.gold
+    _ = experiment.transform
+    check_ready(experiment)  # before rewards, which may be models
+    _ = experiment.reward, experiment.gold
     check_batch(training_arguments(experiment), len(experiment.splits.train))
 
 

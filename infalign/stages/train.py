@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import httpx
 import numpy as np
 import torch
 from datasets import Dataset
+from huggingface_hub import HfApi
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from infalign.calibration.table import SampleTable
-from infalign.runtime.artifacts import without_secrets, write_json, write_manifest
+from infalign.runtime.artifacts import MANIFEST, without_secrets, write_json, write_manifest
 from infalign.runtime.console import notice, say
 from infalign.runtime.distributed import is_main, together
 from infalign.stages.calibrate import calibration_parts, open_table, reference_rewards
@@ -23,6 +25,7 @@ from infalign.stages.policy_folder import initial_model, load_initial_adapter, s
 from infalign.stages.recipe import Recipe, require_plain
 from infalign.stages.training_keys import split_training
 from infalign.training.config import CTRLConfig
+from infalign.training.packages import missing_packages
 from infalign.training.progress import TrainingProgress, quiet
 from infalign.training.reward import DATA_COLUMNS, PROMPT_IDS, CTRLReward
 from infalign.training.trainer import CTRLTrainer
@@ -51,6 +54,15 @@ _REPORTING = {
 }
 
 
+_OF_THE_RECIPE = {
+    "dtype": "dtype",
+    "torch_dtype": "dtype",
+    "revision": "model_revision",
+    "attn_implementation": "attn_implementation",
+    "trust_remote_code": "trust_remote_code",
+}
+
+
 def train(recipe: Recipe, experiment: Experiment | None = None) -> dict[str, Any]:
     """Train the policy, or find it trained.
 
@@ -64,6 +76,8 @@ def train(recipe: Recipe, experiment: Experiment | None = None) -> dict[str, Any
     """
     require_plain(recipe)
     experiment = experiment or Experiment(recipe)
+    with together():  # before the calibration is read
+        check_ready(experiment)
     experiment.claim_output()
     folder = experiment.policy_path
     parts = training_parts(experiment)
@@ -102,6 +116,24 @@ def train(recipe: Recipe, experiment: Experiment | None = None) -> dict[str, Any
     return {"folder": folder, "trained": True, "steps": trainer.state.global_step}
 
 
+def check_ready(experiment: Experiment) -> None:
+    """Training can start: its keys fit, their packages are installed, and the Hub is there if it is pushed to.
+
+    Raises:
+        InputError: one of these is not so.
+    """
+    arguments = training_arguments(experiment)
+    finished = (experiment.policy_path / MANIFEST).exists()
+    if arguments.push_to_hub and is_main() and not finished:
+        try:
+            HfApi().whoami(token=arguments.hub_token)
+        except (OSError, ValueError, httpx.HTTPError) as error:
+            raise InputError(
+                f"push_to_hub: the Hub does not know you ({' '.join(str(error).split())[:200]}): check the connection, "
+                "log in with `hf auth login`, or leave push_to_hub out and upload the policy later"
+            ) from error
+
+
 def training_parts(experiment: Experiment) -> dict[str, Any]:
     """What the policy depends on, by name; secrets (`hub_token`) are blotted out."""
     recipe = experiment.recipe
@@ -124,7 +156,6 @@ def make_trainer(experiment: Experiment, table: SampleTable, identity: Mapping[s
     _, adapter = split_training(recipe.training)
     model = ModelConfig(model_name_or_path=experiment.base_path, **adapter)
     splits = experiment.splits
-    check_batch(arguments, len(splits.train))
     trainer = CTRLTrainer(
         initial_model(arguments, experiment.base_path) or experiment.base_path,
         reward,
@@ -147,14 +178,24 @@ def training_arguments(experiment: Experiment) -> CTRLConfig:
     """`CTRLConfig` from the recipe: its training keys, and what it shares with calibration.
 
     Raises:
-        InputError: TRL or transformers refuse a combination; their words are passed on.
+        InputError: TRL or transformers refuse a combination (their words are passed on), or a package is missing.
     """
     recipe = experiment.recipe
-    ours, _ = split_training(recipe.training)
+    ours, adapter = split_training(recipe.training)
+    missing = missing_packages({**adapter, "attn_implementation": recipe.attn_implementation})
+    if missing:
+        raise InputError("; ".join(missing))
     if ours.get("max_steps") == 0:
         raise InputError("training made 0 steps: max_steps is 0; leave it out to train num_train_epochs")
     if recipe.dtype == "float16":
         raise InputError("dtype float16 can't be trained in: its range is too small; use bfloat16 or float32")
+    model_init = ours.get("model_init_kwargs") or {}
+    for name, own in _OF_THE_RECIPE.items():
+        if isinstance(model_init, dict) and name in model_init:
+            raise InputError(
+                f"model_init_kwargs: {name} is the recipe's key {own}: set that, so that calibration, training and "
+                "evaluation load the same model"
+            )
     shared = {
         "output_dir": str(experiment.policy_path),
         "seed": recipe.seed,
@@ -167,7 +208,7 @@ def training_arguments(experiment: Experiment) -> CTRLConfig:
         "disable_tqdm": True,
         "model_init_kwargs": {"revision": recipe.model_revision, "use_safetensors": True, "dtype": recipe.dtype}
         | ({"attn_implementation": recipe.attn_implementation} if recipe.attn_implementation else {})
-        | (ours.get("model_init_kwargs") or {}),
+        | model_init,
     }
     defaults: dict[str, Any] = {
         "save_total_limit": 1,
@@ -178,22 +219,8 @@ def training_arguments(experiment: Experiment) -> CTRLConfig:
         return CTRLConfig(**{**defaults, **ours, **shared})
     except InputError:
         raise
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ImportError) as error:
         raise InputError(f"the training keys do not fit: {' '.join(str(error).split())}") from error
-
-
-def check_batch(arguments: CTRLConfig, prompts: int) -> None:
-    """A generation needs so many distinct prompts.
-
-    Raises:
-        InputError: there are fewer, or evaluation during training has no validation prompts.
-    """
-    needed = int(arguments.generation_batch_size or 0) // int(arguments.num_generations or 1)
-    if prompts < needed:
-        raise InputError(
-            f"{prompts} training prompts are fewer than the {needed} of one batch (per_device_train_batch_size x "
-            "processes x steps_per_generation / num_generations): add prompts, or lower per_device_train_batch_size"
-        )
 
 
 def _dataset(experiment: Experiment, table: SampleTable, prompts: tuple[Prompt, ...]) -> Dataset:

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from infalign import __version__
+from infalign.theory.procedures import BUILT_IN
 
 _CARD = """\
 ---
 library_name: transformers
 base_model: {base}
 pipeline_tag: text-generation
-tags: [infalign, ctrl, trl, rloo, best-of-n]
+tags: [infalign, ctrl, trl, rloo{tag}]
 ---
 
 # {name}
@@ -48,11 +49,13 @@ worse than a policy that was trained for that one.
 
 def model_card(trainer: Any, name: str) -> str:
     """The card of a `CTRLTrainer`'s policy; a local base model is named without its folder."""
+    procedure = getattr(trainer.procedure, "name", "")
     transform = getattr(trainer.ctrl_reward, "transform", None)
     kl = getattr(transform, "kl", None)
     base = str(getattr(trainer.model.config, "_name_or_path", "") or "unknown")
     return _CARD.format(
         name=name,
+        tag=f", {procedure.replace('_', '-')}" if procedure in BUILT_IN else "",
         base=Path(base).name if Path(base).is_absolute() else base,
         procedure=trainer.procedure or "plain sampling",
         n=getattr(trainer.procedure, "n", 1),

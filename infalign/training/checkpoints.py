@@ -6,30 +6,84 @@ another recipe, model or number of processes made (before anything is loaded), n
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from infalign.rewards.fingerprint import callable_digest, digest
 from infalign.runtime.artifacts import MANIFEST, differences, read_manifest, write_manifest
 from infalign.types import InputError
 
 KIND = "checkpoint"
 
 
-def seal(folder: Path, identity: Mapping[str, Any]) -> None:
+ROWS = 64
+"""Of a data set, spread over it, that are read for its identity."""
+
+
+def run_identity(functions: Sequence[Any], reward: Any, dataset: Any, beta: float) -> dict[str, Any]:
+    """What a run from Python must share with a checkpoint: its data, rewards, transform and beta.
+
+    `datasets`' own fingerprint would not do: it follows from how a data set was made, and after `map` from the file it
+    is cached in. Streams have no content that could be looked at beforehand.
+
+    Args:
+        functions: the reward functions.
+        reward: the `CTRLReward` among them, or None.
+        dataset: of the training prompts.
+        beta: the KL coefficient.
+    """
+    transform = getattr(reward, "transform", None)
+    named = repr(transform) if hasattr(transform, "name") else None if transform is None else _digest_of(transform)
+    return {
+        "data": _content(dataset) if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__") else None,
+        "rewards": [_digest_of(one) for one in functions],
+        "transform": named,
+        "beta": float(f"{beta:.6g}"),
+    }
+
+
+def _digest_of(function: Any) -> str:
+    """A reward or a transform, by its fingerprint, its source, or its name."""
+    raw = getattr(function, "raw", None)
+    if raw is not None:
+        return digest(raw.fingerprint, function.method, function.column)
+    if isinstance(function, str) or hasattr(function, "config"):  # a model, or its name
+        return digest(str(getattr(getattr(function, "config", None), "_name_or_path", function)))
+    return digest(callable_digest(function))
+
+
+def _content(dataset: Any) -> str:
+    """A digest of the number of rows and of `ROWS` of them."""
+    count = len(dataset)
+    chosen = sorted({count * place // ROWS for place in range(ROWS)} | {count - 1}) if count else []
+    return digest(count, [_readable(dataset[row]) for row in chosen])
+
+
+def _readable(value: Any) -> Any:
+    """A row without what has no content that JSON can hold (images show as their type)."""
+    if isinstance(value, Mapping):
+        return {str(name): _readable(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_readable(one) for one in value]
+    return value if value is None or isinstance(value, (str, int, float)) else type(value).__name__
+
+
+def seal(folder: Path, identity: Mapping[str, Any], *, weights_only: bool = False) -> None:
     """Write the manifest of a checkpoint whose other files are written: from now on it is whole.
 
     Args:
         folder: the checkpoint.
         identity: what a run must share with it to resume from it.
+        weights_only: it has no optimizer's state (`save_only_model`) and can't be resumed from.
     """
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
     sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
-    write_manifest(folder, KIND, identity, files=sizes)
+    write_manifest(folder, KIND, identity, files=sizes, weights_only=weights_only)
 
 
 def defect(folder: Path) -> str | None:
-    """Why a checkpoint is not whole, or None when it is."""
+    """Why a checkpoint can't be resumed from, or None when it can."""
     if not folder.is_dir():
         return "there is no such folder"
     try:
@@ -37,7 +91,9 @@ def defect(folder: Path) -> str | None:
     except InputError as error:
         return str(error)
     if manifest is None:
-        return "it was not written to its end"
+        return _without_manifest(folder)
+    if manifest.get("weights_only"):
+        return "it holds the weights alone (save_only_model)"
     for name, size in manifest["files"].items():
         path = folder / name
         if not path.is_file():
@@ -45,6 +101,17 @@ def defect(folder: Path) -> str | None:
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes of {size}"
     return None
+
+
+def _without_manifest(folder: Path) -> str:
+    """What a folder is that infalign did not finish."""
+    if any(folder.glob("rollouts-*.safetensors")):
+        return "it was not written to its end"
+    if (folder / "trainer_state.json").is_file():
+        return "it has no rollouts and no manifest: TRL's own trainer wrote it, or infalign was stopped while it did"
+    if any(folder.glob("*.safetensors")):
+        return "it has no trainer_state.json: it is a model, or was not written to its end"
+    return "it holds no training state, or was not written to its end"
 
 
 def newest_whole(folder: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
@@ -67,7 +134,8 @@ def check_resumable(folder: Path, identity: Mapping[str, Any]) -> None:
     wrong = defect(folder)
     if wrong is not None:
         raise InputError(
-            f"{folder} is no whole checkpoint: {wrong}; name another one, or leave it out to take the newest"
+            f"{folder} is no whole checkpoint: {wrong}; name another one, leave it out to take the newest, or start "
+            f"from its weights alone, if it has them: --initial_weights {folder}"
         )
     manifest = read_manifest(folder, KIND) or {}
     found = differences(manifest["parts"], identity)

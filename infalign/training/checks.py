@@ -13,7 +13,39 @@ from infalign.types import InputError
 
 MOST_KL_AT_START = 0.05  # nats; rounding gives about 1e-4 in float32 and up to 1e-2 in bf16
 SIGMAS = 6.0
+NEUTRAL = {
+    **{"do_sample": True, "num_beams": 1, "num_beam_groups": 1, "num_return_sequences": 1, "n": 1, "best_of": 1},
+    **{"typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "length_penalty": 1.0, "diversity_penalty": 0.0},
+    **{"no_repeat_ngram_size": 0, "encoder_repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0},
+    **{
+        "min_length": 0,
+        "min_new_tokens": 0,
+        "min_tokens": 0,
+        "remove_invalid_values": False,
+        "renormalize_logits": False,
+    },
+}
+"""Values of further fields of `GenerationConfig` and vLLM's `SamplingParams` that sample from the model's own
+distribution; None does, whatever the field."""
 HARMLESS = {"seed", "use_cache", "cache_implementation", "disable_compile", "detokenize", "skip_special_tokens"}
+
+
+def check_batch(arguments: Any, prompts: int) -> None:
+    """A generation needs so many distinct prompts; with fewer, training makes no step.
+
+    Args:
+        arguments: a `CTRLConfig`.
+        prompts: rows of the training data.
+
+    Raises:
+        InputError: there are fewer.
+    """
+    needed = int(arguments.generation_batch_size or 0) // int(arguments.num_generations or 1)
+    if prompts < needed:
+        raise InputError(
+            f"{prompts} training prompts are fewer than the {needed} of one batch (per_device_train_batch_size x "
+            "processes x steps_per_generation / num_generations): add prompts, or lower per_device_train_batch_size"
+        )
 
 
 def check_kl_at_start(kl_B: NDArray[np.float64], policy: str, reference: str) -> None:
@@ -71,7 +103,7 @@ def check_rollout_settings(generation_kwargs: Mapping[str, Any], settings: Mappi
     other = {
         name: value
         for name, value in generation_kwargs.items()
-        if name not in HARMLESS and not (name in settings and (value or None) == (settings[name] or None))
+        if name not in HARMLESS and not _is_neutral(name, value, {**NEUTRAL, **settings})
     }
     if other:
         shown = ", ".join(f"{name}={value!r}" for name, value in other.items())
@@ -79,3 +111,8 @@ def check_rollout_settings(generation_kwargs: Mapping[str, Any], settings: Mappi
             f"generation_kwargs would draw rollouts otherwise than calibration ({shown}): leave it out, and set "
             "temperature and max_completion_length, which both share"
         )
+
+
+def _is_neutral(name: str, value: Any, neutral: Mapping[str, Any]) -> bool:
+    """Whether the value is None or the neutral one; 0 and None are the same (`top_k`, `min_p`)."""
+    return value is None or (name in neutral and (value or None) == (neutral[name] or None))

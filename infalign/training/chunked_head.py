@@ -49,7 +49,7 @@ def add_chunked_head(model: Any, temperature: float, *, entropy: bool) -> None:
 
 
 def _routes(model: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether TRL's own path has more to do: routers of mixtures of experts, labels that are shifted already."""
-    return bool(getattr(model.config.get_text_config(), "output_router_logits", False)) or any(
-        kwargs.get(name) is not None for name in ("shift_labels", "num_items_in_batch", "output_router_logits")
-    )
+    """Whether TRL's own path has more to do: a load-balancing loss of experts, labels that are shifted already."""
+    asked = kwargs.get("output_router_logits")
+    balances = getattr(model.config.get_text_config(), "output_router_logits", False) if asked is None else asked
+    return bool(balances) or any(kwargs.get(name) is not None for name in ("shift_labels", "num_items_in_batch"))

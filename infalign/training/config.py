@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any
 
 import torch
 from trl import RLOOConfig
 
+from infalign.runtime.console import notice
 from infalign.training.checks import check_rollout_settings
+from infalign.training.packages import missing_packages
+from infalign.training.trl_keys import refusals, without_effect
 from infalign.types import InputError
 
 
@@ -26,9 +30,11 @@ class CTRLConfig(RLOOConfig):
         max_skipped_steps: a step whose loss or gradients are not finite is skipped; so many in a row stop the run.
         initial_weights: a checkpoint or policy folder to start the policy from (optimizer, schedule and step count
             begin anew; the reference stays the base model). The way to go on with another number of processes.
-        shared_prefix: compute each prompt once and repeat its KV cache (exact); False takes TRL's plain path.
+        shared_prefix: compute each prompt once and repeat its KV cache (exact); False draws the same rollouts row by
+            row and takes TRL's own log-probabilities.
         disable_dropout: True, so that sampling and training see one policy.
-        gradient_checkpointing: False by default; True saves memory and gives up the shared prefix.
+        gradient_checkpointing: False by default; True saves memory and gives up the shared prefix where there are
+            gradients.
         bf16: None means bf16 on an accelerator and float32 on the CPU.
     """
 
@@ -49,27 +55,63 @@ class CTRLConfig(RLOOConfig):
     def __post_init__(self) -> None:
         if self.bf16 is None and not self.fp16 and (self.use_cpu or not torch.cuda.is_available()):
             self.bf16 = False
-        if self.beta is not None and self.beta <= 0:
-            raise InputError(f"beta must be above 0 for KL-regularised training, got {self.beta}")
-        if self.beta_start is not None and self.beta_start <= 0:
-            raise InputError(f"beta_start must be above 0, got {self.beta_start}")
-        if self.max_skipped_steps < 1:
-            raise InputError(f"max_skipped_steps must be at least 1, got {self.max_skipped_steps}")
-        if self.normalize_advantages:
-            raise InputError("normalize_advantages: true rescales the transform away: leave it false")
-        if self.top_p != 1.0 or self.top_k != 0 or self.min_p or self.repetition_penalty != 1.0:
-            raise InputError(
-                "top_p, top_k, min_p and repetition_penalty must be neutral (1.0, 0, unset, 1.0) in training: "
-                f"log-probabilities and KL would be those of another distribution; got top_p={self.top_p}, "
-                f"top_k={self.top_k}, min_p={self.min_p}, repetition_penalty={self.repetition_penalty}"
-            )
-        if self.use_vllm and self.vllm_structured_outputs_regex:
-            raise InputError(
-                "vllm_structured_outputs_regex constrains rollouts, and calibration samples are free: leave it out"
-            )
+        self.check()
         if getattr(self, "activation_checkpointing", False) is None:  # transformers' new name for the same setting
             self.activation_checkpointing = self.gradient_checkpointing
+        idle = without_effect(vars(self), _defaults())
         super().__post_init__()
+        self.check()  # again: transformers has read what was the path of a file
+        for line in idle:
+            notice(line)
+
+    def check(self) -> None:
+        """See that no setting works against the method, and that the packages which settings need are installed.
+
+        Raises:
+            InputError: something is wrong; all of it is named, each with the reason and the way out.
+        """
+        problems = [*refusals(vars(self)), *missing_packages(vars(self))]
+        for name, value in (("beta", self.beta), ("beta_start", self.beta_start)):
+            if value is not None and not value > 0:
+                problems.append(f"{name} must be above 0 for KL-regularised training, got {value}")
+        if self.max_skipped_steps < 1:
+            problems.append(f"max_skipped_steps must be at least 1, got {self.max_skipped_steps}")
+        if problems:
+            raise InputError("; ".join(problems))
         shared = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
         given = self.generation_kwargs if isinstance(self.generation_kwargs, dict) else {}
-        check_rollout_settings(given, {name: getattr(self, name) for name in shared})
+        length = dict.fromkeys(("max_new_tokens", "max_tokens"), self.max_completion_length)
+        check_rollout_settings(given, {**length, **{name: getattr(self, name) for name in shared}})
+
+
+def _defaults() -> dict[str, Any]:
+    """Every field of `CTRLConfig` with what it holds when it is left out."""
+    factories = {one.name: one.default_factory for one in fields(CTRLConfig) if one.default_factory is not MISSING}
+    values = {one.name: one.default for one in fields(CTRLConfig)}
+    return {**values, **{name: make() for name, make in factories.items()}}
+
+
+def as_ctrl_config(args: RLOOConfig, *, knows_beta: bool) -> CTRLConfig:
+    """An `RLOOConfig` as the `CTRLConfig` that says the same; a `CTRLConfig` as it is.
+
+    Two of TRL's defaults give way: dropout is off, and a `beta` left at TRL's default is the transform's own.
+
+    Args:
+        args: the arguments of a trainer.
+        knows_beta: whether there is a transform with a beta of its own.
+
+    Raises:
+        InputError: other arguments, or settings that `CTRLConfig` refuses.
+    """
+    if isinstance(args, CTRLConfig):
+        return args
+    if not isinstance(args, RLOOConfig):
+        raise InputError(f"args must be a CTRLConfig (or TRL's RLOOConfig), got {type(args).__name__}")
+    converted = object.__new__(CTRLConfig)  # `__post_init__` would set again what TRL has set already
+    converted.__dict__ |= {**_defaults(), **vars(args), "disable_dropout": True}
+    if knows_beta and args.beta == RLOOConfig.beta:
+        converted.beta = None
+    converted.check()
+    shown = "the transform's own" if converted.beta is None else f"{converted.beta:g}"
+    notice(f"args is TRL's RLOOConfig: read as CTRLConfig, with beta {shown} and without dropout")
+    return converted

@@ -23,6 +23,7 @@ from infalign.runtime.distributed import even_share, gathered, together
 from infalign.theory.procedures import BestOfN
 from infalign.training.reward import PROMPT_IDS, data_columns
 from infalign.training.rollouts import rollout_uniforms
+from infalign.types import InputError
 
 Rows = list[tuple[list[int], list[float]]]
 
@@ -37,7 +38,13 @@ def measure(trainer: Any, rows: Sequence[dict[str, Any]], count: int) -> dict[st
 
     Returns:
         `winrate` under the trainer's procedure, `winrate_1` (standard), `kl_seq` (nats).
+
+    Raises:
+        InputError: there are no rows, or they have no reference rewards.
     """
+    if not rows:
+        raise InputError("the eval_dataset is empty: give it prompts, or leave it out")
+    trainer.ctrl_reward.require_references(rows[0], "the eval_dataset")
     drawn = []
     numbered = list(enumerate(rows))
     for one in even_share(numbered):  # a rank with a row less samples the first one again, and forgets it

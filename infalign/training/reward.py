@@ -7,7 +7,7 @@ and beta > 0, in `GRPOTrainer`, whose default scaling would divide the transform
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -82,6 +82,18 @@ class CTRLReward:
             rewards = self._transformed(prompts, completions, completion_ids, log_metric, columns)
         return rewards
 
+    def require_references(self, columns: Iterable[str], where: str) -> None:
+        """See that the reference rewards are among the columns of a data set, which is called `where`.
+
+        Raises:
+            InputError: they are not.
+        """
+        if self.column not in columns:
+            raise InputError(
+                f"{where} has no column {self.column!r} with the reference rewards: "
+                "attach the calibration table (SampleTable.attach), and keep remove_unused_columns false"
+            )
+
     def _transformed(
         self,
         prompts: Sequence[Any],
@@ -90,11 +102,7 @@ class CTRLReward:
         log_metric: Callable[[str, float], None] | None,
         columns: dict[str, Any],
     ) -> list[float | None]:
-        if self.column not in columns:
-            raise InputError(
-                f"the dataset has no column {self.column!r} with the reference rewards: "
-                "attach the calibration table (SampleTable.attach), and keep remove_unused_columns false"
-            )
+        self.require_references(columns, "the dataset")
         references = columns.pop(self.column)
         columns = data_columns(columns)
         raw_B = self.raw(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from infalign.runtime.shared_prefix import buckets, continuation, encode_prefixes, unique_rows
+from infalign.runtime.shared_prefix import buckets, continuation, encode_prefixes, unique_rows, without_router_logits
 
 
 def shared_logps(
@@ -59,4 +59,5 @@ def _forward(model: Any, inner: Any, input_ids: Tensor, attention_mask: Tensor, 
     ids = torch.cat([ids_BP[:, -1:], input_ids[:, prompt:]], dim=1)
     mask = torch.cat([mask_BP[:, -1:], attention_mask[:, prompt:]], dim=1)
     labels = ids.masked_fill(mask == 0, -100)
-    return model(**continuation(prefix, of_row, ids, mask), labels=labels, fused_lm_head=True)
+    inputs = {**continuation(prefix, of_row, ids, mask), **without_router_logits(inner)}
+    return model(**inputs, labels=labels, fused_lm_head=True)

@@ -21,6 +21,7 @@ The first four are active for TRL versions in `TESTED_TRL`; for another version 
 
 from __future__ import annotations
 
+import inspect
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -35,15 +36,16 @@ from accelerate.utils import is_peft_model
 from packaging.version import Version
 from torch import Tensor
 from transformers.trainer_utils import rotate_checkpoints
-from trl import RLOOTrainer
+from trl import RLOOConfig, RLOOTrainer
 from trl.models import unwrap_model_for_generation
+from trl.trainer.utils import get_config_model_id
 
 from infalign.generation.hf import decode_rows
 from infalign.runtime.artifacts import disk_errors, write_whole
 from infalign.runtime.console import notice, say
 from infalign.runtime.distributed import any_rank, barrier, is_main, together, world_size
 from infalign.runtime.layout import columnwise
-from infalign.runtime.shared_prefix import why_plain
+from infalign.runtime.shared_prefix import keeps_no_cache, positions, why_plain, without_router_logits
 from infalign.training.callbacks import (
     ContinueLoss,
     KLBudget,
@@ -53,15 +55,16 @@ from infalign.training.callbacks import (
     check_finite_weights,
 )
 from infalign.training.card import model_card
-from infalign.training.checkpoints import check_resumable, newest_whole, seal
-from infalign.training.checks import check_calibration_at_start, check_kl_at_start
+from infalign.training.checkpoints import check_resumable, newest_whole, run_identity, seal
+from infalign.training.checks import check_batch, check_calibration_at_start, check_kl_at_start
 from infalign.training.chunked_head import add_chunked_head
-from infalign.training.config import CTRLConfig
+from infalign.training.config import CTRLConfig, as_ctrl_config
 from infalign.training.held_out import measure
 from infalign.training.reward import PROMPT_IDS, CTRLReward
 from infalign.training.rollout_state import load_rollout_state, save_rollout_state
 from infalign.training.rollouts import PromptOrder, rollout_uniforms, shuffled_groups
 from infalign.training.shared_logps import shared_logps
+from infalign.training.trl_keys import WEIGHT
 from infalign.types import InputError, SamplingSettings
 
 TESTED_TRL = ("1.16",)
@@ -73,17 +76,22 @@ Render = Callable[[Any], list[int]]
 class CTRLTrainer(RLOOTrainer):
     """Train a policy for the decoder it will be deployed with.
 
+    Arguments, their order and defaults are `RLOOTrainer`'s; ours come after them and are keyword-only.
+
     Args:
         model: a name or folder (TRL re-loads the reference from it), or a model that came from one.
         reward_funcs: a `CTRLReward` (or anything TRL takes, which then is plain RLOO).
-        args: a `CTRLConfig`; `beta=None` takes the transform's own beta.
+        args: a `CTRLConfig`; `beta=None` takes the transform's own beta. None: its defaults, and the output folder
+            `MODEL-CTRL`. An `RLOOConfig` is read as `as_ctrl_config` says.
+        train_dataset: its rows hold `prompt`, the reference rewards, and whatever the reward reads.
+        eval_dataset: likewise; a dictionary of data sets is measured one by one, as `eval_<name>_...`.
         procedure: judged by `evaluate`; by default the reward's.
         render: prompt content -> token ids; by default TRL's own rendering.
         identity: what else a run must share with a checkpoint to resume from it, by name.
-        kwargs: everything else of `RLOOTrainer`.
 
     Raises:
-        InputError: no beta anywhere.
+        InputError: no beta anywhere, a data set without reference rewards or with too few prompts, or an adapter of
+            virtual tokens.
     """
 
     _tag_names = ("trl", "rloo", "infalign", "ctrl")
@@ -93,29 +101,61 @@ class CTRLTrainer(RLOOTrainer):
         self,
         model: Any,
         reward_funcs: Any,
-        args: CTRLConfig,
+        args: RLOOConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        reward_processing_classes: Any = None,
+        callbacks: list[Any] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
+        peft_config: Any = None,
         *,
         procedure: Any = None,
         render: Render | None = None,
         identity: Mapping[str, Any] | None = None,
-        **kwargs: Any,
     ) -> None:
-        functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        functions = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
         self.ctrl_reward = next((one for one in functions if isinstance(one, CTRLReward)), None)
         self.procedure = procedure or getattr(self.ctrl_reward, "procedure", None)
+        if args is None:
+            name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = CTRLConfig(f"{name.rstrip('/').rpartition('/')[2]}-CTRL")
+        args = as_ctrl_config(args, knows_beta=_own_beta(self.ctrl_reward) is not None)
         args.beta = _resolve_beta(args, self.ctrl_reward)
+        if self.ctrl_reward is not None:
+            _require_weight_one(functions, self.ctrl_reward, args.reward_weights)
+            _require_references(self.ctrl_reward, train_dataset, eval_dataset)
+        if hasattr(train_dataset, "__len__"):
+            check_batch(args, len(train_dataset))
+        given = run_identity(functions, self.ctrl_reward, train_dataset, args.beta)
         self._render = render
-        self._fast = _trl_is_tested() and args.shared_prefix
+        self._fast = _trl_is_tested()
+        self._shared = self._fast and args.shared_prefix
+        self._lengths: list[int] = []
         self._sampled_logps: Tensor | None = None
         self._row_ids: list[list[int]] = []
         self._scored_logps: list[Tensor] | None = None
-        super().__init__(model, functions, args, **kwargs)
+        super().__init__(
+            model,
+            functions,
+            args,
+            train_dataset,
+            eval_dataset,
+            processing_class,
+            reward_processing_classes,
+            callbacks,
+            optimizers,
+            quantization_config,
+            peft_config,
+        )
         if is_peft_model(self.model) and self.model.active_peft_config.is_prompt_learning:
             kind = self.model.active_peft_config.peft_type.value
             raise InputError(f"peft_type {kind}: rollouts would be drawn without its virtual tokens; use LoRA")
+        self._pad_within_the_vocabulary()
         _keep_differentiable(self.model)
         self._add_chunked_heads()
-        self.identity = {**(identity or {}), "processes": world_size(), "sharding": self._sharding()}
+        self.identity = {**given, **(identity or {}), "processes": world_size(), "sharding": self._sharding()}
         self.not_finite = SkipNotFinite(args.max_skipped_steps)
         self.on_signal = SaveOnSignal()
         for callback in (self.not_finite, self.on_signal, NegativeKL()):
@@ -123,7 +163,30 @@ class CTRLTrainer(RLOOTrainer):
         if args.kl_budget is not None:
             self.add_callback(KLBudget(args.kl_budget))
         self._warned: set[str] = set()
-        self._shares: dict[tuple[int, bool], bool] = {}
+        self._shares: dict[int, bool] = {}
+
+    def _pad_within_the_vocabulary(self) -> None:
+        """Pad with the end token where the tokenizer's padding has no embedding; under the mask any token is as good.
+
+        Raises:
+            InputError: the end token has none either.
+        """
+        model: Any = self.model
+        tokenizer, config = self._tokenizer, model.config.get_text_config()
+        if tokenizer.pad_token_id < config.vocab_size:
+            return
+        if not tokenizer.eos_token_id < config.vocab_size:
+            raise InputError(
+                f"the tokenizer's pad_token {tokenizer.pad_token!r} ({tokenizer.pad_token_id}) and eos_token "
+                f"{tokenizer.eos_token!r} ({tokenizer.eos_token_id}) lie outside the model's vocabulary of "
+                f"{config.vocab_size}: it is another model's tokenizer"
+            )
+        notice(
+            f"the pad token {tokenizer.pad_token!r} ({tokenizer.pad_token_id}) lies outside the model's vocabulary of "
+            f"{config.vocab_size}: {tokenizer.eos_token!r} pads in its place, in the saved policy, too"
+        )
+        tokenizer.pad_token = tokenizer.eos_token
+        config.pad_token_id = model.generation_config.pad_token_id = tokenizer.eos_token_id
 
     # --- rollouts -------------------------------------------------------------------------------------------------
 
@@ -136,7 +199,9 @@ class CTRLTrainer(RLOOTrainer):
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], images: Any, multimodal_fields: Any) -> Any:
         if not self._fast or images or multimodal_fields or self.use_vllm or self.use_transformers_continuous_batching:
-            return super()._generate_single_turn(prompt_ids, images, multimodal_fields)
+            completion_ids = super()._generate_single_turn(prompt_ids, images, multimodal_fields)
+            self._lengths = [len(ids) for ids in completion_ids]
+            return completion_ids
         uniforms_BT = rollout_uniforms(
             prompt_ids,
             seed=self.args.seed,
@@ -146,10 +211,11 @@ class CTRLTrainer(RLOOTrainer):
         )
         with together():
             rows = self._decode(prompt_ids, uniforms_BT)
-        if not (self.args.bf16 or self.args.fp16):
+        if self._shared and not (self.args.bf16 or self.args.fp16):
             width = max(len(ids) for ids, _ in rows)
             padded = [logps + [0.0] * (width - len(logps)) for _, logps in rows]
             self._sampled_logps = torch.tensor(padded, device=self.accelerator.device)
+        self._lengths = [len(ids) for ids, _ in rows]
         return [ids for ids, _ in rows]
 
     def _decode(
@@ -179,6 +245,7 @@ class CTRLTrainer(RLOOTrainer):
                         settings,
                         self.eos_token_ids,
                         in_step=self._rollouts_are_sharded(),
+                        share=self._shared,
                     )
             finally:
                 model.train(training)
@@ -215,7 +282,7 @@ class CTRLTrainer(RLOOTrainer):
         if self._scored_logps is None or len(self._scored_logps) != 2:
             return
         policy_BT, reference_BT = self._scored_logps
-        kl_B = ((policy_BT - reference_BT) * batch["completion_mask"]).sum(1).double()
+        kl_B = ((policy_BT - reference_BT) * self._drawn(batch["completion_mask"])).sum(1).double()
         kl = self.accelerator.gather(kl_B).cpu().numpy()
         metrics = self._metrics["train" if self.model.training else "eval"]
         metrics["kl_seq"].append(float(kl.mean()))
@@ -228,6 +295,14 @@ class CTRLTrainer(RLOOTrainer):
             references = min(len(row[self.ctrl_reward.column]) for row in inputs)
             if metrics.get("reward/calibrated"):
                 check_calibration_at_start(metrics["reward/calibrated"][-1], kl.size, prompts, references)
+
+    def _drawn(self, mask_BT: Tensor) -> Tensor:
+        """`mask_BT` with every token that was drawn: `mask_truncated_completions` takes whole rows out of TRL's.
+
+        They stay out of the loss, but the KL is the policy's on all of its completions.
+        """
+        lengths = torch.tensor(self._lengths, device=mask_BT.device)
+        return (torch.arange(mask_BT.shape[1], device=mask_BT.device) < lengths[:, None]).to(mask_BT.dtype)
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         steps = self.args.steps_per_generation
@@ -328,7 +403,7 @@ class CTRLTrainer(RLOOTrainer):
         finally:
             self.args.save_total_limit = limit
         if is_main():
-            seal(folder, self.identity)
+            seal(folder, self.identity, weights_only=self.args.save_only_model)
             rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
         barrier()
 
@@ -363,16 +438,24 @@ class CTRLTrainer(RLOOTrainer):
         **multimodal: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Log-probabilities (B, T) and entropies of the completion tokens; prompts that rows share are run once."""
+        if self._scored_logps is not None and self.mask_truncated_completions:  # while rollouts are scored
+            drawn = self._drawn(attention_mask[:, -logits_to_keep:])
+            attention_mask = torch.cat([attention_mask[:, :-logits_to_keep], drawn], dim=1)
         kept = self._sampled_logps if model is self.model and not torch.is_grad_enabled() else None
         if kept is not None and not compute_entropy and len(kept) == len(input_ids):
             self._sampled_logps = None
             kept = torch.nn.functional.pad(kept, (0, logits_to_keep - kept.shape[1]))  # pad_to_multiple_of
             self._keep_scored(kept)
             return kept, None, None
-        plain = compute_aux_loss or any(value is not None for value in multimodal.values())
-        if plain or not self._can_share(model):
+        text_only = all(value is None for value in multimodal.values())
+        if compute_aux_loss:
+            self._warn_of_plain_passes(
+                f"the experts' load-balancing loss (router_aux_loss_coef {self.router_aux_loss_coef:g}) counts whole "
+                "rows; router_aux_loss_coef: 0 leaves it out"
+            )
+        if compute_aux_loss or not text_only or not self._can_share(model):
             found = super()._get_per_token_logps_and_entropies(
-                model,
+                self._called_plainly(model) if self._fast and text_only else model,
                 input_ids,
                 attention_mask,
                 logits_to_keep,
@@ -389,34 +472,63 @@ class CTRLTrainer(RLOOTrainer):
         self._keep_scored(logps)
         return logps, entropies if compute_entropy else None, None
 
+    def _called_plainly(self, model: Any) -> Any:
+        """`model`, called by TRL with the positions of real tokens, and without router logits unless TRL asks for them.
+
+        TRL counts the padding on the left, too. Rotary positions are relative, so that only learned ones (GPT-2's) show
+        it.
+        """
+        inner = _causal_model(self.accelerator.unwrap_model(model))
+        placed = "position_ids" in inspect.signature(inner.forward).parameters
+        routing = without_router_logits(inner)
+
+        def call(**inputs: Any) -> Any:
+            place = {"position_ids": positions(inputs["attention_mask"])} if placed else {}
+            return model(**{**routing, **place, **inputs})
+
+        return call
+
     def _keep_scored(self, logps: Tensor) -> None:
         if self._scored_logps is not None:
             self._scored_logps.append(logps.detach())
 
     def _add_chunked_heads(self) -> None:
         """Log-probabilities without (B, T, V) logits, also where TRL has no kernel for them."""
-        if not self._fast or self._sharding() in ("zero3", "fsdp"):
+        if not self._shared or self._sharding() in ("zero3", "fsdp"):
             return
         add_chunked_head(_causal_model(self.model), self.temperature, entropy=True)
         if self.ref_model is not None:
             add_chunked_head(self.accelerator.unwrap_model(self.ref_model), self.temperature, entropy=False)
 
     def _can_share(self, model: Any) -> bool:
-        """Whether shared prefixes can be used for `model`; every rank finds the same."""
-        if not self._fast:
+        """Whether shared prefixes can be used for `model` in this pass; every rank finds the same.
+
+        Gradient checkpointing is asked about at every call: it is on where there are gradients and off elsewhere. In
+        float32 the passes without gradients share all the same. In mixed precision they don't: two paths are a rounding
+        apart (0.04 nats a sequence of 64 tokens), and the ratio of an on-policy step must be 1.
+        """
+        if not self._shared:
             return False
         inner = _causal_model(self.accelerator.unwrap_model(model))
-        asked = id(inner), inner.training
-        if asked not in self._shares:
+        mixed = self.args.bf16 or self.args.fp16
+        if mixed and self.aux_loss_enabled:
+            return False
+        if keeps_no_cache(inner) or (mixed and self.args.gradient_checkpointing):
+            self._warn_of_plain_passes("gradient checkpointing keeps no cache")
+            return False
+        if id(inner) not in self._shares:
             sharded = self._sharding() in ("zero3", "fsdp")
             with self.accelerator.autocast():
                 why = "parameters are sharded" if sharded else why_plain(inner)
-            self._shares[asked] = not any_rank(why is not None)
-            if not self._shares[asked] and "prefix" not in self._warned:
-                self._warned.add("prefix")
-                why = why or "another rank can't share them"
-                notice(f"log-probabilities compute each prompt once per rollout, not once per group: {why}")
-        return self._shares[asked]
+            self._shares[id(inner)] = not any_rank(why is not None)
+            if not self._shares[id(inner)]:
+                self._warn_of_plain_passes(why or "another rank can't share them")
+        return self._shares[id(inner)]
+
+    def _warn_of_plain_passes(self, why: str) -> None:
+        if "prefix" not in self._warned:
+            self._warned.add("prefix")
+            notice(f"log-probabilities compute each prompt once per rollout, not once per group: {why}")
 
     # --- held-out measurement -------------------------------------------------------------------------------------
 
@@ -427,29 +539,74 @@ class CTRLTrainer(RLOOTrainer):
 
         Logged as `eval_winrate` (the procedure's), `eval_winrate_1` (standard) and `eval_kl_seq`; use
         `metric_for_best_model: winrate` with `load_best_model_at_end: true` to keep the best checkpoint.
+
+        Args:
+            eval_dataset: a data set, the name of one of several, or a dictionary of them, each logged as
+                `eval_<name>_...`; by default the trainer's own.
+            ignore_keys, metric_key_prefix: as TRL's.
+
+        Raises:
+            InputError: an unknown name, or a data set without reference rewards.
         """
-        dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
+        dataset = self._held_out(eval_dataset)
         if self.ctrl_reward is None or self.procedure is None or dataset is None:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if isinstance(dataset, dict):
+            metrics: dict[str, float] = {}
+            for name, one in dataset.items():
+                metrics |= self.evaluate(one, ignore_keys, f"{metric_key_prefix}_{name}")
+            return metrics
         values = measure(self, list(dataset), max(self.num_generations_eval, self.procedure.n))
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def _held_out(self, given: Any) -> Any:
+        """The data set, or the dictionary of them, that `evaluate` was asked for."""
+        if given is None:
+            return self.eval_dataset
+        if not isinstance(given, str):
+            return given
+        if not isinstance(self.eval_dataset, dict) or given not in self.eval_dataset:
+            names = list(self.eval_dataset) if isinstance(self.eval_dataset, dict) else "no names: it is one data set"
+            raise InputError(f"evaluate({given!r}): the trainer's eval_dataset has {names}")
+        return self.eval_dataset[given]
+
 
 class _NotFinite(Exception):
     """The loss is not finite on some rank: no rank propagates its own."""
 
 
+def _own_beta(reward: CTRLReward | None) -> float | None:
+    return getattr(getattr(reward, "transform", None), "beta", None)
+
+
 def _resolve_beta(args: CTRLConfig, reward: CTRLReward | None) -> float:
-    beta = args.beta if args.beta is not None else getattr(getattr(reward, "transform", None), "beta", None)
+    beta = args.beta if args.beta is not None else _own_beta(reward)
     if beta is None:
         raise InputError(
             "beta is not set and the transform has none of its own: give CTRLConfig(beta=...), or use "
             "optimal_transform(procedure, kl=...), or tilt(transform, kl=...).beta"
         )
     return float(beta)
+
+
+def _require_weight_one(functions: Sequence[Any], reward: CTRLReward, weights: Sequence[float] | None) -> None:
+    if weights is not None and len(weights) == len(functions) and weights[functions.index(reward)] != 1.0:
+        raise InputError(f"reward_weights={list(weights)}: {WEIGHT}")
+
+
+def _require_references(reward: CTRLReward, train: Any, held_out: Any) -> None:
+    """Every data set whose columns are known has the reference rewards."""
+    several = held_out if isinstance(held_out, dict) else {}
+    named = {"train_dataset": train, **{f"eval_dataset {name!r}": one for name, one in several.items()}}
+    for where, dataset in named.items() if several else {**named, "eval_dataset": held_out}.items():
+        # a transform of a data set may show other columns than those that it stores
+        mapped = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+        columns = list(dataset[0]) if mapped and len(dataset) else getattr(dataset, "column_names", None)
+        if isinstance(columns, list):
+            reward.require_references(columns, where)
 
 
 def _keep_differentiable(model: torch.nn.Module) -> None:

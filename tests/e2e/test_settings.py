@@ -118,8 +118,15 @@ def test_qlora(tmp_path):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"gradient_checkpointing": True}, {"bf16": True}, {"dtype": "bfloat16", "bf16": True}, {**LORA, "bf16": True}],
-    ids=["checkpointing", "bf16", "bfloat16 weights", "lora in bf16"],
+    [
+        {"gradient_checkpointing": True},
+        {"bf16": True},
+        {"dtype": "bfloat16", "bf16": True},
+        {**LORA, "bf16": True},
+        {**LORA, "gradient_checkpointing": True},
+        {"bf16": True, "gradient_checkpointing": True},
+    ],
+    ids=["checkpointing", "bf16", "bfloat16 weights", "lora in bf16", "lora, checkpointing", "bf16, checkpointing"],
 )
 def test_memory_savers_train(changes, tmp_path):
     _, policy = trained({**tiny_experiment(tmp_path), **changes})
@@ -135,6 +142,18 @@ def test_gradient_checkpointing_trains_like_the_plain_path(tmp_path):
         weights.append(load_file(trained(keys)[1] / "model.safetensors"))
     for name, value in weights[0].items():
         torch.testing.assert_close(value, weights[1][name], atol=1e-6, rtol=0)
+
+
+def test_experts_whose_config_asks_for_router_logits(tmp_path):
+    """Every stage: samples, log-probabilities and KL leave the load-balancing loss out; the saved config asks again."""
+    keys = tiny_experiment(tmp_path)
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
+    tiny_causal(tmp_path / "model", "qwen3_moe", output_router_logits=True, **sizes)
+    result = infalign.run(keys)
+    policy = tmp_path / "out" / "policy"
+    assert abs(logged(policy, "kl_seq")[0]) < 1e-4 and logged(policy, "aux_loss")
+    assert result["evaluation"]["kl"]["mean"] > 0
+    assert json.loads((policy / "config.json").read_text())["output_router_logits"] is True
 
 
 def test_tensorboard(tmp_path, monkeypatch):
@@ -165,6 +184,7 @@ def test_the_hub_keys_pass_through(tmp_path):
 def test_what_is_pushed_is_the_merged_policy(tmp_path, monkeypatch):
     pushed = {}
     monkeypatch.setattr("infalign.stages.policy_folder.upload_folder", lambda **words: pushed.update(words))
+    monkeypatch.setattr("huggingface_hub.HfApi.whoami", lambda self, token=None: {"name": "me"})
     monkeypatch.setattr(CTRLTrainer, "init_hf_repo", lambda self, token=None: setattr(self, "hub_model_id", "me/mine"))
     keys = {**tiny_experiment(tmp_path), **LORA, "push_to_hub": True, "hub_model_id": "me/mine"}
     _, policy = trained(keys)

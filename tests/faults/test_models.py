@@ -73,9 +73,11 @@ def test_a_generation_config_does_not_leak_into_rollouts(llama, tmp_path):
     assert trapped == plain and len(set(plain)) == len(plain)
 
 
-def test_nor_into_trls_own_path(llama, tmp_path):
+def test_nor_into_trls_own_path(llama, tmp_path, monkeypatch):
+    """Which a version of TRL that is not tested takes."""
+    monkeypatch.setattr("infalign.training.trainer.TESTED_TRL", ())
     model = changed(llama, tmp_path / "greedy", "generation_config.json", **GREEDY)
-    _, seen = train(model, tmp_path / "out", shared_prefix=False)
+    _, seen = train(model, tmp_path / "out")
     assert len(set(seen)) == len(seen), "greedy rollouts repeat each other"
     assert max(len(ids) for _, ids in seen) == 5
 

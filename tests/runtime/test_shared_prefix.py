@@ -22,6 +22,7 @@ from infalign.runtime.shared_prefix import (
     pad_right,
     unique_rows,
     why_plain,
+    without_router_logits,
 )
 from infalign.types import SamplingSettings
 from tests.tiny import tiny_causal, tiny_classifier
@@ -38,6 +39,30 @@ SHAPES = {
     "gemma": {"head_dim": 16},
     "gpt2": {},
     "gpt_neox": {},
+    "mixtral": {"num_local_experts": 4, "sliding_window": None, "output_router_logits": True},
+    "qwen2_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+        "output_router_logits": True,
+    },
+    "qwen3_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "head_dim": 16,
+        "output_router_logits": True,
+    },
+    "qwen3_moe, router logits not asked for": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "head_dim": 16,
+    },
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2, "output_router_logits": True},
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "output_router_logits": True},
+    "phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "output_router_logits": True},
 }
 
 
@@ -61,7 +86,8 @@ def shared_logps(model, prompts, completions):
     prefix = encode_prefixes(model, ids_BP[first], mask_BP[first])
     ids = torch.cat([ids_BP[:, -1:], ids_BT[:, :-1]], 1)
     mask = torch.cat([mask_BP[:, -1:], mask_BT[:, :-1]], 1)
-    logps = torch.log_softmax(model(**continuation(prefix, of_row, ids, mask)).logits.float(), -1)
+    inputs = {**continuation(prefix, of_row, ids, mask), **without_router_logits(model)}
+    logps = torch.log_softmax(model(**inputs).logits.float(), -1)
     found = logps.gather(-1, ids_BT[..., None])[..., 0]
     return [row[: len(completion)] for row, completion in zip(found, completions, strict=True)]
 
@@ -92,9 +118,9 @@ def test_log_probabilities_and_gradients(model):
 
 def test_with_lora(model):
     conv = model.config.model_type == "gpt2"  # its layers are Conv1D
-    wrapped = get_peft_model(
-        model, LoraConfig(target_modules="all-linear", init_lora_weights=False, fan_in_fan_out=conv)
-    )
+    experts = hasattr(model.config, "output_router_logits")  # PEFT warns of its own patterns for their weights
+    modules = ["q_proj", "v_proj"] if experts else "all-linear"
+    wrapped = get_peft_model(model, LoraConfig(target_modules=modules, init_lora_weights=False, fan_in_fan_out=conv))
     try:
         inner = wrapped.get_base_model()
         assert why_plain(inner) is None
@@ -170,6 +196,18 @@ class TestTrust:
     def test_sliding_windows(self, tmp_path):
         model = AutoModelForCausalLM.from_pretrained(tiny_causal(tmp_path, "mistral", sliding_window=4))
         assert "DynamicSlidingWindowLayer" in why_plain(model)
+
+    def test_gpt_oss_is_sampled_row_by_row(self, tmp_path):
+        """Its windows slide. The router logits that its config asks for would fail on the second token."""
+        experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "output_router_logits": True}
+        rope = {"rope_type": "default", "rope_theta": 1e4}
+        path = tiny_causal(tmp_path, "gpt_oss", rope_parameters=rope, **experts)
+        model = AutoModelForCausalLM.from_pretrained(path).eval()
+        assert "DynamicSlidingWindowLayer" in why_plain(model)
+        rows = decode_rows(model, PROMPTS, RNG.random((len(PROMPTS), 3)), SamplingSettings(3), [])
+        for prompt, (ids, logps) in zip(PROMPTS, rows, strict=True):
+            expected = plain_logps(model, prompt, ids).detach()
+            torch.testing.assert_close(torch.tensor(logps), expected, atol=1e-5, rtol=1e-5)
 
     def test_gradient_checkpointing_only_while_training(self, tmp_path):
         model = AutoModelForCausalLM.from_pretrained(tiny_causal(tmp_path, "llama")).train()

@@ -186,9 +186,9 @@ def test_initial_weights_must_be_a_model(named, llama, tmp_path):
 def test_old_checkpoints_go_only_when_the_new_one_is_whole(llama, tmp_path, monkeypatch):
     kept = []
 
-    def watch(folder, identity):
+    def watch(folder, identity, **options):
         kept.append(sorted(path.name for path in folder.parent.glob("checkpoint-*")))
-        seal(folder, identity)
+        seal(folder, identity, **options)
 
     monkeypatch.setattr("infalign.training.trainer.seal", watch)
     make(llama, tmp_path, max_steps=3, save_total_limit=1).train()

@@ -117,6 +117,85 @@ def test_mixed_precision_shares_too(llama, tmp_path):
     assert subject._shares and all(subject._shares.values())
 
 
+def test_positions_with_checkpointing_are_those_of_the_tokens(tmp_path):
+    """GPT-2's positions are learned: TRL's own passes, which checkpointing needs, count the padding on the left."""
+    moved = []
+    for checkpointing in (False, True):
+        subject = trainer(
+            tiny_causal(tmp_path / "model", "gpt2"),
+            tmp_path / "out",
+            gradient_checkpointing=checkpointing,
+            max_steps=1,
+            optim="sgd",
+            learning_rate=0.1,
+            seed=1,  # whose first two prompts are of unlike length
+        )
+        subject.train()
+        moved.append(torch.cat([p.detach().flatten() for p in subject.model.parameters()]))
+    torch.testing.assert_close(moved[0], moved[1], atol=1e-5, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory):
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
+    return tiny_causal(tmp_path_factory.mktemp("experts"), "qwen3_moe", output_router_logits=True, **sizes)
+
+
+@pytest.mark.parametrize("coefficient", [0.0, 0.01])
+def test_experts_train_as_on_the_plain_path(coefficient, experts, tmp_path, capsys):
+    """TRL's load-balancing loss is kept: it takes whole rows, and a coefficient of 0 leaves it out."""
+    moved = []
+    for shared in (True, False):
+        subject = trainer(
+            experts,
+            tmp_path,
+            shared_prefix=shared,
+            router_aux_loss_coef=coefficient,
+            max_steps=1,
+            optim="sgd",
+            learning_rate=0.1,
+        )
+        subject.train()
+        moved.append(torch.cat([p.detach().flatten() for p in subject.model.parameters()]))
+        log = subject.state.log_history[0]
+        assert log["kl_seq"] == pytest.approx(0.0, abs=1e-4)
+        assert ("aux_loss" in log) == bool(coefficient)
+    torch.testing.assert_close(moved[0], moved[1], atol=1e-5, rtol=0)
+    assert ("load-balancing loss (router_aux_loss_coef 0.01)" in capsys.readouterr().err) == bool(coefficient)
+
+
+def test_on_policy_ratios_are_one_in_mixed_precision_with_checkpointing(llama, tmp_path):
+    """The passes with and without gradients take one path: two are a rounding of bf16 apart."""
+    subject = trainer(llama, tmp_path, bf16=True, gradient_checkpointing=True, max_steps=1)
+    seen = {}
+    scored = subject._get_per_token_logps_and_entropies
+
+    def spy(model, ids, mask, kept, *args, **kwargs):
+        found = scored(model, ids, mask, kept, *args, **kwargs)
+        if model is not subject.ref_model:
+            seen[torch.is_grad_enabled()] = (found[0].detach() * mask[:, -kept:]).sum(1)
+        return found
+
+    subject._get_per_token_logps_and_entropies = spy
+    subject.train()
+    assert torch.equal(seen[True], seen[False])
+
+
+def test_the_plain_path_draws_the_same_rollouts(llama, tmp_path):
+    found = []
+    for shared in (True, False):
+        drawn = []
+
+        def spy(completion_ids, **_):
+            drawn.append(sorted(map(tuple, completion_ids)))  # noqa: B023
+            return [float(sum(ids)) for ids in completion_ids]
+
+        subject = trainer(llama, tmp_path, CTRLReward(spy, identity), shared_prefix=shared, learning_rate=0.0)
+        subject.train()
+        found.append(drawn)
+    assert len(found[0]) == 2 and found[0] == found[1]
+
+
 def test_padding_to_a_multiple(llama, tmp_path):
     """The sampler's log-probabilities are as wide as the longest completion, TRL's batch is wider."""
     losses = []
@@ -352,9 +431,9 @@ def test_bad_settings(llama, tmp_path):
         trainer(llama, tmp_path, beta=None)
     with pytest.raises(InputError, match="beta must be above 0"):
         CTRLConfig(**config(tmp_path, beta=0.0))
-    with pytest.raises(InputError, match="normalize_advantages: true rescales"):
+    with pytest.raises(InputError, match="normalize_advantages=True: rescales"):
         CTRLConfig(**config(tmp_path, normalize_advantages=True))
-    with pytest.raises(InputError, match="top_p, top_k, min_p and repetition_penalty must be neutral"):
+    with pytest.raises(InputError, match=r"top_p=0.9: log-probabilities and KL would be those of another distribution"):
         CTRLConfig(**config(tmp_path, top_p=0.9))
 
 
