@@ -191,7 +191,7 @@ def _call(verb: str, recipe: Any, options: dict[str, Any]) -> None:
     elif verb == "generate":
         for name, value in options.items():
             if not isinstance(value, str):
-                raise InputError(f"--{name} takes one path, got {value!r}")
+                raise InputError(f"--{name} takes one {'name' if name == 'split' else 'path'}, got {value!r}")
         stage(recipe, **options)
     elif verb == "serve":
         stage(recipe, **options)
@@ -214,6 +214,7 @@ _OPTIONS: dict[str, dict[str, str]] = {
     "generate": {
         "prompts": "file of prompts, or - for standard input (JSONL or lines of text); unset: the test prompts",
         "output": "JSONL to write, or - for standard output, batch by batch",
+        "split": "split of a folder of prompts that has several",
     },
     "serve": {
         "served": "policy, or base to serve that [policy]",
@@ -336,13 +337,15 @@ def _reward(words: list[str]) -> int:
         return 0
     if words[0] != "check":
         raise InputError(f"infalign reward {words[0]}: the only sub-verb is check: infalign reward check SPEC")
+    parser.add_argument("--split", help="split of a folder that has several")
     given = parser.parse_args(words[1:])
     from infalign.runtime.config import check  # noqa: PLC0415 - keeps --help fast
 
     kwargs = check({}, {"reward_kwargs": given.reward_kwargs}, {"reward_kwargs": dict[str, Any]})["reward_kwargs"]
     from infalign.data.columns import parse_columns  # noqa: PLC0415
 
-    files = {"prompts": given.prompts, "samples": given.samples, "columns": parse_columns(given.columns)}
+    files = {name: getattr(given, name) for name in ("prompts", "samples", "split")}
+    files["columns"] = parse_columns(given.columns)
     found = _stage("reward_check", "reward_check")(given.spec, kwargs, **files)
     _stage("reward_check", "tell")(given.spec, found)
     return 0

@@ -7,13 +7,13 @@ A row is known by its exact content; rows of equal content are counted, so that 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from infalign.data.columns import renamed
 from infalign.data.forms import Form, find_form, how_read
-from infalign.data.sources import Row, read_rows
+from infalign.data.sources import Row, read_rows, saved_splits
 from infalign.types import TEMPLATE_COLUMNS, InputError, Messages, Prompt, prompt_key, row_keys
 
 DataFormat = Literal["auto", "prompt", "transcript"]
@@ -101,7 +101,10 @@ def load_prompts(
         text_column=prompt_column,
     )
     rows = renamed(rows[:limit], columns, dataset_name)
-    return prompts_from_rows(rows, dataset_name, prompt_column=prompt_column, data_format=data_format)
+    loaded = prompts_from_rows(rows, dataset_name, prompt_column=prompt_column, data_format=data_format)
+    splits = saved_splits(dataset_name, None if base_dir is None else Path(base_dir))
+    note = (f"split {split!r} of {', '.join(splits)}",) if len(splits) > 1 else ()
+    return replace(loaded, notes=(*note, *loaded.notes))
 
 
 def prompts_from_rows(

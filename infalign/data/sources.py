@@ -84,13 +84,16 @@ def find_local(name: str, base_dir: Path | None = None) -> Path | None:
     return next((path for path in candidates if path.exists()), None)
 
 
-def iter_rows(name: str, *, split: str | None = None, base_dir: Path | None = None) -> Iterator[Row]:
+def iter_rows(
+    name: str, *, split: str | None = None, base_dir: Path | None = None, text_column: str = "prompt"
+) -> Iterator[Row]:
     """The rows of a local file or folder, one after the other, in order.
 
     Args:
         name: a file, a folder of files, or a folder written by `Dataset.save_to_disk`.
         split: which split of a folder; None where it has one only.
         base_dir: folder that relative paths start from; the working directory is tried after it.
+        text_column: what the one column of a `.txt` file is called.
 
     Raises:
         InputError: nothing there, several splits and none chosen, or malformed content (file and line).
@@ -99,12 +102,24 @@ def iter_rows(name: str, *, split: str | None = None, base_dir: Path | None = No
     if path is None:
         raise InputError(f"{name}: no such file or folder")
     if path.is_file():
-        yield from iter_file(path)
+        yield from iter_file(path, text_column)
     elif any((path / marker).is_file() for marker in ("state.json", "dataset_dict.json")):
         yield from importlib.import_module("infalign.data.hub").load_saved(path, split=split)
     else:
         for file in _files_of_split(path, split):
-            yield from iter_file(file)
+            yield from iter_file(file, text_column)
+
+
+def saved_splits(name: str, base_dir: Path | None = None) -> list[str]:
+    """The splits of a folder that `DatasetDict.save_to_disk` wrote; none for anything else."""
+    path = find_local(name, base_dir)
+    record = path / "dataset_dict.json" if path is not None else None
+    if record is None or not record.is_file():
+        return []
+    try:
+        return [str(split) for split in json.loads(record.read_text(encoding="utf-8"))["splits"]]
+    except (ValueError, KeyError, TypeError):  # half-written: `load_saved` says so
+        return []
 
 
 def read_file(path: Path, text_column: str = "prompt") -> list[Row]:

@@ -77,7 +77,7 @@ def split_prompts(
     total, kept = sum(map(len, train)), sum(map(len, rest))
     removed = 0 if test_pool is None else total - kept
     if len(validation) < num_validation or len(chosen) < max(num_train or 0, 1):
-        raise InputError(_too_few(num_train, num_validation, num_test, total, removed))
+        raise InputError(_too_few(num_train, num_validation, num_test, train, removed))
     cut = (cut_test if test_pool is None else 0) + cut_validation + cut_train
     return Splits(chosen, validation, test, removed, cut)
 
@@ -110,8 +110,12 @@ def _ordered(pool: Sequence[Prompt], seed: int) -> list[Group]:
     return [tuple(groups[name]) for name in sorted(groups, key=ranks.__getitem__)]
 
 
-def _too_few(num_train: int | None, num_validation: int, num_test: int, total: int, taken: int) -> str:
+def _too_few(num_train: int | None, num_validation: int, num_test: int, groups: Sequence[Group], taken: int) -> str:
     numbers = {"train": num_train or "some", "validation": num_validation, "test": num_test}
     asked = " + ".join(f"{number} {name}" for name, number in numbers.items() if number)
+    total = sum(map(len, groups))
+    copies = (
+        f" (of {len(groups)} distinct texts: near copies stay on one side of a split)" if len(groups) < total else ""
+    )
     where = f", {taken} of them test prompts or copies of one" if taken else ""
-    return f"asked for {asked} prompts, the data has {total}{where}; ask for fewer"
+    return f"asked for {asked} prompts, the data has {total}{copies}{where}; ask for fewer"

@@ -19,7 +19,7 @@ from typing import Any
 
 from infalign.data.columns import parse_columns, renamed
 from infalign.data.prompts import BadRow, LoadedPrompts, prompts_or_problems
-from infalign.data.sources import read_rows
+from infalign.data.sources import iter_rows
 from infalign.data.templates import check_lengths
 from infalign.decoding.course import Strategy
 from infalign.decoding.decode import Decoded, decode, plan_decoding
@@ -43,7 +43,9 @@ ENOUGH = 8
 """Rows that a reward may fail on, and on no other, before it is taken to be broken."""
 
 
-def generate(recipe: Recipe, *, prompts: str | None = None, output: str | None = None) -> Path | None:
+def generate(
+    recipe: Recipe, *, prompts: str | None = None, output: str | None = None, split: str | None = None
+) -> Path | None:
     """Decode prompts and write one JSON object a line: prompt, completion, reward, all candidates, what it has cost.
 
     A row of input gives a row of output, in order, with its columns. A row that can't be decoded (no usable prompt, too
@@ -54,6 +56,7 @@ def generate(recipe: Recipe, *, prompts: str | None = None, output: str | None =
         prompts: a file of prompts, or "-" for standard input: JSON objects or plain text, one a line; by default the
             recipe's test prompts.
         output: the JSONL to write, or "-" for standard output; by default `generations.jsonl` in `output_dir`.
+        split: of a folder of prompts that has several.
 
     Returns:
         The path written, None for standard output.
@@ -69,7 +72,7 @@ def generate(recipe: Recipe, *, prompts: str | None = None, output: str | None =
     if output == STANDARD:
         results = sys.stdout
         with contextlib.redirect_stdout(sys.stderr):  # whatever else is said must not come between the lines
-            _print(_rows(Experiment(recipe), prompts), results)
+            _print(_rows(Experiment(recipe), prompts, split), results)
         return None
     experiment = Experiment(recipe)
     if output is None:
@@ -84,7 +87,7 @@ def generate(recipe: Recipe, *, prompts: str | None = None, output: str | None =
     ):
         raise InputError(f"--output {path} is the file of prompts, which would be lost: name another file")
     path.parent.mkdir(parents=True, exist_ok=True)
-    asked = _asked(experiment, prompts)
+    asked = _asked(experiment, prompts, split)
     batches = plan_decoding(
         asked.prompts,
         asked.ids,
@@ -180,9 +183,9 @@ def _reference_parts(experiment: Experiment) -> dict[str, Any]:
 # --- to standard output -------------------------------------------------------------------------------------------
 
 
-def _rows(experiment: Experiment, prompts: str | None) -> Iterator[list[dict[str, Any]]]:
+def _rows(experiment: Experiment, prompts: str | None, split: str | None) -> Iterator[list[dict[str, Any]]]:
     """What is decoded, in the order of the input, a batch at a time."""
-    asked = _asked(experiment, prompts)
+    asked = _asked(experiment, prompts, split)
     batches = _neighbours(experiment, asked.prompts, asked.ids)
     waiting = list(reversed(asked.rows))
     told: list[dict[str, Any]] = []
@@ -273,7 +276,7 @@ class Asked:
         return [one for one in self.rows if isinstance(one, Prompt)]
 
 
-def _asked(experiment: Experiment, file: str | None) -> Asked:
+def _asked(experiment: Experiment, file: str | None, split: str | None) -> Asked:
     """The rows to decode.
 
     Raises:
@@ -283,7 +286,7 @@ def _asked(experiment: Experiment, file: str | None) -> Asked:
     if file is None:
         test = list(experiment.splits.test)
         return Asked([*test], [experiment.prompt_ids[prompt.key] for prompt in test])
-    rows, loaded = _loaded(recipe, file)
+    rows, loaded = _loaded(recipe, file, split)
     tell_how_read(loaded)
     prompts = iter(experiment.with_system_prompt(loaded.prompts))
     rows = [one if isinstance(one, BadRow) else next(prompts) for one in rows]
@@ -327,7 +330,7 @@ def _rendered(experiment: Experiment, prompt: Prompt) -> list[int] | BadRow:
         return BadRow({"prompt": prompt.content, **prompt.columns}, str(error))
 
 
-def _loaded(recipe: Recipe, file: str) -> tuple[list[Prompt | BadRow], LoadedPrompts]:
+def _loaded(recipe: Recipe, file: str, split: str | None) -> tuple[list[Prompt | BadRow], LoadedPrompts]:
     """The rows of a file or of standard input, and how they were read."""
     if file == STANDARD:
         rows = _read_lines(
@@ -337,7 +340,8 @@ def _loaded(recipe: Recipe, file: str) -> tuple[list[Prompt | BadRow], LoadedPro
     elif not any(candidate.exists() for candidate in (Path(file), recipe.base_dir / file)):
         raise InputError(f"--prompts {file!r}: no such file")
     else:
-        rows, source = read_rows(file, base_dir=recipe.base_dir, text_column=recipe.prompt_column), file
+        source = file
+        rows = list(iter_rows(file, split=split, base_dir=recipe.base_dir, text_column=recipe.prompt_column))
     rows = renamed(rows, parse_columns(recipe.columns), source)
     return prompts_or_problems(rows, source, prompt_column=recipe.prompt_column, data_format=recipe.data_format)
 

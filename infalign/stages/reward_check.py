@@ -5,14 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from infalign.data.columns import renamed
 from infalign.data.completions import read_completions
-from infalign.data.prompts import load_prompts
+from infalign.data.prompts import prompts_from_rows
+from infalign.data.sources import iter_rows
 from infalign.rewards.contract import Text, shape_completions
 from infalign.rewards.loader import Reward, load_reward
 from infalign.runtime.console import notice, say
@@ -67,6 +70,7 @@ def reward_check(
     prompts: str | None = None,
     samples: str | None = None,
     columns: Mapping[str, str] | None = None,
+    split: str | None = None,
 ) -> list[Checked]:
     """Load a reward and try it on samples, once in each form.
 
@@ -76,6 +80,7 @@ def reward_check(
         prompts: a file of prompts with their columns, in place of the built-in ones.
         samples: a file of rows of a prompt with its completions, in place of all built-in ones.
         columns: our name -> the file's.
+        split: of a folder that has several.
 
     Raises:
         InputError: the reward can't be loaded, or a file can't be read.
@@ -83,20 +88,23 @@ def reward_check(
     if prompts is not None and samples is not None:
         raise InputError("give --prompts or --samples, not both: a file of samples has its prompts")
     reward = load_reward(spec, reward_kwargs, base_dir=Path(), retries=0)
-    return [_checked(reward, form, rows) for form, rows in _samples(prompts, samples, columns or {}).items()]
+    return [_checked(reward, form, rows) for form, rows in _samples(prompts, samples, columns or {}, split).items()]
 
 
-def _samples(prompts: str | None, samples: str | None, columns: Mapping[str, str]) -> dict[str, Rows]:
+def _samples(
+    prompts: str | None, samples: str | None, columns: Mapping[str, str], split: str | None
+) -> dict[str, Rows]:
     """The rows by form, at most `MOST` of each."""
     if samples is not None:
-        file = read_completions(samples, columns=columns)
+        file = read_completions(samples, columns=columns, split=split)
         found = [(one.prompt, text) for one in file.rows for text in one.texts or ()]
     else:
         asked = [_prompt(question) for question in QUESTIONS]
         asked += [_prompt([{"role": "user", "content": question}]) for question in QUESTIONS]
         if prompts is not None:
             limit = MOST // len(ANSWERS)
-            asked = list(load_prompts(prompts, columns=columns, base_dir=Path(), limit=limit).prompts)
+            rows = renamed(list(islice(iter_rows(prompts, split=split), limit)), columns, prompts)
+            asked = list(prompts_from_rows(rows, prompts).prompts)
         found = [(prompt, answer) for prompt in asked for answer in ANSWERS]
     forms = {
         "text": [row for row in found if isinstance(row[0].content, str)],

@@ -13,6 +13,7 @@ import datasets
 import pyarrow as pa
 import pytest
 
+from infalign.cli import main
 from infalign.data.completions import read_completions
 from infalign.data.prompts import load_prompts
 from infalign.data.sources import iter_rows, read_rows
@@ -87,7 +88,7 @@ def test_json_that_python_does_not_read(name, tmp_path):
             read_completions(str(tmp_path / name))
 
 
-def test_a_folder_with_several_splits_asks_which(tmp_path):
+def test_a_folder_with_several_splits_asks_which(tmp_path, capsys):
     rows = {split: [{"prompt": split, "completions": ["a"], "rewards": [1.0]}] for split in ("train", "test")}
     saved = datasets.DatasetDict({split: datasets.Dataset.from_list(one) for split, one in rows.items()})
     saved.save_to_disk(str(tmp_path / "saved"))
@@ -101,6 +102,16 @@ def test_a_folder_with_several_splits_asks_which(tmp_path):
         assert one.prompt.content == "test"
         with pytest.raises(InputError, match="split 'dev'"):
             read_completions(str(tmp_path / name), split="dev")
+    saved.select_columns(["prompt"]).save_to_disk(str(tmp_path / "prompts"))
+    loaded = load_prompts(str(tmp_path / "prompts"), split="test")
+    assert loaded.notes == ("split 'test' of train, test",)
+    reward = tmp_path / "r.py"
+    reward.write_text("def one(completions, **_):\n    return [1.0 + len(c) for c in completions]\n")
+    for flag, name in (("--samples", "saved"), ("--prompts", "prompts")):
+        words = ["reward", "check", f"{reward}:one", flag, str(tmp_path / name)]
+        assert main(words) == 2 and "say which with --split" in capsys.readouterr().err
+        assert main([*words, "--split", "test"]) == 0
+        capsys.readouterr()
     datasets.DatasetDict({"only": saved["test"]}).save_to_disk(str(tmp_path / "single"))
     assert read_completions(str(tmp_path / "single")).rows[0].prompt.content == "test"
 

@@ -86,6 +86,10 @@ def test_the_same_pool_twice_is_like_one_pool():
         ({"train": POOL[:5], "num_train": None}, r"asked for some train \+ 4 validation \+ 5 test prompts"),
         ({"test": POOL[:2]}, "asked for 5 test prompts, the data for them has 2"),
         ({"train": POOL[:12], "test": POOL[:5]}, "the data has 12, 5 of them test prompts"),
+        (
+            {"train": pool(*["a", "A", "a "] * 10)},
+            r"the data has 30 \(of 1 distinct texts: near copies stay on one side",
+        ),
         ({"num_train": 0}, "num_train must be at least 1, got 0"),
         ({"num_validation": -1}, "num_validation must be at least 0, got -1"),
     ],

@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from datasets import Dataset, DatasetDict
 
 from infalign.cli import main
 from infalign.data.prompts import load_prompts
@@ -144,6 +145,18 @@ def test_equal_prompts_with_other_answers(base, tmp_path):
     found = generated(base, CASES / "same_prompt_other_answer.jsonl", tmp_path / "o.jsonl")
     assert [row["answer"] for row in found] == list("0123")
     assert len({str(row["candidates"]) for row in found}) == 4
+
+
+def test_a_folder_of_prompts_with_several_splits(base, tmp_path):
+    rows = {"train": [{"prompt": "the cat"}], "test": [{"prompt": "a dog"}]}
+    saved = DatasetDict({split: Dataset.from_list(one) for split, one in rows.items()})
+    saved.save_to_disk(str(tmp_path / "saved"))
+    folder, keys = base
+    recipe = load_recipe({**keys, "policy_name_or_path": str(folder / "model")})
+    with pytest.raises(InputError, match="has the splits train, test: say which with --split"):
+        generate(recipe, prompts=str(tmp_path / "saved"), output=str(tmp_path / "o.jsonl"))
+    path = generate(recipe, prompts=str(tmp_path / "saved"), output=str(tmp_path / "o.jsonl"), split="test")
+    assert [row["prompt"] for row in read(path)] == ["a dog"]
 
 
 # --- a row's failure stands in the row
