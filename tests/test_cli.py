@@ -38,7 +38,7 @@ def test_both_modules_are_the_command_line(module):
 def test_every_verb_has_help(verb, capsys):
     assert main([verb, "--help"]) == 0
     out = capsys.readouterr().out
-    own = "--freeze_backbone" if verb == "reward-model" else "--num_calibration_samples"
+    own = {"reward-model": "--freeze_backbone", "compare": "--policy"}.get(verb, "--num_calibration_samples")
     assert VERBS[verb] in out and own in out
 
 
@@ -47,8 +47,9 @@ def test_help_shows_how_to_launch_the_verbs_that_can_be(verb, capsys):
     assert main([verb, "--help"]) == 0
     out = capsys.readouterr().out
     shown = [name for name in launch.FLAGS if f"--{name} " in out]
-    assert shown == (list(launch.FLAGS) if verb not in ("report", "serve") else [])
-    assert ("zero3_offload" in out) == (verb not in ("report", "serve"))
+    alone = ("report", "serve", "compare")
+    assert shown == (list(launch.FLAGS) if verb not in alone else [])
+    assert ("zero3_offload" in out) == (verb not in alone)
 
 
 def test_theory_prints_the_table(capsys):

@@ -182,7 +182,7 @@ def training_arguments(experiment: Experiment) -> CTRLConfig:
     """
     recipe = experiment.recipe
     ours, adapter = split_training(recipe.training)
-    missing = missing_packages({**adapter, "attn_implementation": recipe.attn_implementation})
+    missing = missing_packages({**ours, **adapter, "attn_implementation": recipe.attn_implementation})
     if missing:
         raise InputError("; ".join(missing))
     if ours.get("max_steps") == 0:

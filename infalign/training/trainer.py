@@ -60,6 +60,7 @@ from infalign.training.checks import check_batch, check_calibration_at_start, ch
 from infalign.training.chunked_head import add_chunked_head
 from infalign.training.config import CTRLConfig, as_ctrl_config
 from infalign.training.held_out import measure
+from infalign.training.packages import missing_packages
 from infalign.training.reward import PROMPT_IDS, CTRLReward
 from infalign.training.rollout_state import load_rollout_state, save_rollout_state
 from infalign.training.rollouts import PromptOrder, rollout_uniforms, shuffled_groups
@@ -91,7 +92,7 @@ class CTRLTrainer(RLOOTrainer):
 
     Raises:
         InputError: no beta anywhere, a data set without reference rewards or with too few prompts, or an adapter of
-            virtual tokens.
+            virtual tokens; or a setting needs a package that is not installed.
     """
 
     _tag_names = ("trl", "rloo", "infalign", "ctrl")
@@ -122,6 +123,8 @@ class CTRLTrainer(RLOOTrainer):
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = CTRLConfig(f"{name.rstrip('/').rpartition('/')[2]}-CTRL")
         args = as_ctrl_config(args, knows_beta=_own_beta(self.ctrl_reward) is not None)
+        if missing := missing_packages(vars(args)):
+            raise InputError("; ".join(missing))
         args.beta = _resolve_beta(args, self.ctrl_reward)
         if self.ctrl_reward is not None:
             _require_weight_one(functions, self.ctrl_reward, args.reward_weights)

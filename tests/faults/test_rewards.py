@@ -89,14 +89,19 @@ def some_step(*names: object) -> int:
     return random.Random(str(names)).randrange(1, STEPS)
 
 
-def faulty(spoil, step: int):
-    """`token_sum`, spoiled at one step."""
+class Outage:
+    """`token_sum`, spoiled at one step until it is `over`: one reward, on a server that is down and up again."""
 
-    def reward(completion_ids, trainer_state, **_):
+    def __init__(self, spoil, step: int) -> None:
+        self.spoil, self.steps = spoil, {step}
+
+    def __call__(self, completion_ids, trainer_state, **_):
         rewards = token_sum(completion_ids)
-        return spoil(rewards) if trainer_state.global_step == step else rewards
+        return self.spoil(rewards) if trainer_state.global_step in self.steps else rewards
 
-    return reward
+    def over(self) -> Outage:
+        self.steps.clear()
+        return self
 
 
 @pytest.fixture(scope="module")
@@ -124,13 +129,14 @@ def whole(llama, tmp_path_factory):
 @pytest.mark.parametrize("kind", [slow(kind) if kind in LIKE_OTHERS else kind for kind in (*FAILURES, *BROKEN)])
 def test_error_is_one_message_and_the_checkpoint_before_it_is_sound(kind, seed, llama, tmp_path, whole):
     spoil, step = {**FAILURES, **BROKEN}[kind][0], some_step(kind, seed)
+    reward = Outage(spoil, step)
     with pytest.raises(RewardError, match=f"^reward 'mine' {message_of(kind)}") as caught:
-        make(llama, tmp_path, faulty(spoil, step)).train()
+        make(llama, tmp_path, reward).train()
     assert "\n" not in str(caught.value)
     newest, skipped = newest_whole(tmp_path)
     assert newest == tmp_path / f"checkpoint-{step}" and not skipped
-    if kind in RESUMED:  # the mended reward goes on from there, to the end of a run in which nothing went wrong
-        resumed = make(llama, tmp_path)
+    if kind in RESUMED:  # when it works again, it goes on from there, to the end of a run in which nothing went wrong
+        resumed = make(llama, tmp_path, reward.over())
         resumed.train(resume_from_checkpoint=True)
         assert_same(final(resumed), whole)
 
@@ -158,13 +164,13 @@ def test_mask_goes_on_without_a_number(seed, llama, tmp_path):
 @pytest.mark.parametrize("kind", ["one too few", "strings"])
 def test_mask_does_not_hide_a_broken_contract(kind, llama, tmp_path):
     with pytest.raises(RewardError, match=message_of(kind)):
-        make(llama, tmp_path, faulty(BROKEN[kind][0], 1), on_error="mask").train()
+        make(llama, tmp_path, Outage(BROKEN[kind][0], 1), on_error="mask").train()
 
 
 @pytest.mark.parametrize("kind", SILENT)
 def test_no_score_is_no_failure(kind, llama, tmp_path):
     """None and NaN are a reward's right, under `error` as well."""
-    subject = make(llama, tmp_path, faulty(SILENT[kind], 1), "error", max_steps=2, save_strategy="no")
+    subject = make(llama, tmp_path, Outage(SILENT[kind], 1), "error", max_steps=2, save_strategy="no")
     subject.train()
     assert subject.state.log_history[1]["reward/unscored"] == (1.0 if kind == "all None" else 1 / 8)
 
@@ -173,7 +179,7 @@ def test_all_ways_to_have_no_score_train_alike(llama, tmp_path):
     """The first completion of a step has no score: infinite, NaN or None, the weights are the same; 0 gives others."""
     ends = {}
     for kind, value in {"inf": math.inf, "nan": math.nan, "None": None, "zero": 0.0}.items():
-        function = faulty(lambda rewards, value=value: [value, *rewards[1:]], 1)
+        function = Outage(lambda rewards, value=value: [value, *rewards[1:]], 1)
         subject = make(llama, tmp_path / kind, function, on_error="mask", max_steps=2, save_strategy="no")
         subject.train()
         ends[kind] = final(subject)[0]

@@ -81,4 +81,4 @@ def test_the_harmless_data_fits_its_recipe():
     loaded = load_prompts(
         recipe.dataset_name, split="test", data_format=recipe.data_format, data_dir=recipe.dataset_data_dir
     )
-    assert loaded.rows == 2312 and all(prompt.content[-1]["role"] == "user" for prompt in loaded.prompts)
+    assert len(loaded.prompts) == 2312 and all(prompt.content[-1]["role"] == "user" for prompt in loaded.prompts)

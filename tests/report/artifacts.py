@@ -76,7 +76,7 @@ def write_table(folder: Path, rewards_PK: np.ndarray) -> None:
         for index in range(rewards_PK.shape[1])
     ]
     write_samples(table.shard(table.segments[0], 0), rows)
-    write_scores(table.new_score_shard(table.segments[0], 0, FINGERPRINT), rows, rewards_PK.ravel())
+    write_scores(table.new_score_shard(table.segments[0], 0, FINGERPRINT), rows, rewards_PK.ravel(), [""] * len(rows))
 
 
 def write_policy(folder: Path, steps: int = 120) -> None:
