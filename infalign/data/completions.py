@@ -87,13 +87,15 @@ def read_completions(
     found: list[Completions] = []
     problems: list[str] = []
     contents: dict[str, Any] = {}
-    form: SampleForm | None = None
+    forms: dict[frozenset[str], SampleForm] = {}  # rows with the same columns are of one form
     number = empty = 0
     filters: Counter[str] = Counter()
     for number, row in enumerate(_renamed(iter_rows(name, split=split), columns, name), start=1):
-        form = form or find_sample_form(row, name, by_id)
+        kind = frozenset(row)
+        if kind not in forms:
+            forms[kind] = find_sample_form(row, name if not forms else f"{name}, row {number}", by_id)
         try:
-            one = form.read(row)
+            one = forms[kind].read(row)
             if one is None:
                 empty += 1
                 continue
@@ -104,13 +106,13 @@ def read_completions(
         except InputError as error:
             problems.append(f"row {number}: {error}")
     _raise_problems(problems, number, name)
-    if not found or form is None:
+    if not found:
         raise InputError(f"{name}: no rows" + (f" with samples ({empty} failed)" if empty else ""))
-    notes = [f"read as {form.note}"] if form.note else []
+    notes = [f"read as {note}" for note in dict.fromkeys(form.note for form in forms.values()) if note]
     notes += [f"{empty} of {number} rows have no samples (failed) and are left out"] if empty else []
     if len(filters) > 1:
         notes.append(f"several filters ({', '.join(filters)}): rows of {next(iter(filters))!r} are read")
-    return SampleFile(name, tuple(found), form.single, tuple(notes))
+    return SampleFile(name, tuple(found), any(form.single for form in forms.values()), tuple(notes))
 
 
 def _renamed(rows: Iterator[Row], columns: Mapping[str, str] | None, name: str) -> Iterator[Row]:
@@ -167,9 +169,9 @@ def _scores(values: Sequence[Any] | None, count: int, name: str) -> Floats | Non
 
 
 def _number(value: Any, where: str) -> float:
-    """A finite number or NaN, also as CSV writes it."""
+    """A finite number or NaN, also as CSV writes it; true and false are 1 and 0."""
     try:
-        found = float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else math.inf
+        found = float(value) if isinstance(value, (int, float, str)) else math.inf
     except (ValueError, OverflowError):  # a word; an integer beyond floats
         found = math.inf
     if math.isinf(found):

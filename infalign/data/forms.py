@@ -6,7 +6,7 @@
 | `messages` | a chat; the assistant's turns at its end are left out |
 | `conversations`, `conversation` | ShareGPT's turns (`from`, `value`), likewise |
 | `instruction`, perhaps with `input` | both, a blank line between |
-| `question`, `problem`, `query` | a text |
+| `question`, `problem`, `query`, `input` | a text |
 | `chosen` | hh-rlhf's transcript or a chat, up to the last user turn |
 """
 
@@ -119,7 +119,7 @@ _NAMED = (
     Form(("conversations", "system"), _conversation("conversations"), named=True),
     Form(("conversation", "system"), _conversation("conversation"), named=True),
     Form(("instruction", "input"), _instruction, named=True),
-    *map(_text_in, ("question", "problem", "query")),
+    *map(_text_in, ("question", "problem", "query", "input")),
 )
 
 

@@ -2,7 +2,8 @@
 
 | who | the prompt | its completions | rewards |
 |---|---|---|---|
-| infalign, TRL, vBoN, ... | as in `infalign.data.forms` | `completions`, `responses`, `outputs`; a row a sample: `completion`, `response`, `output` | `rewards`, `scores`; `reward`, `score`; `gold_...` |
+| infalign, TRL, vBoN, ... | as in `infalign.data.forms` | `completions`, `responses`, `outputs`, `generations`; a row a sample: `completion`, `response`, `output` | `rewards`, `scores`, `ratings`; `reward`, `score`; `gold_...` |
+| UltraFeedback, vLLM | likewise | objects in such a list, each with its `response` or `text` | their `reward`, `score`, `overall_score` |
 | `infalign generate` | `prompt` | `candidates`, each with its reward | theirs |
 | AlpacaEval | `instruction` | `output` | |
 | a chat with its answer | `messages`, `conversations` up to the assistant's last turn | that turn | `reward`, `score` |
@@ -21,13 +22,15 @@ from infalign.data.forms import find_form, from_prompt
 from infalign.data.sources import Row
 from infalign.types import InputError, Messages
 
-MANY = ("completions", "responses", "outputs")
+MANY = ("completions", "responses", "outputs", "generations")
 ONE = ("completion", "response", "output")
-REWARDS = ("rewards", "scores")
+REWARDS = ("rewards", "scores", "ratings")
 REWARD = ("reward", "score")
 GOLD = ("gold_rewards", "gold_scores")
 GOLD_ONE = ("gold_reward", "gold_score")
 _OURS = {*MANY, *ONE, *REWARDS, *REWARD, *GOLD, *GOLD_ONE, "candidates", "chosen", "rejected", "spent", "error"}
+_OWN_TEXTS = ("content", "text", "response", "completion", "output")
+_OWN_SCORES = (*REWARD, "overall_score")
 _CHATS = ("messages", "conversations", "conversation")
 
 
@@ -120,10 +123,14 @@ def read_requests(rows: Iterable[Row], source: str) -> dict[str, str | Messages]
 
 def _listed(row: Row, name: str, prompt: Callable[[Row], Any], taken: set[str]) -> SampleRow:
     texts = _list(row[name], name)
+    rewards = _values(row, (*REWARDS, *REWARD), len(texts))
+    if rewards is None and texts and all(isinstance(one, Mapping) for one in texts):
+        own = next((key for key in _OWN_SCORES if all(key in one for one in texts)), None)
+        rewards = None if own is None else [one[own] for one in texts]
     return SampleRow(
         prompt(row),
         [_text(one, place, name) for place, one in enumerate(texts)],
-        _values(row, (*REWARDS, *REWARD), len(texts)),
+        rewards,
         _values(row, (*GOLD, *GOLD_ONE), len(texts)),
         _rest(row, taken),
     )
@@ -210,10 +217,10 @@ def _list(value: Any, name: str) -> list[Any]:
 
 
 def _text(completion: Any, place: int, name: str) -> str:
-    """The text of a completion, also of TRL's chat form `[{"role": "assistant", "content": ...}]`."""
-    found = completion
-    if isinstance(found, list) and found and isinstance(found[-1], Mapping):
-        found = found[-1].get("content")
+    """The text of a completion: also a chat (`[{"role": "assistant", "content": ...}]`), or an object with its text."""
+    found = completion[-1] if isinstance(completion, list) and completion else completion
+    if isinstance(found, Mapping):
+        found = next((found[key] for key in _OWN_TEXTS if key in found), None)
     if not isinstance(found, str):
         raise InputError(f"{name}: completion {place} is {found!r:.40}, no text")
     return found

@@ -253,6 +253,10 @@ def _table(path: Path) -> Iterator[Row]:
     csv.field_size_limit(sys.maxsize)
     delimiter = "\t" if _data_suffix(path) == ".tsv" else ","
     with _text(path, newline="") as file:
+        head = file.readline()
+    if delimiter not in head and ";" in head:  # as spreadsheets write it where the comma is a decimal point
+        delimiter = ";"
+    with _text(path, newline="") as file:
         reader = csv.DictReader(file, restkey="", strict=True, delimiter=delimiter)
         try:
             for number, row in enumerate(reader, start=1):

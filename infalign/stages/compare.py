@@ -131,7 +131,7 @@ def tell(asked: Comparison, result: Mapping[str, Any]) -> None:
         controlled: Mapping[str, Any] = row["length_controlled"]
         cells = [
             f"{row['mean']:.3f}",
-            f"[{row['low']:.3f}, {row['high']:.3f}]",
+            f"[{_shown(row['low'], 3)}, {_shown(row['high'], 3)}]",
             _shown(controlled["mean"], 3),
             f"[{_shown(controlled['low'], 3)}, {_shown(controlled['high'], 3)}]",
             f"{row['base_reward']:.3f} -> {row['policy_reward']:.3f}",

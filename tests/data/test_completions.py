@@ -43,6 +43,27 @@ def test_names_that_mean_the_same(many, scores, gold, tmp_path):
     np.testing.assert_array_equal([one.rewards_M, one.gold_M], [[1, 2], [3, 4]])
 
 
+def test_completions_that_are_objects_with_their_scores(tmp_path):
+    rated = [{"model": "m", "response": "x", "overall_score": 7.5}, {"model": "n", "response": "y", "overall_score": 3}]
+    outputs = [{"text": "x", "cumulative_logprob": -1.0}, {"text": "y", "cumulative_logprob": -2.0}]
+    rows = [{"instruction": "a", "completions": rated}, {"prompt": "b", "outputs": outputs, "rewards": [True, False]}]
+    first, second = rows_of(write(tmp_path / "a.jsonl", *rows))
+    assert first.texts == second.texts == ("x", "y")
+    np.testing.assert_array_equal([first.rewards_M, second.rewards_M], [[7.5, 3], [1, 0]])
+
+
+def test_rows_of_several_forms_in_one_file(tmp_path):
+    rows = [
+        {"prompt": "a", "completions": ["x", "y"], "rewards": [1, 2]},
+        {"prompt": "b", "completion": "z", "reward": 3},
+        {"input": "c", "output": "w", "score": 4, "id": 5},
+    ]
+    found = rows_of(write(tmp_path / "a.jsonl", *rows))
+    assert [(one.prompt.content, one.texts) for one in found] == [("a", ("x", "y")), ("b", ("z",)), ("c", ("w",))]
+    with pytest.raises(InputError, match=r"a.jsonl, row 2: no completions; the row has 'prompt'. Accepted"):
+        rows_of(write(tmp_path / "a.jsonl", rows[0], {"prompt": "b"}))
+
+
 @pytest.mark.parametrize("name", ["completion", "response", "output"])
 def test_a_row_a_sample(name, tmp_path):
     rows = [{"prompt": p, name: f"{p}{i}", "reward": i, "gold_reward": -i} for p in "vw" for i in range(3)]
@@ -237,7 +258,7 @@ def test_texts_against_chats_name_the_cause(tmp_path):
             {"prompt": "p", "completions": ["a"], "rewards": [10**400]},
             r"rewards\[0\] is '10{39}'; a finite number or null",
         ),
-        ({"prompt": "p", "completions": ["a"], "gold_rewards": [True]}, "is 'True'; a finite number or null"),
+        ({"prompt": "p", "completions": ["a"], "gold_rewards": [[True]]}, r"is '\[True\]'; a finite number or null"),
         ({"prompt": "", "completions": ["a"]}, "the prompt is empty"),
         ({"messages": [{"role": "user", "content": "a"}]}, "does not end with a text of the assistant's"),
     ],

@@ -48,6 +48,13 @@ def test_every_format_in_every_packing(form, suffix, tmp_path):
     assert read_rows(str(path)) == ROWS == list(iter_rows(str(path)))
 
 
+def test_a_csv_with_semicolons(tmp_path):
+    (tmp_path / "a.csv").write_text('prompt;tag\n"a; b";1,5\n')
+    assert read_rows(str(tmp_path / "a.csv")) == [{"prompt": "a; b", "tag": "1,5"}]
+    (tmp_path / "b.csv").write_text("prompt\na; b\n")
+    assert read_rows(str(tmp_path / "b.csv")) == [{"prompt": "a; b"}]
+
+
 def test_json_that_is_an_object_a_line(tmp_path):
     (tmp_path / "a.json").write_bytes(jsonl(ROWS))
     (tmp_path / "one.json").write_bytes(jsonl(ROWS[:1]))
