@@ -31,6 +31,8 @@ COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4")
 _BUILDERS = {"json", "csv", "parquet", "text"}
 _SPLIT_WORDS = {"train", "test", "validation", "valid", "val", "dev", "eval"}
 _PARQUET_ROWS = 1024  # at a time
+DEEPEST = 100
+"""Levels of lists and objects in a row: what reads, copies and writes them again recurses."""
 
 
 def read_rows(
@@ -226,6 +228,8 @@ def _json(path: Path) -> Iterator[Row]:
         raise InputError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: {_unreadable(error)}") from error
+    if text.count("[") + text.count("{") > DEEPEST and _depth(rows) > DEEPEST:
+        raise InputError(f"{path}: {_unreadable(RecursionError())}")
     if isinstance(rows, dict) and "\n" not in text.strip():
         rows = [rows]  # one line of JSONL
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
@@ -235,17 +239,29 @@ def _json(path: Path) -> Iterator[Row]:
 
 def _parsed(line: str, path: Path, number: int) -> Any:
     try:
-        return json.loads(line)
+        row = json.loads(line)
+        if line.count("[") + line.count("{") > DEEPEST and _depth(row) > DEEPEST:
+            raise RecursionError
+        return row
     except json.JSONDecodeError as error:
         raise InputError(f"{path}, line {number}: not JSON ({error.msg}, column {error.colno})") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}, line {number}: {_unreadable(error)}") from error
 
 
+def _depth(value: Any) -> int:
+    """How deep lists and objects are nested, counted without recursion."""
+    depth, level = 0, [value]
+    while level := [one for one in level if isinstance(one, (list, dict))]:
+        depth += 1
+        level = [part for one in level for part in (one.values() if isinstance(one, dict) else one)]
+    return depth
+
+
 def _unreadable(error: Exception) -> str:
     """Why Python does not read JSON that is well formed."""
     if isinstance(error, RecursionError):
-        return "lists or objects are nested too deeply to be read"
+        return f"lists or objects are nested too deeply to be read ({DEEPEST} levels at most)"
     return f"a number has too many digits to be read ({sys.get_int_max_str_digits()} at most)"
 
 
@@ -275,7 +291,9 @@ def _read_files(paths: Sequence[Path], text_column: str) -> list[Row]:
 def _files_of_split(folder: Path, split: str | None) -> list[Path]:
     """A folder's data files of a split; None is all of them, where they are not of several splits."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and _data_suffix(path) in SUFFIXES)
-    data = [path for path in files if path.name not in {"dataset_infos.json", "dataset_info.json", "config.json"}]
+    hidden = [path for path in files if any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    skipped = {"dataset_infos.json", "dataset_info.json", "config.json"}
+    data = [path for path in files if path.name not in skipped and path not in hidden]
     if not data:
         raise InputError(f"{folder}: no data file in this folder; one of {', '.join(SUFFIXES)} is wanted")
     words = {path: set(re.split(r"[^a-z0-9]+", str(path.relative_to(folder)).lower())) for path in data}

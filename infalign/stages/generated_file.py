@@ -92,8 +92,10 @@ def failed_rows(path: Path) -> int:
 
 
 def line(row: Mapping[str, Any]) -> str:
-    """A record as a line of JSON."""
-    return json.dumps(plain(row), ensure_ascii=False, allow_nan=False) + "\n"
+    """A record as a line of JSON; one with half a surrogate pair, which UTF-8 can't hold, in ASCII."""
+    text = json.dumps(plain(row), ensure_ascii=False, allow_nan=False)
+    broken = any("\ud800" <= letter <= "\udfff" for letter in text)
+    return (json.dumps(plain(row), allow_nan=False) if broken else text) + "\n"
 
 
 def plain(value: Any) -> Any:

@@ -48,6 +48,19 @@ def test_every_format_in_every_packing(form, suffix, tmp_path):
     assert read_rows(str(path)) == ROWS == list(iter_rows(str(path)))
 
 
+def test_depth_counts_not_the_number_of_lists(tmp_path):
+    row = {"prompt": "a", "x": [[i] for i in range(500)], "y": {"a": {"b": [1]}}}
+    (tmp_path / "a.jsonl").write_bytes(jsonl([row]))
+    assert read_rows(str(tmp_path / "a.jsonl")) == [row]
+
+
+def test_hidden_files_of_a_folder_are_no_data(tmp_path):
+    (tmp_path / ".cache").mkdir()
+    for name in ("a.jsonl", ".a.jsonl", ".cache/b.jsonl"):
+        (tmp_path / name).write_bytes(jsonl(ROWS[:1]))
+    assert len(read_rows(str(tmp_path))) == 1
+
+
 def test_a_csv_with_semicolons(tmp_path):
     (tmp_path / "a.csv").write_text('prompt;tag\n"a; b";1,5\n')
     assert read_rows(str(tmp_path / "a.csv")) == [{"prompt": "a; b", "tag": "1,5"}]
@@ -84,6 +97,7 @@ def test_json_that_python_does_not_read(name, tmp_path):
     for value, message in (
         ("1" * 5000, f"a number has too many digits to be read \\({sys.get_int_max_str_digits()} at most\\)"),
         ("[" * 100_000 + "]" * 100_000, "nested too deeply"),
+        ('{"a": ' * 150 + "1" + "}" * 150, r"nested too deeply to be read \(100 levels"),
     ):
         row = f'{{"prompt": "a", "completion": "c", "x": {value}}}'
         first = '{"prompt": "b", "completion": "c"}'

@@ -168,18 +168,20 @@ def test_a_row_that_cannot_be_decoded_says_why_and_the_others_go_on(base, tmp_pa
         {"prompt": "the cat", "id": 1, "reward": "mine", "completion": "old"},
         {"prompt": None, "id": 2},
         {"prompt": "cat " * 600, "id": 3},
-        {"prompt": "a dog", "id": 4},
+        {"prompt": "a dog", "id": 4, "note": "\ud800"},
+        {"prompt": "half \udc00", "id": 5},
     ]
     path = write(tmp_path / "p.jsonl", rows)
     found = generated(base, path, tmp_path / "o.jsonl")
-    assert [row["id"] for row in found] == [0, 1, 2, 3, 4]
-    assert ["error" in row for row in found] == [True, False, True, True, False]
+    assert [row["id"] for row in found] == [0, 1, 2, 3, 4, 5]
+    assert ["error" in row for row in found] == [True, False, True, True, False, True]
+    assert found[4]["note"] == "\ud800" and "half a surrogate pair" in found[5]["error"]
     assert found[0]["error"] == "the prompt is empty" and "neither text nor a chat" in found[2]["error"]
     assert "tokens, more than" in found[3]["error"] and found[3]["prompt"] == rows[3]["prompt"]
     assert found[1]["input"] == {"reward": "mine", "completion": "old"} and isinstance(found[1]["completion"], str)
-    assert "3 of 5 rows have an error in place of a completion" in capsys.readouterr().err
+    assert "4 of 6 rows have an error in place of a completion" in capsys.readouterr().err
     assert generated(base, path, tmp_path / "o.jsonl") == found
-    assert "3 of its rows have an error: --overwrite tries" in capsys.readouterr().err
+    assert "4 of its rows have an error: --overwrite tries" in capsys.readouterr().err
     streamed = main([
         "generate", *_flags(base, tmp_path), "--prompts", path, "--output", "-",
     ])  # fmt: skip
