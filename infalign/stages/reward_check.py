@@ -43,6 +43,7 @@ class Checked:
         rows: the samples.
         scores_B: (B,) what it returned, NaN for no score; None when it broke.
         problem: in one line, when it broke.
+        unread: of a language model as judge, an answer that gave no score.
         seconds: of one call with all samples, the second of two.
         again, alone, reversed: largest difference from `scores_B` when called again, one by one, in the other order;
             infinite when a score was missing in one of them only.
@@ -53,6 +54,7 @@ class Checked:
     rows: Rows
     scores_B: Floats | None = None
     problem: str = ""
+    unread: str = ""
     seconds: float = 0.0
     again: float = 0.0
     alone: float = 0.0
@@ -120,6 +122,7 @@ def _checked(reward: Reward, form: str, rows: Rows) -> Checked:
         alone=_difference(scores, alone),
         reversed=_difference(scores, turned),
         tied=_tied(rows, scores),
+        unread=getattr(reward.function, "unread", ""),
     )
 
 
@@ -165,7 +168,8 @@ def tell(spec: str, found: Sequence[Checked]) -> None:
             say(f"  {line}".rstrip())
     scores = np.concatenate([one.scores_B for one in worked if one.scores_B is not None])
     if np.isnan(scores).all():
-        raise RewardError(f"{spec} gave no sample a score: nothing can be calibrated or chosen with it")
+        unread = next((f"; one of the answers: {one.unread}" for one in worked if one.unread), "")
+        raise RewardError(f"{spec} gave no sample a score: nothing can be calibrated or chosen with it{unread}")
     if np.nanmin(scores) == np.nanmax(scores):
         notice(f"every sample has the same reward, {scores[~np.isnan(scores)][0]:g}: try --samples of your own")
 
