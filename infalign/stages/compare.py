@@ -36,6 +36,7 @@ def compare(asked: Comparison) -> dict[str, Any]:
     Raises:
         InputError: files that do not fit, too few samples, or no rewards and nothing to score with.
     """
+    output = Path(asked.output).expanduser().absolute() if asked.output else None  # plug-ins may change the folder
     procedure = find_procedure(asked.procedure, asked.n, asked.procedure_kwargs, Path())
     table = load_table(asked, procedure)
     least = min(int((~np.isnan(row)).sum()) for side in table.rewards for row in side)
@@ -53,8 +54,8 @@ def compare(asked: Comparison) -> dict[str, Any]:
         "win_rates": rows,
         "judge": _judged(asked, table, procedure),
     }
-    if asked.output:
-        write_json(Path(asked.output), without_nan(result))
+    if output is not None:
+        write_json(output, without_nan(result))
     return result
 
 

@@ -27,7 +27,8 @@ from infalign.runtime.console import Progress, notice, say
 from infalign.runtime.distributed import barrier, is_main, my_share, together, world_size
 from infalign.runtime.models import context_length
 from infalign.stages.experiment import Experiment
-from infalign.stages.generated_file import claim_parts, is_made, is_same, line, write_output
+from infalign.stages.generated_file import claim_parts, is_made, is_same, line, parts_folder, write_output
+from infalign.stages.output import nothing_left_behind
 from infalign.stages.recipe import Recipe, require
 from infalign.stages.reference import REFERENCE, reference_sampler
 from infalign.stages.strategy import load_strategy
@@ -64,7 +65,7 @@ def generate(recipe: Recipe, *, prompts: str | None = None, output: str | None =
     experiment = Experiment(recipe)
     if output is None:
         require(recipe, "output_dir")
-    path = Path(output) if output else recipe.output / "generations.jsonl"
+    path = Path(output).absolute() if output else recipe.output / "generations.jsonl"
     if path.is_dir():
         raise InputError(f"--output {path} is a folder: name a file")
     if (
@@ -73,7 +74,6 @@ def generate(recipe: Recipe, *, prompts: str | None = None, output: str | None =
         and any(is_same(path, file) for file in (prompts, recipe.base_dir / prompts))
     ):
         raise InputError(f"--output {path} is the file of prompts, which would be lost: name another file")
-    path.parent.mkdir(parents=True, exist_ok=True)
     chosen, ids = _prompts(experiment, prompts)
     by_key = {prompt.key: prompt for prompt in chosen}
     batches = plan_decoding(
@@ -89,10 +89,11 @@ def generate(recipe: Recipe, *, prompts: str | None = None, output: str | None =
     if made:
         say(f"{path} is made already ({len(chosen)} completions by {_strategy(experiment)!r})")
         return path
-    parts = claim_parts(path, identity, batches)
-    missing = [file for file in my_share(list(parts)) if not file.exists()]
-    if missing:
-        _decode_batches(experiment, by_key, {file: parts[file] for file in missing})
+    with nothing_left_behind(parts_folder(path, identity), "*.json"):
+        parts = claim_parts(path, identity, batches)
+        missing = [file for file in my_share(list(parts)) if not file.exists()]
+        if missing:
+            _decode_batches(experiment, by_key, {file: parts[file] for file in missing})
     barrier()
     if is_main():
         unscored = write_output(list(parts), [prompt.key for prompt in chosen], path, identity)

@@ -78,8 +78,9 @@ def reward_check(
     """
     if prompts is not None and samples is not None:
         raise InputError("give --prompts or --samples, not both: a file of samples has its prompts")
+    forms = _samples(prompts, samples)  # before the reward, which may change the working directory
     reward = load_reward(spec, reward_kwargs, base_dir=Path(), retries=0)
-    return [_checked(reward, form, rows) for form, rows in _samples(prompts, samples).items()]
+    return [_checked(reward, form, rows) for form, rows in forms.items()]
 
 
 def _samples(prompts: str | None, samples: str | None) -> dict[str, Rows]:

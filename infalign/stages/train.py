@@ -16,7 +16,7 @@ from infalign.runtime.distributed import is_main, together
 from infalign.stages.calibrate import calibration_parts, open_table, reference_rewards
 from infalign.stages.experiment import Experiment
 from infalign.stages.objective import describe_transform
-from infalign.stages.output import STARTED, refuse_stale_start, reusable
+from infalign.stages.output import STARTED, leaves_nothing, refuse_stale_start, reusable
 from infalign.stages.policy_folder import initial_model, load_initial_adapter, save_policy
 from infalign.stages.recipe import Recipe, require_plain
 from infalign.stages.training_keys import split_training
@@ -49,6 +49,7 @@ _REPORTING = {
 }
 
 
+@leaves_nothing("checkpoint-*", "policy")
 def train(recipe: Recipe, experiment: Experiment | None = None) -> dict[str, Any]:
     """Train the policy, or find it trained.
 
