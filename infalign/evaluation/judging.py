@@ -86,6 +86,7 @@ def judged_wins(
     *,
     confidence: float = 0.95,
     seed: int = 0,
+    unread: str = "",
 ) -> JudgedWins:
     """What the verdicts on decoded pairs say.
 
@@ -96,13 +97,15 @@ def judged_wins(
         margins_B: decoding reward of the policy's answer minus the base's.
         confidence: of the interval.
         seed: of the bootstrap.
+        unread: one of the judge's answers that gave no verdict, to be shown if none did.
 
     Raises:
         InputError: no pair was judged in both orders.
     """
     judged = ~(np.isnan(first_B) | np.isnan(second_B))
     if not judged.any():
-        raise InputError(f"the judge gave no verdict on any of {len(pairs)} pairs: look at its answers")
+        seen = f"one of its answers: {unread}" if unread else "look at its answers"
+        raise InputError(f"the judge gave no verdict on any of {len(pairs)} pairs in both orders: {seen}")
     first, second = first_B[judged], second_B[judged]
     wins = (first + second) / 2.0
     prompts = [str(pair.prompt) for pair, kept in zip(pairs, judged, strict=True) if kept]

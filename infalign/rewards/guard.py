@@ -177,12 +177,33 @@ class GuardedReward:
         what = f"{type(cause).__name__}: {lines[0][:200]}" if lines else type(cause).__name__
         times = "once" if failure.attempts == 1 else f"{failure.attempts} times in a row"
         message = f"{self.kind} {self.name!r} failed {times} ({what})"
+        if _is_alarm_in_thread(cause):
+            raise RewardError(f"{message}: {self._without_alarm()}") from cause
         if self.on_error == "error":
             way_out = ", or set on_error (in a recipe reward_on_error) to mask" if self.kind == "reward" else ""
             raise RewardError(f"{message}; mend it{way_out}") from cause
         self.counts["failures"] += 1
         logger.warning("%s; %d completions have no score", message, count)
         return np.full(count, np.nan)
+
+    def _without_alarm(self) -> str:
+        """What to do about a function that sets an alarm, which only the main thread may do."""
+        why = "it sets an alarm (signal), to stop itself, and was called outside of the main thread"
+        if self.timeout is not None and not is_async(self.function):
+            return (
+                f"{why}, because it has a time limit here too ({self.timeout:g} s): leave timeout (in a recipe "
+                "reward_timeout) unset, or switch its own alarm off"
+            )
+        return f"{why}, as `serve` and coroutines are: switch its own alarm off and set reward_timeout in its place"
+
+
+def _is_alarm_in_thread(cause: BaseException | None) -> bool:
+    """Whether a function failed because `signal.signal` was called outside of the main thread."""
+    while cause is not None:
+        if isinstance(cause, ValueError) and "signal only works in main thread" in str(cause):
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return False
 
 
 class _AllFailed(Exception):

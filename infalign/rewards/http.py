@@ -56,6 +56,7 @@ class HTTPReward:
         tokenizer: folder or Hub id of the policy's, for chats in the shape `openrlhf`.
         label_column: the column that goes as `labels`, in the shape `openrlhf`.
         backoff: seconds before the first retry, doubled each time, times a random factor in [0.5, 1.5].
+        recipe_dir: folder of the recipe, for a tokenizer's relative path.
 
     Raises:
         InputError: an option that is not allowed, or no key in the environment.
@@ -78,6 +79,7 @@ class HTTPReward:
         tokenizer: str | Path | None = None,
         label_column: str | None = None,
         backoff: float = 1.0,
+        recipe_dir: Path = Path(),
     ) -> None:
         problems = [f"the URL {problem}"] if (problem := address_problem(url)) else []
         problems += option_problems(concurrency=concurrency, batch_size=batch_size, timeout=timeout, retries=retries)
@@ -93,7 +95,7 @@ class HTTPReward:
         warn_of_key(url, api_key_env)
         self.concurrency, self.batch_size, self.shape = concurrency, batch_size, shape
         self.columns = None if columns is None else list(columns)
-        self.label_column, self._tokenizer = label_column, tokenizer
+        self.label_column, self._tokenizer, self._recipe_dir = label_column, tokenizer, recipe_dir
         self.__name__ = url.rstrip("/").rpartition("/")[2] or "http"
         self.fingerprint = digest("http", 1, url, shape, version, self.columns, str(tokenizer or ""), label_column)
 
@@ -170,9 +172,10 @@ class HTTPReward:
         """What renders chats, loaded when first needed."""
         if self._tokenizer is None:
             return None
-        from infalign.runtime.models import load_tokenizer  # noqa: PLC0415 - imports transformers, seconds
+        from infalign.runtime.models import load_tokenizer, local_path  # noqa: PLC0415 - imports transformers, seconds
 
-        return load_tokenizer(str(self._tokenizer))
+        name = str(self._tokenizer)
+        return load_tokenizer(str(local_path(name, self._recipe_dir) or name))
 
     def _read(self, answer: Any, count: int, start: int) -> list[float]:
         """The rewards of one batch, NaN for null; `start` is the first one's index, for messages."""

@@ -57,7 +57,9 @@ Score: N"""
 _EMPHASIS = re.compile(r"[*`#\[\]]")
 _FIELD = re.compile(r"\{(\w+)\}")
 _VERDICT = re.compile(r"verdict\s*:\s*(a|b|tie)\s*\.?", re.IGNORECASE)
-_SCORE = re.compile(r"score\s*:\s*([+-]?\d+(?:\.\d+)?)\s*\.?", re.IGNORECASE)
+_SCORE = re.compile(
+    r"(?P<word>score\s*:\s*)?(?P<score>[+-]?\d+(?:\.\d+)?)\s*(?:(?:/|out\s+of)\s*(?P<of>\d+)\s*)?\.?", re.IGNORECASE
+)
 _WORTH = {"a": 1.0, "b": 0.0, "tie": 0.5}
 
 
@@ -100,12 +102,20 @@ def read_verdict(answer: str) -> float | None:
 def read_score(answer: str, low: float, high: float) -> float | None:
     """The score on the last line of the judge's answer; None where that is none in [low, high].
 
-    >>> read_score("Fine.\\nScore: 7", 1, 10), read_score("Score: 11", 1, 10)
-    (7.0, None)
+    The line is `Score: 8`, or a score out of the scale's own upper end, with or without the word: `8/10`.
+
+    >>> read_score("Fine.\\nScore: 7", 1, 10), read_score("Score: 11", 1, 10), read_score("8/10", 1, 10)
+    (7.0, None, 8.0)
+    >>> read_score("Score: 4/5", 1, 10), read_score("Score: 4/5", 1, 5), read_score("4", 1, 5)
+    (None, 4.0, None)
     """
     found = _SCORE.fullmatch(_last_line(answer))
-    score = None if found is None else float(found[1])
-    return score if score is not None and low <= score <= high else None
+    if found is None or not (found["word"] or found["of"]):
+        return None
+    if found["of"] and float(found["of"]) != high:
+        return None
+    score = float(found["score"])
+    return score if low <= score <= high else None
 
 
 def expected_score(tokens: list[dict[str, Any]], low: int, high: int) -> float | None:
@@ -116,9 +126,13 @@ def expected_score(tokens: list[dict[str, Any]], low: int, high: int) -> float |
         low, high: digits, 0 to 9.
     """
     digits = {str(digit): digit for digit in range(low, high + 1)}
-    written = next((one for one in reversed(tokens) if one["token"].strip() in digits), None)
-    if written is None:
+    places = [place for place, one in enumerate(tokens) if one["token"].strip() in digits]
+    if len(places) > 1:  # 4/5: the score is the 4
+        between = "".join(one["token"] for one in tokens[places[-2] + 1 : places[-1]])
+        places = places[:-1] if " ".join(between.split()) in ("/", "out of") else places
+    if not places:
         return None
+    written = tokens[places[-1]]
     weights: dict[int, float] = {}
     for one in written["top_logprobs"]:
         if (digit := digits.get(one["token"].strip())) is not None:

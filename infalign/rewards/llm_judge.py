@@ -6,9 +6,10 @@
     reward: infalign.rewards.llm_judge:LLMReward      # 1 to 10, or against a column of references
     reward_kwargs: {base_url: ..., model: NAME, mode: pairwise, reference_column: reference}
 
-The answer is read strictly, by its last line; what is no verdict there, or was cut at `max_tokens`, is no score, and
-counted. A server that fails is an error. Judges prefer what is shown first, what is longer and what they wrote
-themselves: both orders are asked wherever two answers are compared, and `evaluate` reports how far they agree.
+The answer is read strictly, by its last line; what is no verdict there, or was cut at `max_tokens`, is no score,
+counted, and the first such answer is shown. A server that fails is an error. Judges prefer what is shown first, what is
+longer and what they wrote themselves: both orders are asked wherever two answers are compared, and `evaluate` reports
+how far they agree.
 """
 
 from __future__ import annotations
@@ -30,18 +31,60 @@ from infalign.rewards.judge_prompts import (
     shown,
 )
 from infalign.runtime.address import address_problem, key_in_environment
-from infalign.runtime.http import Endpoint, Refused, Unanswered, at_a_time
+from infalign.runtime.console import notice
+from infalign.runtime.http import Endpoint, Refused, Unanswered, at_a_time, words_of
 from infalign.types import InputError, RewardError
 
 Mode = Literal["pointwise", "pairwise"]
 
 
 class Said(NamedTuple):
-    """A model's answer: its text, its tokens with log-probabilities if asked for, and whether it was cut."""
+    """A model's answer: its text (None for null), its tokens with log-probabilities if asked for, why it ended."""
 
-    text: str
+    text: str | None
     tokens: list[dict[str, Any]] | None
-    cut: bool
+    finish: str
+
+    def __str__(self) -> str:
+        """The answer in one short line."""
+        shown = "null" if self.text is None else repr(" ".join(self.text.split()))
+        shown = shown if len(shown) <= _MOST_SHOWN else f"{shown[: _MOST_SHOWN // 2]} ... {shown[-_MOST_SHOWN // 2 :]}"
+        return f"{shown} (finish reason {self.finish})"
+
+
+_MOST_SHOWN = 200  # characters; the end counts as much as the beginning
+
+
+class Answers:
+    """What became of a judge's answers.
+
+    Args:
+        wanted: how an answer must end, for messages.
+        max_tokens: of an answer.
+
+    Attributes:
+        counts: `judged`, `unreadable` and `cut` answers.
+        unread: the first answer that gave no score, with the reason; empty when all did.
+    """
+
+    def __init__(self, wanted: str, max_tokens: int) -> None:
+        self.counts = {"judged": 0, "unreadable": 0, "cut": 0}
+        self.unread = ""
+        self._wanted, self._max_tokens = wanted, max_tokens
+
+    def counted(self, said: Said, value: float | None) -> float | None:
+        """The value of an answer, None when it was cut; counts what it was, and tells of the first that is none."""
+        cut = said.finish == "length"
+        self.counts["cut" if cut else "unreadable" if value is None else "judged"] += 1
+        if (cut or value is None) and not self.unread:
+            why = (
+                f"it was cut at max_tokens ({self._max_tokens}): raise it"
+                if cut
+                else f"it must end with a line {self._wanted}"
+            )
+            self.unread = f"{said}; {why}"
+            notice(f"LLM judge: an answer can't be read and gives no score: {self.unread}")
+        return None if cut else value
 
 
 class ChatModel:
@@ -86,7 +129,7 @@ class ChatModel:
             raise InputError(f"LLM judge: {'; '.join(problems)}")
         self.endpoint = Endpoint(base_url, timeout, retries, key_in_environment(api_key_env), backoff)
         warn_of_key(base_url, api_key_env)
-        self.concurrency = concurrency
+        self.concurrency, self.max_tokens = concurrency, max_tokens
         self._body = {"model": model, "temperature": temperature, "max_tokens": max_tokens, **(extra or {})}
         self.fingerprint = digest("chat", 1, base_url, self._body, version)
 
@@ -112,16 +155,20 @@ class ChatModel:
 
 
 def _said(answer: Any) -> Said:
-    """What stands in an answer of /chat/completions; ValueError for one that is not whole."""
+    """What stands in an answer of /chat/completions; ValueError for one that is not whole, or an error in its place."""
+    if isinstance(answer, dict) and answer.get("error"):
+        raise ValueError(f"the server's error: {words_of(answer)}")
     try:
         choice = answer["choices"][0]
+        if choice.get("error"):
+            raise ValueError(f"the server's error: {words_of(choice)}")
         text = choice["message"]["content"]
         tokens = (choice.get("logprobs") or {}).get("content")
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(f"no choices[0].message.content ({type(error).__name__})") from error
     if text is not None and not isinstance(text, str):
         raise ValueError(f"message.content is {text!r:.40}, no text")
-    return Said(text or "", tokens, choice.get("finish_reason") == "length")
+    return Said(text, tokens, str(choice.get("finish_reason")))
 
 
 class LLMJudge:
@@ -135,6 +182,7 @@ class LLMJudge:
 
     Attributes:
         counts: `judged`, `unreadable` and `cut` answers.
+        unread: the first answer that gave no score, with the reason; empty when all did.
     """
 
     tries_again = True
@@ -142,7 +190,7 @@ class LLMJudge:
     def __init__(self, base_url: str, model: str, *, template: str = PAIRWISE, **server: Any) -> None:
         _check_template(template, "prompt", "first", "second")
         self.chat, self.template = _chat(base_url, model, server), template
-        self.counts = {"judged": 0, "unreadable": 0, "cut": 0}
+        self.answers = Answers("`Verdict: A`, `Verdict: B` or `Verdict: tie`", self.chat.max_tokens)
         self.fingerprint = digest("pairwise", self.chat.fingerprint, template)
 
     async def __call__(
@@ -151,7 +199,17 @@ class LLMJudge:
         """The verdicts (B,) on B pairs in this one order."""
         triples = zip(prompts, firsts, seconds, strict=True)
         said = await self.chat.ask([filled(self.template, pairwise_fields(*triple)) for triple in triples])
-        return [_counted(self.counts, one, read_verdict(one.text)) for one in said]
+        return [self.answers.counted(one, read_verdict(one.text or "")) for one in said]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Answers by what they were, live."""
+        return self.answers.counts
+
+    @property
+    def unread(self) -> str:
+        """The first answer that gave no score."""
+        return self.answers.unread
 
 
 class LLMReward:
@@ -171,6 +229,7 @@ class LLMReward:
 
     Attributes:
         counts: `judged`, `unreadable` and `cut` answers.
+        unread: the first answer that gave no score, with the reason; empty when all did.
     """
 
     tries_again = True
@@ -194,7 +253,8 @@ class LLMReward:
         self.template, self.reference_column = template, reference_column
         self.judge = LLMJudge(base_url, model, template=template, **server) if mode == "pairwise" else None
         self.chat = self.judge.chat if self.judge else _chat(base_url, model, server)
-        self.counts = self.judge.counts if self.judge else {"judged": 0, "unreadable": 0, "cut": 0}
+        wanted = f"`Score: N`, N a number from {self.scale[0]} to {self.scale[1]}"
+        self.answers = self.judge.answers if self.judge else Answers(wanted, self.chat.max_tokens)
         what = [reference_column] if mode == "pairwise" else [list(scale), expected]
         self.fingerprint = digest("llm", mode, self.chat.fingerprint, template, what)
         self.__name__ = f"{mode} judge"
@@ -216,10 +276,20 @@ class LLMReward:
         ]
         more = {"logprobs": True, "top_logprobs": 20} if self.expected else {}
         said = await self.chat.ask([filled(self.template, one) for one in fields], **more)
-        return [_counted(self.counts, one, self._score(one)) for one in said]
+        return [self.answers.counted(one, self._score(one)) for one in said]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Answers by what they were, live."""
+        return self.answers.counts
+
+    @property
+    def unread(self) -> str:
+        """The first answer that gave no score."""
+        return self.answers.unread
 
     def _score(self, said: Said) -> float | None:
-        score = read_score(said.text, *self.scale)
+        score = read_score(said.text or "", *self.scale)
         if score is None or not self.expected:
             return score
         try:
@@ -250,15 +320,6 @@ def _chat(base_url: str, model: str, server: dict[str, Any]) -> ChatModel:
         return ChatModel(base_url, model, **server)
     except TypeError as error:
         raise InputError(f"LLM judge: {str(error).partition(') ')[2] or error}") from error
-
-
-def _counted(counts: dict[str, int], said: Said, value: float | None) -> float | None:
-    """The value of an answer, None when it was cut; counts what it was."""
-    if said.cut:
-        counts["cut"] += 1
-        return None
-    counts["unreadable" if value is None else "judged"] += 1
-    return value
 
 
 def _no_logprobs(chat: ChatModel) -> float:

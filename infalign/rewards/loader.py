@@ -164,7 +164,7 @@ def _find(spec: Any, base_dir: Path) -> Found:
 def _build(value: Any, options: dict[str, Any], name: str, given: Mapping[str, Any]) -> Callable[..., Any]:
     """The reward function that `value` is, builds, or (a model) is wrapped into."""
     if isinstance(value, str) or _is_torch_module(value):
-        return _classifier(value, options, name)
+        return _classifier(value, _with_tokenizer(options, given["recipe_dir"]), name)
     built = built_callable(value, options, f"reward {name!r}", _LISTS, given)
     if _is_torch_module(built):
         return _classifier(built, {}, name)
@@ -222,6 +222,14 @@ def _is_builder(value: Callable[..., Any], options: Mapping[str, Any], lists: se
         return False
     takes_anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
     return bool(options) or not takes_anything
+
+
+def _with_tokenizer(options: dict[str, Any], recipe_dir: Path) -> dict[str, Any]:
+    """Options whose `tokenizer`, if it is a folder's relative path, starts at the recipe's folder."""
+    named = options.get("tokenizer")
+    if isinstance(named, (str, Path)) and (beside := recipe_dir / Path(named).expanduser()).is_dir():
+        return {**options, "tokenizer": str(beside)}
+    return options
 
 
 def _classifier(model: Any, options: dict[str, Any], name: str) -> Callable[..., Any]:

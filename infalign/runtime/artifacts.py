@@ -269,5 +269,5 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def _short(value: object) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    text = json.dumps(value)  # of a path both ends tell
+    return text if len(text) <= 60 else f"{text[:20]}...{text[-37:]}"

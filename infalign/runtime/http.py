@@ -117,11 +117,19 @@ class Endpoint:
     def _words(self, response: httpx.Response) -> str:
         """What the server says about a failure, in one short line."""
         with contextlib.suppress(ValueError):
-            content = response.json()
-            while isinstance(content, dict) and (keys := {"error", "message", "detail"} & set(content)):
-                content = content[min(keys)]
-            return self.hidden(content if isinstance(content, str) else json.dumps(content))
+            return self.hidden(words_of(response.json()))
         return self.hidden(response.text)
+
+
+def words_of(content: Any) -> str:
+    """What a JSON body says about a failure: the innermost error, message or detail.
+
+    >>> words_of({"error": {"message": "overloaded", "code": 1}})
+    'overloaded'
+    """
+    while isinstance(content, dict) and (keys := {"error", "message", "detail"} & set(content)):
+        content = content[min(keys)]
+    return content if isinstance(content, str) else json.dumps(content)
 
 
 async def at_a_time(

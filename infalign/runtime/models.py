@@ -45,7 +45,7 @@ def resolve_model(name: str, base_dir: Path = Path()) -> str:
     """The folder or Hub id behind a recipe's `model_name_or_path`.
 
     Args:
-        name: a folder, a `.gguf` file (either relative to `base_dir` or to the working directory),
+        name: a folder, a `.gguf` file (either relative to `base_dir` or, tried after it, to the working directory),
             `package://PACKAGE/FILE`, or a Hub id, which is returned as it is.
         base_dir: the recipe's folder.
 
@@ -53,14 +53,18 @@ def resolve_model(name: str, base_dir: Path = Path()) -> str:
         InputError: a package that is not installed, or a file or folder that is not there.
     """
     path = _package_file(name) if name.startswith(_PACKAGE) else None
-    if path is None:
-        candidates = [Path(name).expanduser(), base_dir / name]
-        path = next((candidate for candidate in candidates if candidate.exists()), None)
+    path = path or local_path(name, base_dir)
     if path is None:
         if name.startswith((".", "/", "~")) or name.endswith(".gguf") or name.count("/") > 1:
             raise InputError(f"model_name_or_path {name!r}: no such file or folder; give a folder or a Hub id")
         return name
     return str(_from_gguf(path) if path.suffix == ".gguf" else path.resolve())
+
+
+def local_path(name: str, base_dir: Path = Path()) -> Path | None:
+    """The file or folder called `name` under `base_dir`, else under the working directory; None if there is none."""
+    wanted = Path(name).expanduser()
+    return next((path.resolve() for path in (base_dir / wanted, wanted) if name and path.exists()), None)
 
 
 def _package_file(name: str) -> Path:

@@ -17,11 +17,12 @@ from infalign.runtime.distributed import is_main
 from infalign.stages.experiment import CALIBRATION, Experiment
 from infalign.stages.filling import fill, table_rewards
 from infalign.stages.member_scores import members_to_score
-from infalign.stages.output import clear_if_stale, forget_scores
+from infalign.stages.output import SAMPLES, clear_if_stale, forget_scores, leaves_nothing
 from infalign.stages.recipe import Recipe, require_plain
 from infalign.types import InputError, Prompt
 
 
+@leaves_nothing(SAMPLES)
 def calibrate(recipe: Recipe, experiment: Experiment | None = None) -> dict[str, Any]:
     """Sample, score and describe; what is there already is reused, what is missing is added.
 

@@ -36,6 +36,7 @@ def compare(asked: Comparison) -> dict[str, Any]:
     Raises:
         InputError: files that do not fit, too few samples, or no rewards and nothing to score with.
     """
+    output = Path(asked.output).expanduser().absolute() if asked.output else None  # plug-ins may change the folder
     pairs = read_pairs(asked)
     procedure = find_procedure(asked.procedure, choose_n(asked, pairs), asked.procedure_kwargs, Path())
     table = load_table(asked, pairs, procedure)
@@ -55,8 +56,8 @@ def compare(asked: Comparison) -> dict[str, Any]:
         "win_rates": rows,
         "judge": _judged(asked, table, procedure),
     }
-    if asked.output:
-        write_json(Path(asked.output), without_nan(result))
+    if output is not None:
+        write_json(output, without_nan(result))
     return result
 
 

@@ -25,7 +25,7 @@ from infalign.stages.filling import fill, table_rewards
 from infalign.stages.judging import judge_decoded
 from infalign.stages.measured import Measured, sample_facts
 from infalign.stages.objective import describe_transform
-from infalign.stages.output import clear_if_stale, forget_scores
+from infalign.stages.output import SAMPLES, clear_if_stale, forget_scores, leaves_nothing
 from infalign.stages.recipe import Recipe, require_plain
 from infalign.stages.strategy import load_strategy
 from infalign.theory.optimum import win_rate_limit
@@ -35,6 +35,7 @@ from infalign.types import InputError, Prompt, Sample
 KL_PROMPTS = 16  # prompts whose completions are compared at a time
 
 
+@leaves_nothing(SAMPLES)
 def evaluate(recipe: Recipe, experiment: Experiment | None = None) -> dict[str, Any]:
     """Measure, and write `evaluation.json` beside the sample tables.
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -35,6 +36,7 @@ from infalign.runtime.models import (
     end_token_ids,
     load_policy,
     load_tokenizer,
+    local_path,
     model_fingerprint,
     resolve_model,
 )
@@ -339,7 +341,7 @@ class Experiment:
         if held is not None:
             if "identity" not in held:
                 raise InputError(f"the recipe record {path} is damaged: delete it and run again")
-            found = differences(held["identity"], identity)
+            found = differences(self._held_identity(held), identity)
             if found and not self.recipe.overwrite:
                 raise InputError(
                     f"output_dir {folder} belongs to another recipe ({'; '.join(found)}): give another --output_dir, "
@@ -362,7 +364,30 @@ class Experiment:
 
     def _identity(self) -> dict[str, Any]:
         names = ("model_name_or_path", "model_revision", "dataset_name", "dataset_config", "dataset_data_dir")
-        return without_secrets({name: getattr(self.recipe, name) for name in (*names, "datasets", "seed")})
+        return self._placed({name: getattr(self.recipe, name) for name in (*names, "datasets", "seed")})
+
+    def _placed(self, identity: dict[str, Any]) -> dict[str, Any]:
+        """An identity in which local paths are whole: however they are spelt, the same files are the same recipe."""
+
+        def place(name: Any) -> Any:
+            path = local_path(name, self.recipe.base_dir) if isinstance(name, str) else None
+            return name if path is None else str(path)
+
+        paths = {name: place(identity.get(name)) for name in ("model_name_or_path", "dataset_name")}
+        entries = [{**entry, "path": place(entry.get("path"))} for entry in identity.get("datasets") or []]
+        folder = identity.get("dataset_data_dir")
+        paths["dataset_data_dir"] = os.path.normpath(folder) if folder else folder
+        return without_secrets({**identity, **paths, "datasets": entries})
+
+    def _held_identity(self, held: dict[str, Any]) -> dict[str, Any]:
+        """The identity that the folder's record holds; of a path that is gone what the recipe said (all has moved)."""
+        spelt = held.get("recipe") or {}
+        gone = {
+            name: spelt[name]
+            for name, value in held["identity"].items()
+            if isinstance(value, str) and os.path.isabs(value) and not os.path.exists(value) and spelt.get(name)
+        }
+        return self._placed({**held["identity"], **gone})
 
 
 def tell_how_read(loaded: LoadedPrompts) -> None:

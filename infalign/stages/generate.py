@@ -30,7 +30,17 @@ from infalign.runtime.console import Progress, notice, say
 from infalign.runtime.distributed import barrier, is_main, my_share, together, world_size
 from infalign.runtime.models import context_length
 from infalign.stages.experiment import Experiment, tell_how_read
-from infalign.stages.generated_file import claim_parts, failed_rows, is_made, is_same, line, plain, write_output
+from infalign.stages.generated_file import (
+    claim_parts,
+    failed_rows,
+    is_made,
+    is_same,
+    line,
+    parts_folder,
+    plain,
+    write_output,
+)
+from infalign.stages.output import nothing_left_behind
 from infalign.stages.recipe import Recipe, require
 from infalign.stages.reference import REFERENCE, reference_sampler
 from infalign.stages.strategy import load_strategy
@@ -77,7 +87,7 @@ def generate(
     experiment = Experiment(recipe)
     if output is None:
         require(recipe, "output_dir")
-    path = Path(output) if output else recipe.output / "generations.jsonl"
+    path = Path(output).absolute() if output else recipe.output / "generations.jsonl"
     if path.is_dir():
         raise InputError(f"--output {path} is a folder: name a file")
     if (
@@ -86,7 +96,6 @@ def generate(
         and any(is_same(path, file) for file in (prompts, recipe.base_dir / prompts))
     ):
         raise InputError(f"--output {path} is the file of prompts, which would be lost: name another file")
-    path.parent.mkdir(parents=True, exist_ok=True)
     asked = _asked(experiment, prompts, split)
     batches = plan_decoding(
         asked.prompts,
@@ -103,10 +112,11 @@ def generate(
         if is_main() and failed_rows(path):
             notice(f"{failed_rows(path)} of its rows have an error: --overwrite tries all of them again")
         return path
-    parts = claim_parts(path, identity, batches)
-    missing = [file for file in my_share(list(parts)) if not file.exists()]
-    if missing:
-        _decode_batches(experiment, asked, {file: parts[file] for file in missing})
+    with nothing_left_behind(parts_folder(path, identity), "*.json"):
+        parts = claim_parts(path, identity, batches)
+        missing = [file for file in my_share(list(parts)) if not file.exists()]
+        if missing:
+            _decode_batches(experiment, asked, {file: parts[file] for file in missing})
     barrier()
     if is_main():
         order = [_bad_row(one) if isinstance(one, BadRow) else one.key for one in asked.rows]

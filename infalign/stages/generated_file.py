@@ -49,14 +49,19 @@ def is_same(one: Path, other: str | Path) -> bool:
     return Path(other).exists() and one.samefile(other)
 
 
+def parts_folder(path: Path, identity: Mapping[str, Any]) -> Path:
+    """Where the batches of an output are kept until all are there."""
+    return path.parent / f".{path.name}.{fingerprint(dict(identity))}.parts"
+
+
 def claim_parts(path: Path, identity: Mapping[str, Any], batches: list[list[Request]]) -> dict[Path, list[Request]]:
     """The file of every batch, in a folder beside the output that a killed run finds again if nothing has changed."""
-    folder = path.parent / f".{path.name}.{fingerprint(dict(identity))}.parts"
+    folder = parts_folder(path, identity)
     if is_main():
         for other in path.parent.glob(f".{path.name}.*.parts"):
             if other != folder:
                 shutil.rmtree(other)
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     barrier()
     return {folder / f"{number:06d}.json": batch for number, batch in enumerate(batches)}
 

@@ -60,7 +60,13 @@ def judge_decoded(
     verdicts = both_orders(judge, contents, ours, theirs)
     margins = np.array([rewards[0][p.prompt][p.policy] - rewards[1][p.prompt][p.base] for p in pairs])
     found = judged_wins(
-        pairs, verdicts.shown_first_B, verdicts.shown_second_B, margins, confidence=confidence, seed=seed
+        pairs,
+        verdicts.shown_first_B,
+        verdicts.shown_second_B,
+        margins,
+        confidence=confidence,
+        seed=seed,
+        unread=getattr(judge.function, "unread", ""),
     )
     rate = {name: getattr(found.win_rate, name) for name in ("mean", "low", "high")}
     return {**dataclasses.asdict(found), "win_rate": rate, "judge": spec}

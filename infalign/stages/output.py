@@ -2,19 +2,63 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from infalign.calibration.table import SampleTable
 from infalign.rewards.loader import Reward
 from infalign.runtime.artifacts import differences, fingerprint, read_json, read_manifest
 from infalign.runtime.console import say
-from infalign.runtime.distributed import barrier, is_main
-from infalign.types import InputError
+from infalign.runtime.distributed import PeerError, barrier, is_main
+from infalign.types import InputError, RewardError
 
+Verb = ParamSpec("Verb")
+Made = TypeVar("Made")
+
+SAMPLES = "[0-9]*.parquet"  # of a table, scores too
 STARTED = "started.json"  # what a training was started with, until its manifest says that it is finished
+
+
+@contextlib.contextmanager
+def nothing_left_behind(folder: Path, kept: str) -> Iterator[None]:
+    """A mistake of the user's leaves no folder that would stand in the way of the next try.
+
+    A folder that was not there before, or was empty, goes again with the parents made for it, unless it holds work:
+    files that match `kept`.
+    """
+    fresh = not folder.is_dir() or not any(folder.iterdir())
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    except (InputError, RewardError, PeerError):
+        if fresh and is_main() and folder.is_dir() and next(folder.rglob(kept), None) is None:
+            for entry in folder.iterdir():
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            for path in missing:
+                with contextlib.suppress(OSError):  # somebody else's by now
+                    path.rmdir()
+        raise
+
+
+def leaves_nothing(kept: str, below: str = ".") -> Callable[[Callable[Verb, Made]], Callable[Verb, Made]]:
+    """`nothing_left_behind` for a stage: a function of a recipe, and of its folder `below` `output_dir`."""
+
+    def decorate(stage: Callable[Verb, Made]) -> Callable[Verb, Made]:
+        @functools.wraps(stage)
+        def careful(*args: Verb.args, **kwargs: Verb.kwargs) -> Made:
+            recipe: Any = args[0] if args else kwargs["recipe"]
+            if not recipe.output_dir:
+                return stage(*args, **kwargs)
+            with nothing_left_behind(recipe.output / below, kept):
+                return stage(*args, **kwargs)
+
+        return careful
+
+    return decorate
 
 
 def clear_if_stale(folder: Path, parts: Mapping[str, Any], overwrite: bool) -> None:

@@ -120,7 +120,7 @@ class Recipe:
     kl_samples: int = key(16, "policy samples per prompt that KL is measured on", "evaluation")
     confidence: float = key(0.95, "of the intervals", "evaluation")
 
-    output_dir: str = key("", "where everything is written", "output")
+    output_dir: str = key("", "where everything is written; a relative path starts at the working directory", "output")
     seed: int = key(42, "of every random stream", "output")
     overwrite: bool = key(False, "make stale stages anew instead of refusing, and score all samples anew", "output")
 
@@ -139,10 +139,19 @@ class Recipe:
             repetition_penalty=self.repetition_penalty,
         )
 
+    def __post_init__(self) -> None:
+        settle_paths(self)
+
     @property
     def output(self) -> Path:
-        """`output_dir` as a path, from the working directory."""
-        return Path(self.output_dir).expanduser()
+        """`output_dir` as a path, from where the working directory was when the recipe was made."""
+        return vars(self)["_output"]
+
+
+def settle_paths(recipe: Any) -> None:
+    """Note where a recipe's folders are as it is made: a plug-in may change the working directory later."""
+    object.__setattr__(recipe, "_output", Path(recipe.output_dir).expanduser().absolute())
+    object.__setattr__(recipe, "base_dir", Path(recipe.base_dir).absolute())
 
 
 def own_keys(declaration: type = Recipe) -> list[dataclasses.Field]:

@@ -46,6 +46,7 @@ class Checked:
         rows: the samples.
         scores_B: (B,) what it returned, NaN for no score; None when it broke.
         problem: in one line, when it broke.
+        unread: of a language model as judge, an answer that gave no score.
         seconds: of one call with all samples, the second of two.
         again, alone, reversed: largest difference from `scores_B` when called again, one by one, in the other order;
             infinite when a score was missing in one of them only.
@@ -56,6 +57,7 @@ class Checked:
     rows: Rows
     scores_B: Floats | None = None
     problem: str = ""
+    unread: str = ""
     seconds: float = 0.0
     again: float = 0.0
     alone: float = 0.0
@@ -87,8 +89,9 @@ def reward_check(
     """
     if prompts is not None and samples is not None:
         raise InputError("give --prompts or --samples, not both: a file of samples has its prompts")
+    forms = _samples(prompts, samples, columns or {}, split)  # first: a reward may change the folder
     reward = load_reward(spec, reward_kwargs, base_dir=Path(), retries=0)
-    return [_checked(reward, form, rows) for form, rows in _samples(prompts, samples, columns or {}, split).items()]
+    return [_checked(reward, form, rows) for form, rows in forms.items()]
 
 
 def _samples(
@@ -136,6 +139,7 @@ def _checked(reward: Reward, form: str, rows: Rows) -> Checked:
         alone=_difference(scores, alone),
         reversed=_difference(scores, turned),
         tied=_tied(rows, scores),
+        unread=getattr(reward.function, "unread", ""),
     )
 
 
@@ -181,7 +185,8 @@ def tell(spec: str, found: Sequence[Checked]) -> None:
             say(f"  {line}".rstrip())
     scores = np.concatenate([one.scores_B for one in worked if one.scores_B is not None])
     if np.isnan(scores).all():
-        raise RewardError(f"{spec} gave no sample a score: nothing can be calibrated or chosen with it")
+        unread = next((f"; one of the answers: {one.unread}" for one in worked if one.unread), "")
+        raise RewardError(f"{spec} gave no sample a score: nothing can be calibrated or chosen with it{unread}")
     if np.nanmin(scores) == np.nanmax(scores):
         notice(f"every sample has the same reward, {scores[~np.isnan(scores)][0]:g}: try --samples of your own")
 

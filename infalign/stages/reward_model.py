@@ -31,7 +31,7 @@ from infalign.runtime.artifacts import disk_errors, fingerprint, whole_folder, w
 from infalign.runtime.console import notice, say
 from infalign.runtime.distributed import barrier, is_main, join, together
 from infalign.runtime.models import choose_device, load_tokenizer, model_fingerprint, replicated, resolve_model
-from infalign.stages.output import reusable
+from infalign.stages.output import leaves_nothing, reusable
 from infalign.stages.reward_model_recipe import RewardModelRecipe
 from infalign.stages.reward_quality import measure
 from infalign.stages.training_keys import split_training
@@ -52,6 +52,7 @@ class Pairs:
     test: tuple[Preference, ...]
 
 
+@leaves_nothing("*")
 def reward_model(recipe: RewardModelRecipe) -> dict[str, Any]:
     """Train a reward model, or find it trained, and measure it on held-out pairs.
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from infalign.stages.recipe import key, read_keys
+from infalign.stages.recipe import key, read_keys, settle_paths
 from infalign.types import InputError
 
 
@@ -45,17 +45,24 @@ class RewardModelRecipe:
 
     confidence: float = key(0.95, "of the intervals", "evaluation")
 
-    output_dir: str = key("", "where everything is written; the model is in its folder reward_model", "output")
+    output_dir: str = key(
+        "",
+        "folder, relative to the working directory; the model is in its folder reward_model",
+        "output",
+    )
     seed: int = key(42, "of the split, the folds and the training", "output")
     overwrite: bool = key(False, "make it anew instead of refusing", "output")
 
     training: dict = field(default_factory=dict, metadata={"kind": "training"})
     base_dir: Path = field(default=Path(), metadata={"kind": "internal"})
 
+    def __post_init__(self) -> None:
+        settle_paths(self)
+
     @property
     def output(self) -> Path:
-        """`output_dir` as a path, from the working directory."""
-        return Path(self.output_dir).expanduser()
+        """`output_dir` as a path, from where the working directory was when the recipe was made."""
+        return vars(self)["_output"]
 
 
 def load_reward_model_recipe(

@@ -20,7 +20,7 @@ from infalign.stages.calibrate import calibration_parts, open_table, reference_r
 from infalign.stages.experiment import Experiment
 from infalign.stages.filling import table_rewards
 from infalign.stages.objective import describe_transform
-from infalign.stages.output import STARTED, refuse_stale_start, reusable
+from infalign.stages.output import STARTED, leaves_nothing, refuse_stale_start, reusable
 from infalign.stages.policy_folder import initial_model, load_initial_adapter, save_policy
 from infalign.stages.recipe import Recipe, require_plain
 from infalign.stages.training_keys import split_training
@@ -63,6 +63,7 @@ _OF_THE_RECIPE = {
 }
 
 
+@leaves_nothing("checkpoint-*", "policy")
 def train(recipe: Recipe, experiment: Experiment | None = None) -> dict[str, Any]:
     """Train the policy, or find it trained.
 

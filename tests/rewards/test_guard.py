@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 import threading
 import time
 
@@ -119,6 +120,40 @@ def test_a_hanging_function_times_out_and_is_left_in_a_daemon_thread():
     release.set()
     for thread in left:
         thread.join(2)
+
+
+def stops_itself(completions, **_):
+    """As many verifiers do: an alarm of its own."""
+    before = signal.signal(signal.SIGALRM, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, before)
+    return [1.0] * len(completions)
+
+
+def hides_its_alarm(completions, **_):
+    try:
+        return stops_itself(completions)
+    except ValueError as error:
+        raise RuntimeError("verification failed") from error
+
+
+async def stops_itself_later(completions, **_):
+    return stops_itself(completions)
+
+
+@pytest.mark.parametrize("on_error", ["error", "mask"])
+@pytest.mark.parametrize("function", [stops_itself, hides_its_alarm])
+def test_a_reward_with_an_alarm_of_its_own_needs_the_main_thread(function, on_error):
+    """Every call of it fails elsewhere, so that `mask` would mask everything: the cause and the way out, always."""
+    assert guard(function)(PROMPTS, COMPLETIONS).tolist() == [1.0, 1.0]
+    words = r"sets an alarm .* has a time limit here too \(20 s\): leave timeout .*reward_timeout\) unset"
+    with pytest.raises(RewardError, match=words):
+        guard(function, timeout=20.0, retries=0, on_error=on_error)(PROMPTS, COMPLETIONS)
+
+
+def test_a_coroutine_with_an_alarm_is_told_to_do_without():
+    for timeout in (None, 20.0):
+        with pytest.raises(RewardError, match=r"sets an alarm .*: switch its own alarm off and set reward_timeout"):
+            guard(stops_itself_later, timeout=timeout, retries=0)(PROMPTS, COMPLETIONS)
 
 
 def test_errors_inside_a_time_limit_keep_their_type():

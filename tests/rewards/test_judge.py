@@ -20,7 +20,10 @@ from infalign.rewards.judge_prompts import (
     read_verdict,
 )
 from infalign.rewards.loader import load_reward
-from infalign.types import InputError, RewardError
+from infalign.stages.judging import judge_decoded
+from infalign.stages.reward_check import reward_check, tell
+from infalign.theory.procedures import BestOfN
+from infalign.types import InputError, Prompt, RewardError, prompt_key
 from tests.generation.completions import Reply, serving
 
 LLM_JUDGE, LLM_REWARD = "infalign.rewards.llm_judge:LLMJudge", "infalign.rewards.llm_judge:LLMReward"
@@ -194,13 +197,25 @@ def test_verdicts_are_read_off_the_last_line(answer, verdict):
         ("Score: 0", None),
         ("Score: 11", None),
         ("Score: -3", None),
-        ("Score: 7/10", None),
+        ("Score: 7/10", 7.0),
+        ("**Score: 7.5 / 10**.", 7.5),
+        ("Score: 7 out of 10", 7.0),
+        ("Good.\n8/10", 8.0),
+        ("4/5", None),
+        ("Score: 4/5", None),
+        ("11/10", None),
+        ("I give it 8/10", None),
         ("Score: seven", None),
         ("7", None),
     ],
 )
 def test_scores_are_read_off_the_last_line(answer, score):
     assert read_score(answer, 1, 10) == score
+
+
+def test_a_score_out_of_five_counts_when_the_scale_ends_there():
+    assert [read_score("4/5", 1, high) for high in (4, 5, 10)] == [None, 4.0, None]
+    assert [read_score("Score: 4/5.", 0, high) for high in (4, 5, 10)] == [None, 4.0, None]
 
 
 def test_the_expected_score_by_hand():
@@ -215,6 +230,13 @@ def test_the_expected_score_by_hand():
     tokens = [token("3", a=0.1), token("Score", b=0.5), token(":", c=1.0), written, token("\n", d=1.0)]
     assert expected_score(tokens, 1, 9) == pytest.approx((0.6 * 7 + 0.25 * 8) / 0.85)
     assert expected_score([token("no", a=1.0)], 1, 9) is None
+    four = {"token": "4", "top_logprobs": [{"token": "4", "logprob": math.log(0.5)},
+                                          {"token": "3", "logprob": math.log(0.5)}]}  # fmt: skip
+    for end in (
+        [token("/", a=1.0), token("5", b=1.0)],
+        [token(" out", a=1.0), token(" of", a=1.0), token(" 5", b=1.0)],
+    ):
+        assert expected_score([four, *end], 1, 5) == pytest.approx(3.5), "the 4 of 4/5"
 
 
 def test_completions_are_data():
@@ -301,6 +323,65 @@ def test_what_is_no_verdict_is_counted_and_no_number():
         found = judge(["p"] * 4, list(words), ["x"] * 4)
     np.testing.assert_array_equal(found, [np.nan, np.nan, np.nan, 0.5])
     assert judge.function.counts == {"judged": 1, "unreadable": 2, "cut": 1}
+
+
+UNREADABLE = {
+    "another scale": (said("Fine.\nScore: 4/5"), "'Fine. Score: 4/5' (finish reason stop); it must end with a line"),
+    "null": (said(None), "null (finish reason stop); it must end with a line `Score: N`, N a number from 1 to 10"),
+    "refused": (said(None, "content_filter"), "null (finish reason content_filter)"),
+    "cut": (said("Let me think. " * 40, "length"), "(finish reason length); it was cut at max_tokens (64): raise it"),
+}
+
+
+@pytest.mark.parametrize("case", UNREADABLE)
+def test_the_first_answer_that_can_not_be_read_is_shown(case, capsys):
+    """Once, shortened, with the finish reason; the score stays none."""
+    answer, words = UNREADABLE[case]
+    with serving(lambda *_: answer) as url:
+        reward = load_reward(LLM_REWARD, options(url, max_tokens=64))
+        assert np.isnan(reward(["p"] * 3, ["x"] * 3)).all() and np.isnan(reward(["p"], ["y"])).all()
+    (told,) = capsys.readouterr().err.splitlines()
+    assert told.startswith("warning: LLM judge: an answer can't be read and gives no score: ") and words in told
+    assert len(told) < 400 and reward.function.unread in told
+    assert reward.function.counts["judged"] == 0 and sum(reward.function.counts.values()) == 4
+
+
+def test_a_judge_without_a_verdict_is_shown_by_one_of_its_answers(capsys):
+    """In the error that ends `evaluate`, and of a pair too."""
+    with serving(lambda *_: said("Both are fine.")) as url, pytest.raises(InputError) as caught:
+        judge_decoded(
+            LLM_JUDGE, options(url), [Prompt("p", prompt_key("p"))], ([["a", "b"]], [["c", "d"]]),
+            ([np.array([1.0, 2.0])], [np.array([0.0, 1.0])]), BestOfN(2), count=2, confidence=0.95, seed=0,
+        )  # fmt: skip
+    assert "no verdict on any of 2 pairs in both orders: one of its answers: 'Both are fine.' (finish reason stop)" in (
+        str(caught.value)
+    )
+    assert "`Verdict: A`, `Verdict: B` or `Verdict: tie`" in str(caught.value)
+    assert capsys.readouterr().err.count("warning") == 1
+
+
+def test_reward_check_shows_one_of_the_answers():
+    with serving(lambda *_: said("eight")) as url:
+        spec, kwargs = LLM_REWARD, options(url)
+        with pytest.raises(
+            RewardError, match=r"gave no sample a score: .*; one of the answers: 'eight' \(finish reason"
+        ):
+            tell(spec, reward_check(spec, kwargs))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"error": {"message": "the model is overloaded", "code": 529}},
+        {"error": "the model is overloaded", "choices": None},
+        {"choices": [{"error": {"message": "the model is overloaded"}, "message": {"content": ""}}]},
+    ],
+)
+def test_an_error_body_with_status_200_is_the_servers_error(body):
+    with serving(lambda *_: body) as url:
+        with pytest.raises(RewardError, match=r"failed 2 times in a row .*the server's error: the model is overloaded"):
+            load_judge(LLM_JUDGE, options(url))(["p"], ["a"], ["b"])
+        assert np.isnan(load_reward(LLM_REWARD, options(url), on_error="mask")(["p"], ["a"])).all()
 
 
 def test_a_pointwise_reward():
