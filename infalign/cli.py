@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from infalign import __version__
-from infalign.runtime.distributed import PeerError, is_main
+from infalign.runtime.distributed import PeerError, first_to_say, is_main
 from infalign.types import InputError, Interrupted, RewardError, TrainingError
 
 VERBS = {
@@ -74,8 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
         if debug or not error.filename:
             raise
-        print(f"infalign: error: {error.filename}: {error.strerror}: give another path", file=sys.stderr)
-        return 2
+        return _told(f"{error.filename}: {error.strerror}: give another path", 2, debug)
     except BrokenPipeError:
         sys.stderr.close()
         return 0
@@ -84,7 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _told(f"{error.strerror}: make room and run the same command again; what was finished is kept", 1, debug)
     except KeyboardInterrupt:
-        print("infalign: interrupted; run the same command again to continue", file=sys.stderr)
+        if first_to_say("interrupted"):
+            print("infalign: interrupted; run the same command again to continue", file=sys.stderr)
         return 130
 
 
@@ -92,10 +92,11 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def _told(error: Exception | str, code: int, debug: bool) -> int:
-    """One line, or with --debug the traceback of the error being handled; returns the exit code."""
+    """One line a launch, or with --debug the traceback of the error being handled; returns the exit code."""
     if debug:
         raise
-    print(f"infalign: error: {error}", file=sys.stderr)
+    if first_to_say(str(error)):
+        print(f"infalign: error: {error}", file=sys.stderr)
     return code
 
 

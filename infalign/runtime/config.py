@@ -17,7 +17,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -113,13 +113,19 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f": did you mean {close[0]!r}?" if close else ""
 
 
-def check(values: Mapping[str, Any], flags: Mapping[str, Any], hints: Hints) -> dict[str, Any]:
+def check(
+    values: Mapping[str, Any],
+    flags: Mapping[str, Any],
+    hints: Hints,
+    explain: Callable[[str], str | None] = lambda name: None,
+) -> dict[str, Any]:
     """YAML values and flags together, each known and of its type.
 
     Args:
         values: from the YAML file.
         flags: from `read_flags`; strings are read as YAML scalars first, then as text where the type is text.
         hints: the known names with their types.
+        explain: what a name that is not known is here, where that is known; else the nearest name is given.
 
     Raises:
         InputError: all problems at once, one a line.
@@ -129,7 +135,9 @@ def check(values: Mapping[str, Any], flags: Mapping[str, Any], hints: Hints) -> 
     for source, given in (("", values), ("--", flags)):
         for name, value in given.items():
             if name not in hints:
-                problems.append(f"unknown {'flag' if source else 'key'} {source}{name}{nearest(name, hints)}")
+                told = explain(name)
+                near = f": {told}" if told else nearest(name, hints)
+                problems.append(f"unknown {'flag' if source else 'key'} {source}{name}{near}")
                 continue
             try:
                 checked[name] = _from_text(value, hints[name]) if source else coerce(value, hints[name])

@@ -7,11 +7,17 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import hashlib
 import os
 import signal
 import sys
+import tempfile
+import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
+
+import psutil
 
 from infalign.types import InputError, RewardError, TrainingError
 
@@ -20,6 +26,7 @@ Item = TypeVar("Item")
 _TOLD = {kind.__name__: kind for kind in (InputError, RewardError, TrainingError)}
 
 
+_SAID = "infalign-said-"
 _PR_SET_PDEATHSIG = 1  # of Linux' prctl
 _KNOWN = "_infalign_known_to_all_ranks"
 
@@ -41,6 +48,31 @@ def world_size() -> int:
 def is_main() -> bool:
     """True on the one process that prints and writes."""
     return rank() == 0
+
+
+def first_to_say(text: str) -> bool:
+    """Whether no process of this launch has said `text` on this machine yet; without a launcher there is no other.
+
+    A mistake in a recipe is found by every rank before they are connected. Which comes first does not matter, but a
+    mistake that only one of them finds must be told, so that rank 0 alone would not do. An empty file, named after the
+    launcher and the text, settles it; such files go after an hour.
+    """
+    if world_size() == 1:
+        return True
+    launcher = psutil.Process(os.getppid())
+    name = hashlib.sha256(f"{launcher.pid} {launcher.create_time()} {text}".encode()).hexdigest()[:16]
+    folder = Path(tempfile.gettempdir())
+    for old in folder.glob(f"{_SAID}*"):
+        with contextlib.suppress(OSError):  # another user's, or gone already
+            if old.stat().st_mtime < time.time() - 3600:
+                old.unlink()
+    try:
+        (folder / f"{_SAID}{name}").open("x").close()
+    except FileExistsError:
+        return False
+    except OSError:  # better twice than not at all
+        return True
+    return True
 
 
 def my_share(items: Sequence[Item]) -> list[Item]:

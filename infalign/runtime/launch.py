@@ -18,11 +18,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+import psutil
 
 from infalign.runtime.config import nearest, read_yaml
 from infalign.runtime.console import notice
@@ -234,7 +237,7 @@ def names() -> list[str]:
 
 
 def check_started() -> None:
-    """As many processes run as the command that launched them asked for.
+    """As many processes run as the command that launched them asked for, be it infalign or accelerate.
 
     Raises:
         InputError: another number (accelerate starts one for MULTI_CPU and for `"NO"`, whatever num_processes says).
@@ -242,6 +245,31 @@ def check_started() -> None:
     expected = os.environ.get(EXPECTED, "")
     if expected.isdigit():
         _check_count(int(expected))
+        return
+    asked = _asked_of_accelerate()
+    if asked is not None:
+        raise InputError(
+            f"{asked} processes were asked for and 1 started: `accelerate launch` starts one with --cpu, MULTI_CPU or "
+            "NO, whatever --num_processes says; on CPUs: infalign VERB --accelerate_config cpu_ddp --num_processes N"
+        )
+
+
+def _asked_of_accelerate() -> str | None:
+    """How many processes `accelerate launch` was asked for where it started this one alone; None: no more than that.
+
+    It gives several processes an address to meet at, and one process none.
+    """
+    if "WORLD_SIZE" in os.environ or "MASTER_ADDR" not in os.environ:
+        return None
+    try:
+        parent = psutil.Process(os.getppid())
+        words, before = parent.cmdline(), parent.environ()
+    except psutil.Error:
+        return None
+    if not any("accelerate" in word for word in words[:4]) or "MASTER_ADDR" in before:
+        return None  # the cluster's, not accelerate's
+    count = re.search(r"--num[_-]processes[= ](\d+)", " ".join(words))
+    return count[1] if count else "several"
 
 
 def _check_count(expected: int) -> None:

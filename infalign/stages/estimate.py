@@ -9,7 +9,6 @@ from typing import Any
 import psutil
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
-from trl import ModelConfig, get_peft_config
 
 from infalign.runtime.console import clock, say
 from infalign.runtime.distributed import world_size
@@ -18,7 +17,7 @@ from infalign.runtime.models import choose_device, replicated
 from infalign.stages.calibrate import calibration_prompts
 from infalign.stages.experiment import Experiment
 from infalign.stages.train import training_arguments
-from infalign.stages.training_keys import split_training
+from infalign.stages.training_keys import adapter_of, split_training
 from infalign.training.memory import (
     PolicyShape,
     Setup,
@@ -127,7 +126,7 @@ def _adapter(model: Any, training: dict[str, Any]) -> tuple[int, bool]:
     """Numbers of the recipe's adapter (0 without one), and whether its base is in 4 bits; leaves `model` adapted."""
     _, given = split_training(training)
     try:
-        config = get_peft_config(ModelConfig(**given))
+        config = adapter_of(given)
         if config is None:
             return 0, False
         from peft import get_peft_model  # noqa: PLC0415 - an extra, and seconds

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from infalign.runtime.address import address_problem
 from infalign.runtime.config import check, field_hints, read_yaml
 from infalign.runtime.launch import FLAGS as LAUNCH_FLAGS
+from infalign.stages.foreign_keys import explain
 from infalign.types import InputError, SamplingSettings
 
 _TRL_REWARDS = {"accuracy_reward", "reasoning_accuracy_reward", "think_format_reward", "get_soft_overlong_punishment"}
@@ -169,7 +170,7 @@ def load_recipe(config: str | Path | Mapping[str, Any] | None = None, flags: Map
     Raises:
         InputError: everything that is wrong with it, at once.
     """
-    recipe = Recipe(**read_keys(Recipe, config, flags, _training_hints))
+    recipe = Recipe(**read_keys(Recipe, config, flags, _training_hints, explain))
     recipe = _with_trl_names(recipe)
     _check_together(recipe)
     return recipe
@@ -180,6 +181,7 @@ def read_keys(
     config: str | Path | Mapping[str, Any] | None,
     flags: Mapping[str, Any] | None,
     training_hints: Callable[[], dict[str, Any]],
+    explain: Callable[[str], str | None] = lambda name: None,
 ) -> dict[str, Any]:
     """The checked fields of a recipe's dataclass: its own keys, `training` with TRL's, and `base_dir`.
 
@@ -188,6 +190,7 @@ def read_keys(
         config, flags: as for `load_recipe`.
         training_hints: TRL's keys with their types; asked only when a key is not the dataclass' own (TRL takes seconds
             to import).
+        explain: what another tool's key is here, for the refusal.
 
     Raises:
         InputError: everything that is wrong with them, at once.
@@ -201,7 +204,7 @@ def read_keys(
     own = set(hints)
     if not own >= {*values, *(flags or {})}:
         hints = {**training_hints(), **hints}
-    checked = check(values, flags or {}, hints)
+    checked = check(values, flags or {}, hints, explain)
     training = {name: value for name, value in checked.items() if name not in own}
     return {name: value for name, value in checked.items() if name in own} | {
         "training": training,
@@ -236,7 +239,8 @@ def _with_trl_names(recipe: Recipe) -> Recipe:
     given = [f"trl.rewards.{one}" if one in _TRL_REWARDS else one for one in given if one]
     if len(given) > 1:
         raise InputError(
-            f"several rewards ({', '.join(map(str, given))}): give one; combine them in a Python function of your own"
+            f"several rewards ({', '.join(map(str, given))}): give one; a weighted sum of several, each calibrated "
+            "first so that scales do not matter, is reward: reward_models/calibrated_sum.py:build (a file to copy)"
         )
     return dataclasses.replace(recipe, reward=given[0] if given else None)
 

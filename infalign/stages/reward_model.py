@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
-from trl import ModelConfig, RewardConfig, get_peft_config
+from trl import RewardConfig
 
 from infalign.data.columns import parse_columns, renamed
 from infalign.data.preferences import LoadedPreferences, Preference, preferences_from_rows, split_pairs
@@ -34,7 +34,8 @@ from infalign.runtime.models import choose_device, load_tokenizer, model_fingerp
 from infalign.stages.output import leaves_nothing, reusable
 from infalign.stages.reward_model_recipe import RewardModelRecipe
 from infalign.stages.reward_quality import measure
-from infalign.stages.training_keys import split_training
+from infalign.stages.training_keys import adapter_of, split_training
+from infalign.training.packages import missing_packages
 from infalign.training.reward_head import Head, candidate_depths, features, fit_head
 from infalign.training.reward_model import Encoded, make_trainer, train
 from infalign.types import InputError, Prompt
@@ -60,12 +61,16 @@ def reward_model(recipe: RewardModelRecipe) -> dict[str, Any]:
         The content of `reward_model.json`, with `folder`, where the model is: a reward by its path.
 
     Raises:
-        InputError: the recipe names what is not there or does not fit, or the folder holds another model.
+        InputError: the recipe names what is not there or does not fit, needs a package that is not installed, or the
+            folder holds another model.
         TrainingError: losses or weights are not finite.
     """
     join(recipe.use_cpu)
     if recipe.output.exists() and not recipe.output.is_dir():
         raise InputError(f"output_dir {recipe.output} is a file: give a folder")
+    missing = missing_packages(recipe.training)
+    if missing:
+        raise InputError("; ".join(missing))
     pairs = load_pairs(recipe)
     parts = _parts(recipe, pairs)
     folder = recipe.output / "reward_model"
@@ -226,7 +231,7 @@ def _check_saved(folder: Path, sequences: Sequence[list[int]], wanted: np.ndarra
 def _train(recipe: RewardModelRecipe, pairs: Pairs, folder: Path, parts: dict[str, Any]) -> None:
     """TRL's RewardTrainer, and the whole model (adapters merged) in `folder`."""
     ours, rest = split_training(recipe.training, RewardConfig)
-    peft = get_peft_config(ModelConfig(**{"lora_task_type": "SEQ_CLS", **rest}))
+    peft = adapter_of({"lora_task_type": "SEQ_CLS", **rest})
     work = recipe.output / "training"
     with together():  # a mistake that all ranks find is told once
         trainer = make_trainer(

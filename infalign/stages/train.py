@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from huggingface_hub import HfApi
-from trl import ModelConfig, get_peft_config, get_quantization_config
+from trl import ModelConfig, get_quantization_config
 
 from infalign.calibration.table import SampleTable
 from infalign.runtime.artifacts import MANIFEST, without_secrets, write_json, write_manifest
@@ -23,7 +23,7 @@ from infalign.stages.objective import describe_transform
 from infalign.stages.output import STARTED, leaves_nothing, refuse_stale_start, reusable
 from infalign.stages.policy_folder import initial_model, load_initial_adapter, save_policy
 from infalign.stages.recipe import Recipe, require_plain
-from infalign.stages.training_keys import split_training
+from infalign.stages.training_keys import adapter_of, split_training
 from infalign.training.config import CTRLConfig
 from infalign.training.packages import missing_packages
 from infalign.training.progress import TrainingProgress, quiet
@@ -166,7 +166,7 @@ def make_trainer(experiment: Experiment, table: SampleTable, identity: Mapping[s
         train_dataset=_dataset(experiment, table, splits.train),
         eval_dataset=_dataset(experiment, table, splits.validation) if splits.validation else None,
         processing_class=experiment.tokenizer,
-        peft_config=get_peft_config(model),
+        peft_config=adapter_of(adapter),
         quantization_config=get_quantization_config(model),
     )
     load_initial_adapter(trainer)

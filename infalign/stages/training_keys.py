@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from typing import Any
 
-from trl import ModelConfig, RewardConfig, get_quantization_config
+from trl import ModelConfig, RewardConfig, get_peft_config, get_quantization_config
 
 from infalign.runtime.config import field_hints
 from infalign.training.config import CTRLConfig
@@ -27,6 +29,19 @@ def split_training(values: dict[str, Any], config: type = CTRLConfig) -> tuple[d
         {name: value for name, value in values.items() if name in ours},
         {name: value for name, value in values.items() if name not in ours},
     )
+
+
+def adapter_of(values: Mapping[str, Any]) -> Any | None:
+    """PEFT's config of the `ModelConfig` keys among a recipe's, None without `use_peft`.
+
+    TRL hands a list of one name on as text, which PEFT takes for a pattern of the whole path: `[q_proj]` would match
+    nothing. A name without a pattern's signs is a module.
+    """
+    config: Any = get_peft_config(ModelConfig(**values))
+    named = getattr(config, "target_modules", None)
+    if isinstance(named, str) and re.fullmatch(r"[\w.]+", named):
+        config.target_modules = {named}
+    return config
 
 
 def quantization_of(values: dict[str, Any]) -> Any | None:

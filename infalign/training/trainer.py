@@ -44,6 +44,7 @@ from infalign.generation.hf import decode_rows
 from infalign.runtime.artifacts import disk_errors, write_whole
 from infalign.runtime.console import notice, say
 from infalign.runtime.distributed import any_rank, barrier, is_main, together, world_size
+from infalign.runtime.launch import check_started
 from infalign.runtime.layout import columnwise
 from infalign.runtime.shared_prefix import keeps_no_cache, positions, why_plain, without_router_logits
 from infalign.training.callbacks import (
@@ -91,8 +92,8 @@ class CTRLTrainer(RLOOTrainer):
         identity: what else a run must share with a checkpoint to resume from it, by name.
 
     Raises:
-        InputError: no beta anywhere, a data set without reference rewards or with too few prompts, or an adapter of
-            virtual tokens; or a setting needs a package that is not installed.
+        InputError: no beta anywhere, a data set without reference rewards or with too few prompts, an adapter of
+            virtual tokens, fewer processes than were asked for, or a package that is not installed.
     """
 
     _tag_names = ("trl", "rloo", "infalign", "ctrl")
@@ -116,6 +117,7 @@ class CTRLTrainer(RLOOTrainer):
         render: Render | None = None,
         identity: Mapping[str, Any] | None = None,
     ) -> None:
+        check_started()
         functions = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
         self.ctrl_reward = next((one for one in functions if isinstance(one, CTRLReward)), None)
         self.procedure = procedure or getattr(self.ctrl_reward, "procedure", None)

@@ -7,17 +7,19 @@ import shutil
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
 import infalign
+from infalign.runtime.config import read_flags
 from infalign.stages.calibrate import calibrate, open_table
 from infalign.stages.experiment import Experiment
 from infalign.stages.policy_folder import save_policy
 from infalign.stages.recipe import load_recipe
 from infalign.stages.train import make_trainer, train
+from infalign.stages.training_keys import adapter_of, split_training
 from infalign.training.trainer import CTRLTrainer
 from infalign.types import InputError
 from tests.e2e.experiment import tiny_experiment
@@ -95,6 +97,31 @@ class TestLora:
         )
         assert old.keys() == copied.keys()
         assert all(torch.equal(old[name], copied[name]) for name in old)
+
+
+@pytest.mark.parametrize(
+    ("given", "adapted"),
+    [
+        (["q_proj"], {"q_proj"}),
+        (["self_attn.q_proj"], {"q_proj"}),
+        (["all-linear"], {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
+        ([r".*\.[qv]_proj"], {"q_proj", "v_proj"}),
+    ],
+)
+def test_one_name_of_a_module(given, adapted, tmp_path):
+    """TRL makes a pattern of it, which has to match a module's whole path."""
+    flags = read_flags(["--use_peft", "--lora_target_modules", f"[{json.dumps(given[0])}]"])
+    config = adapter_of(split_training(load_recipe(tiny_experiment(tmp_path), flags).training)[1])
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    names = get_peft_model(base, config).state_dict()
+    assert {name.split(".")[-4] for name in names if "lora_A" in name} == adapted
+
+
+def test_one_module_is_trained(tmp_path):
+    keys = {**tiny_experiment(tmp_path), **LORA, "lora_target_modules": ["q_proj"]}
+    infalign.run(keys, dry=True)
+    _, policy = trained(keys)
+    assert {name.split(".")[-3] for name in load_file(policy / "adapter" / "adapter_model.safetensors")} == {"q_proj"}
 
 
 def test_qlora(tmp_path):

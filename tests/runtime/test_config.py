@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Literal
 
 import pytest
+from trl import DPOConfig, GRPOConfig, ScriptArguments, SFTConfig
 
 from infalign.runtime.config import check, coerce, field_hints, read_flags, read_yaml
+from infalign.stages.foreign_keys import FOREIGN, explain
 from infalign.stages.recipe import Recipe, load_recipe
+from infalign.stages.training_keys import training_hints
 from infalign.types import InputError
 
+OF_OTHER_METHODS = {"packing_strategy", "eval_packing"}  # so rare that the plain refusal does
 MINIMAL = {"model_name_or_path": "m", "reward": "r.py:f", "output_dir": "o", "dataset_name": "d", "beta": 0.1}
 
 
@@ -118,7 +124,10 @@ class TestRecipe:
             ({"eval_n": [0]}, r"eval_n must be positive integers, got \[0\]"),
             ({"num_validation_prompts": -1}, "num_validation_prompts must be at least 0"),
             ({"datasets": [{"path": "x"}]}, "dataset_name and datasets are both given"),
-            ({"reward_funcs": ["a.b", "c.d"]}, "several rewards"),
+            (
+                {"reward_funcs": ["a.b", "c.d"]},
+                r"several rewards \(r.py:f, a.b, c.d\).*reward_models/calibrated_sum.py:build",
+            ),
         ],
     )
     def test_refused(self, change, message):
@@ -158,6 +167,44 @@ class TestRecipe:
         )
         assert recipe.reward == "trl.rewards.think_format_reward"
         assert recipe.training["lora_r"] == 16 and recipe.training["learning_rate"] == 1e-6
+
+    @pytest.mark.parametrize(
+        ("name", "message"),
+        [
+            ("scale_rewards", "would divide the transform away: leave it out"),
+            ("loss_type", "the loss is RLOO's"),
+            ("torch_dtype", "it is dtype"),
+            ("overwrite_output_dir", "it is overwrite: true"),
+            ("dataset_prompt_column", "it is prompt_column"),
+            ("dataset_mixture", "it is datasets"),
+            ("importance_sampling_level", "ratios are of whole sequences"),
+            ("vllm_importance_sampling_cap", "no such correction"),
+            ("evaluation_strategy", "it is eval_strategy"),
+            ("warmup_ratio", "it is warmup_steps"),
+            ("rloo_k", "it is num_generations"),
+            ("wandb_entity", "WANDB_ENTITY"),
+            ("wandb_notes", "run_name and project"),
+        ],
+    )
+    def test_other_tools_keys_get_the_line_that_helps(self, name, message):
+        for given, flags, shown in (({name: 1}, {}, f"key {name}"), ({}, {name: "1"}, f"flag --{name}")):
+            with pytest.raises(InputError, match=f"unknown {shown}: .*{message}") as told:
+                load_recipe({**MINIMAL, **given}, flags)
+            assert "did you mean" not in str(told.value)
+
+    def test_no_key_of_trls_grpo_recipes_is_guessed_at(self):
+        """Of the configs of other methods, every key is known here, or explained."""
+        known = {**training_hints(), **field_hints(Recipe)}
+        declared = {
+            one.name for config in (GRPOConfig, SFTConfig, DPOConfig, ScriptArguments) for one in fields(config)
+        }
+        assert not {name for name in declared - known.keys() if explain(name) is None} - OF_OTHER_METHODS
+        assert not FOREIGN.keys() & known.keys(), "explained, though it is a key here"
+
+    def test_what_is_said_to_be_a_key_is_one(self):
+        known = {**training_hints(), **field_hints(Recipe)}
+        named = {re.match(r"(?:it is|they are) (\w+)", line) for line in FOREIGN.values()}
+        assert {found[1] for found in named if found} <= known.keys()
 
     def test_the_defaults_pass_their_own_types(self):
         hints = {name: hint for name, hint in field_hints(Recipe).items() if name not in ("training", "base_dir")}

@@ -10,6 +10,8 @@ from transformers.training_args import OptimizerNames
 
 import infalign
 from infalign.stages.recipe import load_recipe
+from infalign.stages.reward_model import reward_model
+from infalign.stages.reward_model_recipe import load_reward_model_recipe
 from infalign.stages.train import train
 from infalign.training.config import CTRLConfig
 from infalign.training.packages import OPTIMIZERS, PLAIN_OPTIMIZERS, TRACKERS, missing_packages
@@ -85,6 +87,12 @@ def test_told_from_python(name, bare, tmp_path):
 def test_told_by_train_alone(bare, tmp_path):
     with pytest.raises(InputError, match="report_to: wandb needs"):
         train(load_recipe({**tiny_experiment(tmp_path), "report_to": "wandb"}))
+
+
+def test_told_by_the_reward_models_verb(bare, tmp_path):
+    keys = {"model_name_or_path": "m", "dataset_name": "nowhere.jsonl", "output_dir": str(tmp_path / "out")}
+    with pytest.raises(InputError, match="report_to: wandb needs"):
+        reward_model(load_reward_model_recipe({**keys, "report_to": "wandb", "use_cpu": True}))
 
 
 def test_what_is_installed_passes():

@@ -145,6 +145,23 @@ def test_the_newest_whole_checkpoint_is_taken(kind, three, llama, tmp_path, caps
         check_resumable(folder / "nothing", {})
 
 
+def test_a_checkpoint_that_is_not_infaligns_is_called_what_it_is(three, llama, tmp_path):
+    """TRL's trainer writes no rollouts and no manifest; a model folder has no trainer_state.json either."""
+    theirs, model = tmp_path / "checkpoint-7", tmp_path / "model"
+    shutil.copytree(three[0] / "checkpoint-3", theirs)
+    for name in ("manifest.json", "rollouts-0.safetensors"):
+        (theirs / name).unlink()
+    shutil.copytree(llama, model)
+    (tmp_path / "empty").mkdir()
+    for folder, what in (
+        (theirs, "it has no rollouts and no manifest: TRL's own trainer wrote it, or infalign was stopped"),
+        (model, "it has no trainer_state.json: it is a model"),
+        (tmp_path / "empty", "it holds no training state"),
+    ):
+        with pytest.raises(InputError, match=f"{what}.*--initial_weights {folder}"):
+            make(llama, tmp_path / "out").train(resume_from_checkpoint=str(folder))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
