@@ -44,10 +44,9 @@ def find_form(row: Row, source: str, prompt_column: str, data_format: str) -> Fo
     """
     if data_format != "transcript" and prompt_column in row:
         return Form((prompt_column,), lambda one: from_prompt(one.get(prompt_column)))
-    if data_format == "auto" and prompt_column == "prompt":
-        for form in _NAMED:
-            if form.columns[0] in row:
-                return form
+    named = named_form(row) if data_format == "auto" and prompt_column == "prompt" else None
+    if named is not None:
+        return named
     if data_format != "prompt" and "chosen" in row:
         return Form(("chosen", "rejected"), lambda one: _from_transcript(one.get("chosen")), "transcript")
     wanted = "'chosen'" if data_format == "transcript" else repr(prompt_column)
@@ -57,6 +56,11 @@ def find_form(row: Row, source: str, prompt_column: str, data_format: str) -> Fo
         f"{source}: no column {wanted}{hint}; the columns are {', '.join(map(repr, row))}; set prompt_column, "
         "data_format, or columns (e.g. --columns prompt=NAME)"
     )
+
+
+def named_form(row: Row) -> Form | None:
+    """The form of rows that hold their prompt under another tool's name, None for rows that don't."""
+    return next((form for form in _NAMED if form.columns[0] in row), None)
 
 
 def from_prompt(value: Any) -> str | Messages:

@@ -1,25 +1,27 @@
 """Preference pairs: hh-rlhf transcripts and TRL's preference formats, checked row by row.
 
 A pair is a prompt with the completion that was chosen and the one that was rejected. TRL's formats: `prompt`, `chosen`,
-`rejected` as texts or as chats ("explicit"), or whole conversations under `chosen` and `rejected` ("implicit"), of
-which the turns that both begin with are the prompt. A transcript is an implicit conversation. With answers that are
-chats a prompt that is a text is the user's turn (UltraFeedback). A row's `tools` and `chat_template_kwargs` go to the
-chat template, its `margin` to the loss, as in TRL.
+`rejected` as texts or as chats ("explicit", the prompt also under the names of `infalign.data.forms`), or whole
+conversations under `chosen` and `rejected` ("implicit"), of which the turns that both begin with are the prompt. A
+transcript is an implicit conversation. With answers that are chats a prompt that is a text is the user's turn
+(UltraFeedback). A row's `tools` and `chat_template_kwargs` go to the chat template, its `margin` to the loss, as in TRL.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from infalign.data.chats import checked_chat
-from infalign.data.forms import from_prompt
+from infalign.data.chats import from_sharegpt
+from infalign.data.forms import from_prompt, named_form
 from infalign.data.prompts import DataFormat, read_checked
 from infalign.data.sources import Row
 from infalign.data.transcripts import parse_transcript, prompt_of
 from infalign.types import InputError, Messages, group_key, template_variables
+
+_SIDES = ("chosen", "rejected")
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,12 @@ def preferences_from_rows(
     explicit = prompt_column in rows[0] and data_format != "transcript"
     if data_format == "prompt" and not explicit:
         raise InputError(f"{source}: no column {prompt_column!r}; set prompt_column, or data_format: auto")
-    read = read_checked(rows, source, lambda row: _preference(row, prompt_column if explicit else None))
+    read_prompt: Callable[[Row], str | Messages] | None = None
+    if explicit:
+        read_prompt = lambda row: from_prompt(row.get(prompt_column))  # noqa: E731 - as the form's
+    elif data_format == "auto" and (form := named_form(rows[0])) is not None:
+        read_prompt = form.read
+    read = read_checked(rows, source, lambda row: _preference(row, read_prompt))
     _check_alike(read, source)
     distinct: dict[str, Preference] = {}
     for pair in read:
@@ -100,8 +107,8 @@ def split_pairs(
     return train, tuple(pair for pair in pairs if pair.key in test_keys)
 
 
-def _preference(row: Row, prompt_column: str | None) -> Preference:
-    pair = _implicit(row) if prompt_column is None else _explicit(row, prompt_column)
+def _preference(row: Row, read_prompt: Callable[[Row], str | Messages] | None) -> Preference:
+    pair = _implicit(row) if read_prompt is None else _explicit(row, read_prompt(row))
     template = {} if isinstance(pair.prompt, str) else template_variables(row)
     return replace(pair, template=template, margin=_margin(row.get("margin")))
 
@@ -118,14 +125,13 @@ def _margin(value: Any) -> float | None:
     return margin
 
 
-def _explicit(row: Row, prompt_column: str) -> Preference:
-    prompt = from_prompt(row.get(prompt_column))
-    if isinstance(prompt, str) and any(isinstance(row.get(name), (list, tuple)) for name in ("chosen", "rejected")):
+def _explicit(row: Row, prompt: str | Messages) -> Preference:
+    if isinstance(prompt, str) and any(isinstance(row.get(name), (list, tuple, dict)) for name in _SIDES):
         prompt = [{"role": "user", "content": prompt}]
     if isinstance(prompt, str):
-        sides = [_text(row.get(name), name) for name in ("chosen", "rejected")]
+        sides = [_text(row.get(name), name) for name in _SIDES]
     else:
-        sides = [_answer(row.get(name), prompt, name) for name in ("chosen", "rejected")]
+        sides = [_answer(row.get(name), prompt, name) for name in _SIDES]
     return Preference(prompt, sides[0], sides[1], group_key(prompt))
 
 
@@ -151,7 +157,7 @@ def _answer(value: Any, prompt: Messages, name: str) -> Messages:
     """The turns after the prompt; a text is one assistant turn, a conversation that repeats the prompt loses it."""
     if isinstance(value, str):
         return [{"role": "assistant", "content": value}]
-    turns = checked_chat(value)
+    turns = from_sharegpt([value] if isinstance(value, dict) else value)
     turns = turns[len(prompt) :] if turns[: len(prompt)] == prompt else turns
     if not turns or turns[-1]["role"] != "assistant":
         raise InputError(f"{name} does not end with an assistant turn")
@@ -159,7 +165,7 @@ def _answer(value: Any, prompt: Messages, name: str) -> Messages:
 
 
 def _conversation(value: Any) -> Messages:
-    return parse_transcript(value) if isinstance(value, str) else checked_chat(value)
+    return parse_transcript(value) if isinstance(value, str) else from_sharegpt(value)
 
 
 def _check_alike(pairs: Sequence[Preference], source: str) -> None:

@@ -63,6 +63,21 @@ def test_a_text_prompt_with_chat_answers():
     assert len(pairs_of(*read_rows(str(CASES / "mixed_ultrafeedback.jsonl")))) == 4
 
 
+def test_prompts_under_other_tools_names():
+    """Orca's question, alpaca's instruction, LLaMA-Factory's ShareGPT pairs; hh-rlhf's columns are read as before."""
+    texts = {"chosen": "a", "rejected": "b"}
+    for row, prompt in (
+        ({"question": "q", **texts}, "q"),
+        ({"instruction": "do", "input": "it", **texts}, "do\n\nit"),
+    ):
+        (pair,) = pairs_of(row)
+        assert (pair.prompt, pair.chosen, pair.rejected) == (prompt, "a", "b")
+    asked = [{"from": "human", "value": "hi"}]
+    sides = {"chosen": {"from": "gpt", "value": "hello"}, "rejected": {"from": "gpt", "value": "bye"}}
+    (pair,) = pairs_of({"conversations": asked, **sides})
+    assert (pair.prompt, pair.chosen, pair.rejected) == ([USER], [HELLO], [BYE])
+
+
 def test_tool_calls_tools_and_margins_are_kept():
     loaded = preferences_from_rows(read_rows(str(CASES / "rm_tools.jsonl")), "rows")
     assert (len(loaded.pairs), loaded.identical) == (4, 0)
