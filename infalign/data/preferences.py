@@ -4,7 +4,7 @@ A pair is a prompt with the completion that was chosen and the one that was reje
 `rejected` as texts or as chats ("explicit", the prompt also under the names of `infalign.data.forms`), or whole
 conversations under `chosen` and `rejected` ("implicit"), of which the turns that both begin with are the prompt. A
 transcript is an implicit conversation. With answers that are chats a prompt that is a text is the user's turn
-(UltraFeedback). A row's `tools` and `chat_template_kwargs` go to the chat template, its `margin` to the loss, as in TRL.
+(UltraFeedback). A row's `tools` and `chat_template_kwargs` go to the chat template, its `margin` to the loss (TRL).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from infalign.data.chats import from_sharegpt
-from infalign.data.forms import from_prompt, named_form
+from infalign.data.forms import from_prompt, how_read, named_form
 from infalign.data.prompts import DataFormat, read_checked
 from infalign.data.sources import Row
 from infalign.data.transcripts import parse_transcript, prompt_of
@@ -42,13 +42,14 @@ class Preference:
 
 @dataclass(frozen=True)
 class LoadedPreferences:
-    """Pairs and what was left out: rows whose two sides are the same, and repeated rows."""
+    """Pairs and what was left out: rows whose two sides are the same, and repeated rows; `note` on how they were read."""
 
     pairs: tuple[Preference, ...]
     source: str
     rows: int
     identical: int
     duplicates: int
+    note: str | None = None
 
 
 def preferences_from_rows(
@@ -81,10 +82,11 @@ def preferences_from_rows(
     if data_format == "prompt" and not explicit:
         raise InputError(f"{source}: no column {prompt_column!r}; set prompt_column, or data_format: auto")
     read_prompt: Callable[[Row], str | Messages] | None = None
+    note: str | None = None
     if explicit:
         read_prompt = lambda row: from_prompt(row.get(prompt_column))  # noqa: E731 - as the form's
     elif data_format == "auto" and (form := named_form(rows[0])) is not None:
-        read_prompt = form.read
+        read_prompt, note = form.read, how_read(form, rows)
     read = read_checked(rows, source, lambda row: _preference(row, read_prompt))
     _check_alike(read, source)
     distinct: dict[str, Preference] = {}
@@ -95,7 +97,7 @@ def preferences_from_rows(
     if not distinct:
         raise InputError(f"{source}: chosen and rejected are the same in all {len(rows)} rows")
     return LoadedPreferences(
-        tuple(distinct.values()), source, len(rows), identical, len(read) - identical - len(distinct)
+        tuple(distinct.values()), source, len(rows), identical, len(read) - identical - len(distinct), note
     )
 
 

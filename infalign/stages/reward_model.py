@@ -128,6 +128,8 @@ def _load(recipe: RewardModelRecipe, split: str) -> LoadedPreferences:
     loaded = preferences_from_rows(
         rows, str(recipe.dataset_name), prompt_column=recipe.prompt_column, data_format=recipe.data_format
     )
+    if loaded.note:
+        say(f"{loaded.source}: {loaded.note}")
     if loaded.identical or loaded.duplicates:
         notice(f"{loaded.identical} pairs with two equal sides and {loaded.duplicates} repeated pairs are left out")
     return loaded
