@@ -42,7 +42,7 @@ class Preference:
 
 @dataclass(frozen=True)
 class LoadedPreferences:
-    """Pairs and what was left out: rows whose two sides are the same, and repeated rows; `note` on how they were read."""
+    """Pairs; rows left out because their two sides are the same, or repeated; `note` on how rows were read."""
 
     pairs: tuple[Preference, ...]
     source: str
