@@ -13,7 +13,7 @@ from infalign.generation.plan import Request
 from infalign.runtime.models import end_token_ids, load_policy, load_tokenizer
 from infalign.types import InputError, SamplingSettings
 from tests.decoding.toys import Digits, Levels, prompts, run
-from tests.tiny import tiny_causal
+from tests.tiny import CLOSE, tiny_causal
 
 PROMPTS = [(5, 6, 7, 8), (9, 10), (11,), (5, 6, 7, 8)]
 REQUESTS = [Request(f"p{number}", index, ids) for number, ids in enumerate(PROMPTS) for index in range(6)]
@@ -47,7 +47,7 @@ def test_continued_completions_are_the_uninterrupted_ones(sampler, length):
     for place, one in zip(going, resumed, strict=True):
         assert (one.key, one.index, one.token_ids) == (whole[place].key, whole[place].index, whole[place].token_ids)
         assert (one.text, one.finished) == (whole[place].text, whole[place].finished)
-        np.testing.assert_allclose(one.token_logps, whole[place].token_logps, atol=2e-5)
+        np.testing.assert_allclose(one.token_logps, whole[place].token_logps, atol=CLOSE)
 
 
 def test_beginnings_of_several_lengths_go_on_together(sampler):

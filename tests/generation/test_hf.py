@@ -16,7 +16,7 @@ from infalign.runtime.models import end_token_ids, load_policy, load_tokenizer
 from infalign.runtime.seeds import uniforms
 from infalign.runtime.shared_prefix import why_plain
 from infalign.types import SamplingSettings
-from tests.tiny import tiny_causal
+from tests.tiny import CLOSE, tiny_causal
 
 CPU = torch.device("cpu")
 PROMPTS = [(5, 6, 7, 8), (9, 10), (11,), (5, 6, 7, 8)]
@@ -55,7 +55,7 @@ def plain_logps(model, prompt, completion, temperature=1.0):
 def test_logps_are_the_models_own(model, temperature):
     for request, sample in zip(requests(), sampler(model, temperature=temperature).sample(requests()), strict=True):
         expected = plain_logps(model[0], request.prompt_ids, sample.token_ids, temperature)
-        np.testing.assert_allclose(sample.token_logps, expected, atol=2e-5)
+        np.testing.assert_allclose(sample.token_logps, expected, atol=CLOSE)
 
 
 def test_a_sample_is_a_function_of_its_stream_alone(model):
@@ -144,7 +144,7 @@ def test_completion_logits_equal_plain_forwards(model):
     for row, (prompt, completion) in enumerate(zip(PROMPTS, completions, strict=True)):
         with torch.no_grad():
             expected = model[0](torch.tensor([[*prompt, *completion]])).logits[0, len(prompt) - 1 : -1]
-        torch.testing.assert_close(found[row, : len(completion)], expected, atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(found[row, : len(completion)], expected, atol=CLOSE, rtol=0)
 
 
 def test_sequence_kl_by_enumeration(tmp_path):
@@ -179,7 +179,7 @@ def test_kl_without_a_known_head(tmp_path, monkeypatch):
     monkeypatch.setattr(likelihood, "head_of", lambda model: None)
     found = sequence_kl(policy, base, PROMPTS, completions)
     for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(one, other, atol=CLOSE, rtol=0)
 
 
 def test_the_plan_depends_on_requests_and_budget_alone():

@@ -9,7 +9,7 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaF
 
 from infalign.rewards.classifier import ClassifierReward
 from infalign.types import InputError, RewardError
-from tests.tiny import BOS, CHAT_TEMPLATE, EOS, PAD, tiny_causal, tiny_classifier, tiny_tokenizer
+from tests.tiny import BOS, CHAT_TEMPLATE, CLOSE, EOS, PAD, tiny_causal, tiny_classifier, tiny_tokenizer
 
 PROMPTS = ["the cat", "the dog ran", "i like the moon and the sun", "why"]
 COMPLETIONS = [" sat on the mat .", "", " very very much , thanks !", " so big </s>"]
@@ -31,9 +31,9 @@ def test_batches_score_like_single_sequences_whatever_the_padding(tmp_path, fami
     sequences = [reward.encode(p, c) for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
     assert sequences[3][-1] == reward.tokenizer.eos_token_id
     scores = reward(PROMPTS, COMPLETIONS)
-    np.testing.assert_allclose(scores, by_definition(path, sequences), atol=1e-5)
+    np.testing.assert_allclose(scores, by_definition(path, sequences), atol=CLOSE)
     one_by_one = [reward([p], [c])[0] for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
-    np.testing.assert_allclose(scores, one_by_one, atol=1e-5)
+    np.testing.assert_allclose(scores, one_by_one, atol=CLOSE)
     assert np.ptp(scores) > 1e-2 and reward.counts["scored"] == 8
 
 
@@ -42,20 +42,20 @@ def test_encoders(tmp_path, family):
     path = tiny_classifier(tmp_path / "rm", family)
     reward = ClassifierReward(path, device="cpu")
     sequences = [reward.encode(p, c) for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
-    np.testing.assert_allclose(reward(PROMPTS, COMPLETIONS), by_definition(path, sequences), atol=1e-5)
+    np.testing.assert_allclose(reward(PROMPTS, COMPLETIONS), by_definition(path, sequences), atol=CLOSE)
 
 
 def test_an_encoder_without_padding_token(tmp_path):
     path = tiny_classifier(tmp_path / "rm", "bert", tokenizer=tiny_tokenizer(pad=None))
     reward = ClassifierReward(path, device="cpu")
     one_by_one = [reward([p], [c])[0] for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
-    np.testing.assert_allclose(reward(PROMPTS, COMPLETIONS), one_by_one, atol=1e-5)
+    np.testing.assert_allclose(reward(PROMPTS, COMPLETIONS), one_by_one, atol=CLOSE)
 
 
 def test_small_batches_score_like_one(tmp_path):
     path = tiny_classifier(tmp_path / "rm")
     whole, pieces = (ClassifierReward(path, batch_tokens=n, device="cpu")(PROMPTS, COMPLETIONS) for n in (10**6, 1))
-    np.testing.assert_allclose(whole, pieces, atol=1e-5)
+    np.testing.assert_allclose(whole, pieces, atol=CLOSE)
 
 
 def test_chats_go_through_the_models_own_template(tmp_path):
@@ -65,7 +65,7 @@ def test_chats_go_through_the_models_own_template(tmp_path):
     expected = "<|im_start|> user why <|im_end|> <|im_start|> assistant so <|im_end|>"
     assert reward.render(prompt, completion) == reward.render(prompt, "so") == expected
     sequence = reward.tokenizer.convert_tokens_to_ids(expected.split())
-    np.testing.assert_allclose(reward([prompt], [completion]), by_definition(path, [sequence]), atol=1e-5)
+    np.testing.assert_allclose(reward([prompt], [completion]), by_definition(path, [sequence]), atol=CLOSE)
 
 
 def test_chats_without_template(tmp_path):
@@ -106,7 +106,7 @@ def test_several_labels_need_a_choice(tmp_path, family):
             ClassifierReward(path, device="cpu", label=label)
     by_name, by_index = (ClassifierReward(path, device="cpu", label=label) for label in ("good", 2))
     sequences = [by_name.encode(p, c) for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
-    np.testing.assert_allclose(by_name(PROMPTS, COMPLETIONS), by_definition(path, sequences, 2), atol=1e-5)
+    np.testing.assert_allclose(by_name(PROMPTS, COMPLETIONS), by_definition(path, sequences, 2), atol=CLOSE)
     assert by_name.fingerprint == by_index.fingerprint
     assert by_name.fingerprint != ClassifierReward(path, device="cpu", label=0).fingerprint
 
@@ -178,7 +178,7 @@ def test_long_sequences(tmp_path):
     assert np.isnan(scores[0]) and np.isfinite(scores[1]) and masking.counts["masked"] == 1
     cutting = ClassifierReward(path, device="cpu", max_length=4, too_long="truncate")
     kept = cutting.tokenizer.convert_tokens_to_ids([BOS, "on", "the", "mat"])
-    np.testing.assert_allclose(cutting(prompts, completions)[0], by_definition(path, [kept])[0], atol=1e-5)
+    np.testing.assert_allclose(cutting(prompts, completions)[0], by_definition(path, [kept])[0], atol=CLOSE)
     assert cutting.counts == {"scored": 2, "truncated": 1, "masked": 0}
 
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification
 from infalign.rewards.classifier import ClassifierReward
 from infalign.rewards.loader import load_reward
 from infalign.types import InputError
-from tests.tiny import tiny_causal, tiny_classifier, tiny_tokenizer
+from tests.tiny import CLOSE, tiny_causal, tiny_classifier, tiny_tokenizer
 
 PROMPTS = ["the cat", "the dog ran", "i like the moon and the sun", "why"]
 COMPLETIONS = [" sat on the mat .", "", " very very much , thanks !", " so big"]
@@ -109,12 +109,12 @@ def test_an_adapter_scores_as_the_model_that_it_was_saved_from(family, tmp_path)
     reward = load_reward("adapter", OPTIONS, base_dir=tmp_path)
     wanted = by_definition(model, reward)
     assert np.ptp(wanted) > 1e-2
-    np.testing.assert_allclose(reward(PROMPTS, COMPLETIONS), wanted, atol=1e-5)
+    np.testing.assert_allclose(reward(PROMPTS, COMPLETIONS), wanted, atol=CLOSE)
     whole = model.merge_and_unload()
     whole.save_pretrained(tmp_path / "merged")
     tiny_tokenizer().save_pretrained(tmp_path / "merged")
     merged = load_reward(str(tmp_path / "merged"), OPTIONS)
-    np.testing.assert_allclose(merged(PROMPTS, COMPLETIONS), wanted, atol=1e-5)
+    np.testing.assert_allclose(merged(PROMPTS, COMPLETIONS), wanted, atol=CLOSE)
     assert reward.function.model.config.num_labels == 1
 
 
@@ -123,9 +123,9 @@ def test_a_peft_model_is_scored_as_it_is(family, tmp_path):
     base = tiny_classifier(tmp_path / "base", family)
     model = adapter(base, tmp_path / "adapter")
     reward = load_reward(model, OPTIONS)
-    np.testing.assert_allclose(reward(PROMPTS, COMPLETIONS), by_definition(model, reward), atol=1e-5)
+    np.testing.assert_allclose(reward(PROMPTS, COMPLETIONS), by_definition(model, reward), atol=CLOSE)
     np.testing.assert_allclose(reward(PROMPTS, COMPLETIONS), load_reward(str(tmp_path / "adapter"), OPTIONS)(
-        PROMPTS, COMPLETIONS), atol=1e-5)  # fmt: skip
+        PROMPTS, COMPLETIONS), atol=CLOSE)  # fmt: skip
     assert isinstance(model, PeftModel) and any("lora" in name for name, _ in model.named_parameters())
 
 
@@ -137,7 +137,7 @@ def test_the_base_may_lie_beside_and_have_the_tokenizer(tmp_path):
     with pytest.raises(InputError, match="has 3 labels"):
         load_reward(str(tmp_path / "adapter"), OPTIONS)
     reward = load_reward(str(tmp_path / "adapter"), {**OPTIONS, "label": 0})
-    np.testing.assert_allclose(reward(PROMPTS, COMPLETIONS), by_definition(model, reward), atol=1e-5)
+    np.testing.assert_allclose(reward(PROMPTS, COMPLETIONS), by_definition(model, reward), atol=CLOSE)
 
 
 def test_an_adapter_whose_base_is_gone_says_which(tmp_path):

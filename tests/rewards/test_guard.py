@@ -110,11 +110,11 @@ def test_infinite_values():
 
 def test_a_hanging_function_times_out_and_is_left_in_a_daemon_thread():
     release = threading.Event()
-    reward = guard(lambda completions: release.wait(5), timeout=0.05, retries=1)
+    reward = guard(lambda completions: release.wait(120), timeout=0.05, retries=1)
     start = time.monotonic()
     with pytest.raises(RewardError, match=r"failed 2 times in a row \(TimeoutError: no answer after 0.05 s\)"):
         reward(PROMPTS, COMPLETIONS)
-    assert time.monotonic() - start < 2 and reward.counts["timeouts"] == 2
+    assert time.monotonic() - start < 60 and reward.counts["timeouts"] == 2
     left = [thread for thread in threading.enumerate() if thread.name == "infalign-reward"]
     assert left and all(thread.daemon for thread in left)
     release.set()

@@ -12,7 +12,7 @@ import pytest
 from infalign.rewards.loader import load_reward
 from infalign.rewards.lookup import find_object
 from infalign.types import InputError, RewardError
-from tests.tiny import tiny_classifier
+from tests.tiny import CLOSE, tiny_classifier
 
 ROOT = Path(__file__).parents[2]
 PROMPTS, COMPLETIONS = ["p", "q"], ["x", "yy"]
@@ -214,8 +214,8 @@ def test_models_by_folder_and_by_object(tmp_path):
     by_object = load_reward(by_path.function.model, {"tokenizer": by_path.function.tokenizer})
     texts = ["the cat", "the dog ran"], [" sat", " ."]
     expected = by_path(*texts)
-    np.testing.assert_allclose(by_absolute(*texts), expected, atol=1e-5)
-    np.testing.assert_allclose(by_object(*texts), expected, atol=1e-5)
+    np.testing.assert_allclose(by_absolute(*texts), expected, atol=CLOSE)
+    np.testing.assert_allclose(by_object(*texts), expected, atol=CLOSE)
     assert by_path.name == "rm" and expected.dtype == np.float64
     assert by_path.fingerprint == by_absolute.fingerprint == by_object.fingerprint
     other = load_reward(tiny_classifier(tmp_path / "other", seed=1))

@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification
 from infalign.rewards.classifier import ClassifierReward
 from infalign.rewards.loader import load_reward
 from infalign.types import InputError, RewardError
-from tests.tiny import BOS, EOS, tiny_classifier, tiny_tokenizer
+from tests.tiny import BOS, CLOSE, EOS, tiny_classifier, tiny_tokenizer
 
 PROMPTS = ["why is the sun red ?", "the cat", "hello"]
 COMPLETIONS = ["it is big .", "sat on the mat .", "bye bye ."]
@@ -61,10 +61,10 @@ def test_pairs_are_scored_as_transformers_scores_them(family, tmp_path):
     path = classifier(tmp_path / "rm", family)
     reward = load_reward(path, {"pair": True, "batch_tokens": 64})
     found = reward(PROMPTS, COMPLETIONS)
-    np.testing.assert_allclose(found, by_transformers(path, PROMPTS, COMPLETIONS), atol=1e-5)
+    np.testing.assert_allclose(found, by_transformers(path, PROMPTS, COMPLETIONS), atol=CLOSE)
     joined = load_reward(path, {"pair": False})
     whole = [prompt + completion for prompt, completion in zip(PROMPTS, COMPLETIONS, strict=True)]
-    np.testing.assert_allclose(joined(PROMPTS, COMPLETIONS), by_transformers(path, whole), atol=1e-5)
+    np.testing.assert_allclose(joined(PROMPTS, COMPLETIONS), by_transformers(path, whole), atol=CLOSE)
     assert np.abs(found - joined(PROMPTS, COMPLETIONS)).max() > 1e-2, "else this shows nothing"
     assert reward.fingerprint != joined.fingerprint == load_reward(path).fingerprint
 
@@ -88,7 +88,7 @@ def test_a_decoder_may_be_trained_on_pairs_too(tmp_path):
             model(input_ids=torch.tensor([reward.tokenizer(p, c).input_ids])).logits[0, 0].item()
             for p, c in zip(PROMPTS, COMPLETIONS, strict=True)
         ]
-    np.testing.assert_allclose(reward(PROMPTS, COMPLETIONS), alone, atol=1e-5)
+    np.testing.assert_allclose(reward(PROMPTS, COMPLETIONS), alone, atol=CLOSE)
 
 
 def test_a_long_pair_loses_tokens_of_its_prompt(tmp_path):
@@ -97,7 +97,7 @@ def test_a_long_pair_loses_tokens_of_its_prompt(tmp_path):
     reward = ClassifierReward(path, pair=True, max_length=9, too_long="truncate")
     short = ClassifierReward(path, pair=True)
     assert len(short.encode(PROMPTS[0], COMPLETIONS[0])) == 13  # <s> 6 </s> 4 </s>
-    np.testing.assert_allclose(reward(PROMPTS[:1], COMPLETIONS[:1]), short(["red ?"], COMPLETIONS[:1]), atol=1e-5)
+    np.testing.assert_allclose(reward(PROMPTS[:1], COMPLETIONS[:1]), short(["red ?"], COMPLETIONS[:1]), atol=CLOSE)
     assert reward.counts["truncated"] == 1
 
 
@@ -195,11 +195,11 @@ def test_the_context_is_what_the_table_of_positions_has_room_for(family, tmp_pat
     with torch.no_grad():
         alone = model(input_ids=torch.tensor([tokens[:limit]])).logits[0, 0].item()
         cut = model(input_ids=torch.tensor([tokens[1 : limit + 1]])).logits[0, 0].item()
-    np.testing.assert_allclose(reward([prompt], [fits]), [alone], atol=1e-5)
+    np.testing.assert_allclose(reward([prompt], [fits]), [alone], atol=CLOSE)
     with pytest.raises(RewardError, match=rf"has {limit + 1} tokens with its prompt, .* takes {limit}; shorten"):
         reward([prompt], [beyond])
     truncating = ClassifierReward(path, pair=False, too_long="truncate")
-    np.testing.assert_allclose(truncating([prompt], [beyond]), [cut], atol=1e-5)
+    np.testing.assert_allclose(truncating([prompt], [beyond]), [cut], atol=CLOSE)
 
 
 def test_more_tokens_than_positions_can_not_be_asked_for(tmp_path):

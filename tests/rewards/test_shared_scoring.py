@@ -7,7 +7,7 @@ import pytest
 
 from infalign.rewards.classifier import ClassifierReward
 from infalign.rewards.shared_scoring import LEAST, Group, groups_of
-from tests.tiny import WORDS, tiny_classifier, tiny_tokenizer
+from tests.tiny import CLOSE, WORDS, tiny_classifier, tiny_tokenizer
 
 RNG = np.random.default_rng(0)
 
@@ -28,10 +28,10 @@ def test_scores_are_those_of_single_sequences(family, pad, tmp_path):
     prompts, completions = map(list, zip(*ROWS, strict=True))
     found = reward(prompts=prompts, completions=completions)
     alone = [reward.score([reward.encode(p, c)])[0] for p, c in ROWS]
-    np.testing.assert_allclose(found, alone, atol=1e-5)
+    np.testing.assert_allclose(found, alone, atol=CLOSE)
     order = RNG.permutation(len(ROWS))
     shuffled = reward(prompts=[prompts[i] for i in order], completions=[completions[i] for i in order])
-    np.testing.assert_allclose(shuffled, found[order], atol=1e-5)
+    np.testing.assert_allclose(shuffled, found[order], atol=CLOSE)
 
 
 def test_sliding_windows_are_scored_whole(tmp_path):
@@ -39,7 +39,7 @@ def test_sliding_windows_are_scored_whole(tmp_path):
     assert not reward._shares
     prompts, completions = map(list, zip(*ROWS, strict=True))
     alone = [reward.score([reward.encode(p, c)])[0] for p, c in ROWS]
-    np.testing.assert_allclose(reward(prompts=prompts, completions=completions), alone, atol=1e-5)
+    np.testing.assert_allclose(reward(prompts=prompts, completions=completions), alone, atol=CLOSE)
 
 
 def test_groups_share_what_all_begin_with():
@@ -56,4 +56,4 @@ def test_budgets_change_no_score(tokens, tmp_path):
     prompts, completions = map(list, zip(*ROWS, strict=True))
     whole = reward(prompts=prompts, completions=completions)
     reward.batch_tokens = tokens
-    np.testing.assert_allclose(reward(prompts=prompts, completions=completions), whole, atol=1e-5)
+    np.testing.assert_allclose(reward(prompts=prompts, completions=completions), whole, atol=CLOSE)

@@ -25,7 +25,7 @@ from infalign.runtime.shared_prefix import (
     without_router_logits,
 )
 from infalign.types import SamplingSettings
-from tests.tiny import tiny_causal, tiny_classifier
+from tests.tiny import CLOSE, tiny_causal, tiny_classifier
 
 RNG = np.random.default_rng(0)
 PROMPTS = [(5, 6, 7, 8), (9, 10), (11,), (5, 6, 7, 8), (9, 10), (12, 13, 14, 15, 16, 17, 18)]
@@ -103,7 +103,7 @@ def gradients(model, rows):
 def assert_equal_logps_and_gradients(model, inner):
     plain = [plain_logps(model, p, c) for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
     shared = shared_logps(inner, PROMPTS, COMPLETIONS)
-    torch.testing.assert_close(torch.cat(shared), torch.cat(plain), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(torch.cat(shared), torch.cat(plain), atol=CLOSE, rtol=0)
     expected, found = gradients(model, plain), gradients(model, shared)
     assert found.keys() == expected.keys() and found
     largest = max(float(one.abs().max()) for one in expected.values())
@@ -141,7 +141,7 @@ def test_decoding_gives_the_logits_of_whole_sequences(model):
         found = decoding.logits(torch.tensor([written[row][-1] for row in rows]))
         for place, row in enumerate(rows):
             expected = model(torch.tensor([written[row]])).logits[0, -1]
-            torch.testing.assert_close(found[place], expected, atol=2e-5, rtol=1e-5)
+            torch.testing.assert_close(found[place], expected, atol=CLOSE, rtol=0)
             written[row].append(int(RNG.integers(1, 40)))
 
 

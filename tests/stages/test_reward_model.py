@@ -17,7 +17,7 @@ from infalign.rewards import load_reward
 from infalign.stages.reward_model import encoded, load_pairs, reward_model
 from infalign.stages.reward_model_recipe import load_reward_model_recipe
 from infalign.types import InputError
-from tests.tiny import tiny_causal, tiny_classifier
+from tests.tiny import CLOSE, tiny_causal, tiny_classifier
 
 WORDS = ["the", "a", "cat", "dog", "bird", "sat", "ran", "on", "in", "mat", "tree", "is", "was", "i", "you", "we"]
 
@@ -175,7 +175,7 @@ def test_adapters_are_merged_and_score_as_they_were_trained(keys, tmp_path):
     ids = torch.tensor([[7, 8, 9, 10, 11]])
     attached.config.pad_token_id = merged.config.pad_token_id
     with torch.no_grad():
-        torch.testing.assert_close(merged(input_ids=ids).logits, attached(input_ids=ids).logits, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(merged(input_ids=ids).logits, attached(input_ids=ids).logits, atol=CLOSE, rtol=0)
     original = AutoModelForSequenceClassification.from_pretrained(keys["model_name_or_path"], num_labels=1).state_dict()
     for name, weight in merged.state_dict().items():
         if name != "score.weight":
