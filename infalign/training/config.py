@@ -10,7 +10,6 @@ from trl import RLOOConfig
 
 from infalign.runtime.console import notice
 from infalign.training.checks import check_rollout_settings
-from infalign.training.packages import missing_packages
 from infalign.training.trl_keys import refusals, without_effect
 from infalign.types import InputError
 
@@ -65,12 +64,12 @@ class CTRLConfig(RLOOConfig):
             notice(line)
 
     def check(self) -> None:
-        """See that no setting works against the method, and that the packages which settings need are installed.
+        """See that no setting works against the method.
 
         Raises:
-            InputError: something is wrong; all of it is named, each with the reason and the way out.
+            InputError: one does; all of them are named, each with the reason and the way out.
         """
-        problems = [*refusals(vars(self)), *missing_packages(vars(self))]
+        problems = refusals(vars(self))
         for name, value in (("beta", self.beta), ("beta_start", self.beta_start)):
             if value is not None and not value > 0:
                 problems.append(f"{name} must be above 0 for KL-regularised training, got {value}")

@@ -61,6 +61,7 @@ from infalign.training.checks import check_batch, check_calibration_at_start, ch
 from infalign.training.chunked_head import add_chunked_head
 from infalign.training.config import CTRLConfig, as_ctrl_config
 from infalign.training.held_out import measure
+from infalign.training.packages import missing_packages
 from infalign.training.reward import CTRLReward
 from infalign.training.rollout_state import load_rollout_state, save_rollout_state
 from infalign.training.rollouts import PromptOrder, rollout_uniforms, shuffled_groups
@@ -92,7 +93,7 @@ class CTRLTrainer(RLOOTrainer):
 
     Raises:
         InputError: no beta anywhere, a data set without reference rewards or with too few prompts, an adapter of
-            virtual tokens, or fewer processes than were asked for.
+            virtual tokens, a package that a setting needs and is not installed, or fewer processes than asked for.
     """
 
     _tag_names = ("trl", "rloo", "infalign", "ctrl")
@@ -125,6 +126,9 @@ class CTRLTrainer(RLOOTrainer):
             args = CTRLConfig(f"{name.rstrip('/').rpartition('/')[2]}-CTRL")
         args = as_ctrl_config(args, knows_beta=_own_beta(self.ctrl_reward) is not None)
         args.beta = _resolve_beta(args, self.ctrl_reward)
+        missing = missing_packages(vars(args))
+        if missing:
+            raise InputError("; ".join(missing))
         if self.ctrl_reward is not None:
             _require_weight_one(functions, self.ctrl_reward, args.reward_weights)
             _require_references(self.ctrl_reward, train_dataset, eval_dataset)

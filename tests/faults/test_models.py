@@ -220,5 +220,5 @@ def test_the_temperature_is_that_of_sampling_everywhere(temperature, llama, tmp_
 @pytest.mark.parametrize("change", [{"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}, {"repetition_penalty": 1.1}])
 def test_truncated_sampling_is_refused_in_training(change, tmp_path):
     name, value = next(iter(change.items()))
-    with pytest.raises(InputError, match=rf"must be neutral .* KL would be those of another .*{name}={value}"):
+    with pytest.raises(InputError, match=rf"{name}={value}: log-probabilities and KL would be those of another"):
         CTRLConfig(**config(tmp_path, **change))

@@ -69,7 +69,7 @@ def test_a_key_over_plain_http_is_told_once(url, warned, tmp_path, capsys):
         ({"generation_kwargs": '{"top_k": 50}'}, r"otherwise than calibration \(top_k=50\)"),
         ({"generation_kwargs": {"min_p": 0.1, "seed": 1}}, r"otherwise than calibration \(min_p=0.1\)"),
         ({"generation_kwargs": {"bad_words": ["no"]}}, r"otherwise than calibration \(bad_words="),
-        ({"repetition_penalty": 1.2}, "must be neutral"),
+        ({"repetition_penalty": 1.2}, "repetition_penalty=1.2: log-probabilities and KL"),
     ],
 )
 @pytest.mark.parametrize("use_vllm", [True, False])
@@ -84,5 +84,5 @@ def test_generation_kwargs_that_repeat_the_settings_pass(kwargs, tmp_path):
 
 
 def test_a_grammar_on_rollouts_is_refused(tmp_path):
-    with pytest.raises(InputError, match="vllm_structured_outputs_regex constrains rollouts"):
+    with pytest.raises(InputError, match=r"vllm_structured_outputs_regex='yes|no': constrains rollouts"):
         CTRLConfig(str(tmp_path), use_cpu=True, use_vllm=True, vllm_structured_outputs_regex="yes|no")
