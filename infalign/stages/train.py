@@ -182,8 +182,8 @@ def training_arguments(experiment: Experiment) -> CTRLConfig:
         InputError: TRL or transformers refuse a combination (their words are passed on), or a package is missing.
     """
     recipe = experiment.recipe
-    ours, adapter = split_training(recipe.training)
-    missing = missing_packages({**ours, **adapter, "attn_implementation": recipe.attn_implementation})
+    ours, _ = split_training(recipe.training)
+    missing = missing_packages({**recipe.training, "attn_implementation": recipe.attn_implementation})
     if missing:
         raise InputError("; ".join(missing))
     if ours.get("max_steps") == 0:

@@ -12,6 +12,7 @@ from typing import Any
 
 from infalign.rewards.fingerprint import callable_digest, digest
 from infalign.runtime.artifacts import MANIFEST, differences, read_manifest, write_manifest
+from infalign.runtime.console import notice
 from infalign.types import InputError
 
 KIND = "checkpoint"
@@ -104,14 +105,12 @@ def defect(folder: Path) -> str | None:
 
 
 def _without_manifest(folder: Path) -> str:
-    """What a folder is that infalign did not finish."""
-    if any(folder.glob("rollouts-*.safetensors")):
-        return "it was not written to its end"
-    if (folder / "trainer_state.json").is_file():
+    """What a folder is that infalign did not finish: its checkpoints hold weights first, rollouts and manifest last."""
+    if (folder / "trainer_state.json").is_file() and not any(folder.glob("rollouts-*.safetensors")):
         return "it has no rollouts and no manifest: TRL's own trainer wrote it, or infalign was stopped while it did"
-    if any(folder.glob("*.safetensors")):
-        return "it has no trainer_state.json: it is a model, or was not written to its end"
-    return "it holds no training state, or was not written to its end"
+    if (folder / "config.json").is_file() and not folder.name.startswith("checkpoint-"):
+        return "it is a model, without the state of a training run"
+    return "it was not written to its end"
 
 
 def newest_whole(folder: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
@@ -126,7 +125,7 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
 
 
 def check_resumable(folder: Path, identity: Mapping[str, Any]) -> None:
-    """A checkpoint can be resumed from by a run of this identity.
+    """A checkpoint can be resumed from by a run of this identity; another reward, which may be a mended one, is told.
 
     Raises:
         InputError: it is not whole, or was made by another run; what differs and the way out are named.
@@ -138,7 +137,15 @@ def check_resumable(folder: Path, identity: Mapping[str, Any]) -> None:
             f"from its weights alone, if it has them: --initial_weights {folder}"
         )
     manifest = read_manifest(folder, KIND) or {}
-    found = differences(manifest["parts"], identity)
+    held, mine = (
+        {name: one for name, one in side.items() if name != "rewards"} for side in (manifest["parts"], identity)
+    )
+    found = differences(held, mine)
+    if not found and manifest["parts"].get("rewards") != identity.get("rewards"):
+        notice(
+            f"{folder.name} was trained with another reward, or with other source of it: right if a fault in it was "
+            "mended; otherwise start anew, in another output_dir"
+        )
     if found:
         raise InputError(
             f"{folder} was made by another run ({'; '.join(found)}): resume with the same, or start a new output_dir "

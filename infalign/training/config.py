@@ -67,7 +67,7 @@ class CTRLConfig(RLOOConfig):
         """See that no setting works against the method.
 
         Raises:
-            InputError: something is wrong; all of it is named, each with the reason and the way out.
+            InputError: one does; all of them are named, each with the reason and the way out.
         """
         problems = refusals(vars(self))
         for name, value in (("beta", self.beta), ("beta_start", self.beta_start)):

@@ -2,6 +2,7 @@
 
 The algorithm stays TRL's: leave-one-out advantages of `Phi(C(x, y)) - beta * sum_t log(pi/pi_ref)`. Overridden:
 
+- `_generate`: remembers how long completions are, for the KL where `mask_truncated_completions` takes them out.
 - `_generate_single_turn`: the sampler that calibration used, one random stream per rollout; its log-probabilities are
   kept, so the exactly on-policy "old" pass costs nothing (in float32; under autocast it is recomputed).
 - `_get_per_token_logps_and_entropies`: each distinct prompt once (`runtime/shared_prefix.py`), the head in pieces.
@@ -12,7 +13,8 @@ The algorithm stays TRL's: leave-one-out advantages of `Phi(C(x, y)) - beta * su
 - `save_model`: weights that are not finite are never saved.
 - `evaluate`: held-out win rate under the procedure, and sequence KL.
 
-The first four are active for TRL versions in `TESTED_TRL`; for another version TRL's own path runs, with a warning.
+Those on rollouts and log-probabilities are active for TRL versions in `TESTED_TRL`; for another version TRL's own path
+runs, with a warning.
 """
 
 # TRL and transformers type their attributes as unions of everything that they may ever hold.
@@ -202,11 +204,14 @@ class CTRLTrainer(RLOOTrainer):
             return super()._tokenize_prompts(prompts)
         return [self._render(prompt) for prompt in prompts], None, {}
 
+    def _generate(self, prompts: list[Any]) -> Any:
+        found = super()._generate(prompts)
+        self._lengths = [len(ids) for ids in found[1]]
+        return found
+
     def _generate_single_turn(self, prompt_ids: list[list[int]], images: Any, multimodal_fields: Any) -> Any:
         if not self._fast or images or multimodal_fields or self.use_vllm or self.use_transformers_continuous_batching:
-            completion_ids = super()._generate_single_turn(prompt_ids, images, multimodal_fields)
-            self._lengths = [len(ids) for ids in completion_ids]
-            return completion_ids
+            return super()._generate_single_turn(prompt_ids, images, multimodal_fields)
         uniforms_BT = rollout_uniforms(
             prompt_ids,
             seed=self.args.seed,
@@ -220,7 +225,6 @@ class CTRLTrainer(RLOOTrainer):
             width = max(len(ids) for ids, _ in rows)
             padded = [logps + [0.0] * (width - len(logps)) for _, logps in rows]
             self._sampled_logps = torch.tensor(padded, device=self.accelerator.device)
-        self._lengths = [len(ids) for ids, _ in rows]
         return [ids for ids, _ in rows]
 
     def _decode(

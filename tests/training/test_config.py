@@ -182,3 +182,10 @@ def test_too_few_prompts_are_told(llama, tmp_path):
     few = Dataset.from_dict({"prompt": ["the cat"], "ref_rewards": [[1.0, 2.0]]})
     with pytest.raises(InputError, match="1 training prompts are fewer than the 2 of one batch"):
         CTRLTrainer(llama, CTRLReward(token_sum, identity), CTRLConfig(**config(tmp_path)), few)
+
+
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype", "revision", "attn_implementation", "trust_remote_code"])
+def test_a_recipe_loads_one_model_in_all_stages(name, tmp_path):
+    keys = {**tiny_experiment(tmp_path), "model_init_kwargs": {name: "bfloat16"}}
+    with pytest.raises(InputError, match=f"model_init_kwargs: {name} is the recipe's key .*: set that, so that calib"):
+        training_arguments(Experiment(load_recipe(keys)))

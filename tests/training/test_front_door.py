@@ -182,22 +182,28 @@ class TestResumingWithSomethingElse:
         self.run(llama, folder, max_steps=1).train()
         return folder / "checkpoint-1"
 
-    def test_the_same_goes_on(self, llama, stopped, tmp_path):
+    def test_the_same_goes_on(self, llama, stopped, tmp_path, capsys):
         again = self.run(llama, tmp_path, dataset=Dataset.from_list(references().to_list()))
         again.train(resume_from_checkpoint=str(stopped))
-        assert again.state.global_step == 2
+        assert again.state.global_step == 2 and "another reward" not in capsys.readouterr().err
 
-    @pytest.mark.parametrize("what", ["data", "rewards", "transform", "beta"])
-    def test_another_is_refused(self, what, llama, stopped, tmp_path):
-        changed = references().to_list()
-        changed[-1]["prompt"] = "a tree"
+    def test_another_reward_is_told(self, llama, stopped, tmp_path, capsys):
+        """It may be the same one with a fault mended, which goes on."""
 
         def other(completion_ids, **_):
             return [-float(sum(ids)) for ids in completion_ids]
 
+        again = self.run(llama, tmp_path, reward=other)
+        again.train(resume_from_checkpoint=str(stopped))
+        assert again.state.global_step == 2
+        assert "checkpoint-1 was trained with another reward, or with other source of it" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("what", ["data", "transform", "beta"])
+    def test_another_is_refused(self, what, llama, stopped, tmp_path):
+        changed = references().to_list()
+        changed[-1]["prompt"] = "a tree"
         changes = {
             "data": {"dataset": Dataset.from_list(changed)},
-            "rewards": {"reward": other},
             "transform": {"transform": log},
             "beta": {"beta": 0.2},
         }[what]

@@ -155,8 +155,8 @@ def test_a_checkpoint_that_is_not_infaligns_is_called_what_it_is(three, llama, t
     (tmp_path / "empty").mkdir()
     for folder, what in (
         (theirs, "it has no rollouts and no manifest: TRL's own trainer wrote it, or infalign was stopped"),
-        (model, "it has no trainer_state.json: it is a model"),
-        (tmp_path / "empty", "it holds no training state"),
+        (model, "it is a model, without the state of a training run"),
+        (tmp_path / "empty", "it was not written to its end"),
     ):
         with pytest.raises(InputError, match=f"{what}.*--initial_weights {folder}"):
             make(llama, tmp_path / "out").train(resume_from_checkpoint=str(folder))
