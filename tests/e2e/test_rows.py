@@ -305,20 +305,21 @@ def test_a_float_among_the_answers_trains(base, tmp_path, monkeypatch):
         read(CASES / "one_float.jsonl"))]  # fmt: skip
     (tmp_path / "digits.py").write_text(
         "def reward(completion_ids, answer, **_):\n"
-        "    return [float(str(sum(ids) % 2) == str(a)[-1]) + ids[0] / 100 for ids, a in zip(completion_ids, answer)]\n"
+        "    return [float('.' in str(a)) + ids[0] / 100 for ids, a in zip(completion_ids, answer)]\n"
     )
     recipe = load_recipe({
         **keys,
         "dataset_name": write(tmp_path / "p.jsonl", rows),
         "output_dir": str(tmp_path / "out"),
         "reward": f"{tmp_path / 'digits.py'}:reward",
-        "num_train_prompts": 20,
-        "num_test_prompts": 2,
+        "num_train_prompts": None,
+        "num_test_prompts": 1,
         "max_steps": 1,
         "per_device_train_batch_size": 32,
         "num_generations": 2,
     })  # fmt: skip
-    assert calibrate(recipe)["diagnostics"].prompts == 20
+    assert 0.5 in [prompt.columns["answer"] for prompt in Experiment(recipe).splits.train]
+    calibrate(recipe)
     assert train(recipe)["steps"] == 1
 
 
