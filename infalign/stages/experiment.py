@@ -201,7 +201,7 @@ class Experiment:
             seed=recipe.seed,
         )
         if splits.left_out:
-            notice(f"{splits.left_out} prompts left out: near copies of prompts in a split whose number was asked for")
+            notice(f"{splits.left_out} prompts are in no split: near copies of prompts in a split that is full")
         return self._within_length(splits)
 
     def _load(self, split: str) -> LoadedPrompts:
