@@ -13,8 +13,8 @@ The algorithm stays TRL's: leave-one-out advantages of `Phi(C(x, y)) - beta * su
 - `save_model`: weights that are not finite are never saved.
 - `evaluate`: held-out win rate under the procedure, and sequence KL.
 
-Those on rollouts and log-probabilities are active for TRL versions in `TESTED_TRL`; for another version TRL's own path
-runs, with a warning.
+The second to fifth are active for TRL versions in `TESTED_TRL`; for another version TRL's own path runs, with a
+warning.
 """
 
 # TRL and transformers type their attributes as unions of everything that they may ever hold.
