@@ -13,7 +13,7 @@ from huggingface_hub import HfApi
 from trl import ModelConfig, get_quantization_config
 
 from infalign.calibration.table import SampleTable
-from infalign.runtime.artifacts import MANIFEST, without_secrets, write_json, write_manifest
+from infalign.runtime.artifacts import MANIFEST, sweep_temporaries, without_secrets, write_json, write_manifest
 from infalign.runtime.console import notice, say
 from infalign.runtime.distributed import is_main, together
 from infalign.stages.calibrate import calibration_parts, open_table, reference_rewards
@@ -99,6 +99,7 @@ def train(recipe: Recipe, experiment: Experiment | None = None) -> dict[str, Any
     except (ValueError, ImportError) as error:  # TRL's and transformers' own refusals of a combination of settings
         raise InputError(f"the training keys do not fit: {' '.join(str(error).split())}") from error
     if is_main():
+        sweep_temporaries(folder)
         write_json(folder / STARTED, {"parts": parts})
     trainer.train(resume_from_checkpoint=_checkpoint(recipe))
     if trainer.on_signal.stopped and trainer.state.global_step < trainer.state.max_steps:

@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from infalign.calibration.table import SampleTable
+from infalign.cli import main
 from tests.e2e.experiment import tiny_experiment
 
 HARNESS = """
@@ -116,6 +117,16 @@ def test_killed_training_ends_with_the_same_policy(tmp_path):
     assert found["killed"][1] >= 5, "too few kills landed to say anything"
     assert found["killed"][0] == found["whole"][0]
     assert not list((tmp_path / "killed").rglob("*.tmp"))
+
+
+def test_what_a_kill_left_half_written_goes_with_the_rerun(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({**tiny_experiment(tmp_path), "max_steps": 1}))
+    assert main(["calibrate", "--config", str(recipe)]) == 0
+    (tmp_path / "out" / "policy").mkdir()
+    (tmp_path / "out" / "policy" / ".README.md.d3980731.tmp").touch()
+    assert main(["train", "--config", str(recipe)]) == 0
+    assert not list((tmp_path / "out").rglob("*.tmp"))
 
 
 def policy_of(folder: Path) -> dict[str, object]:
