@@ -76,9 +76,10 @@ def test_32_at_a_time(capsys):
     assert len(answers) == AT_A_TIME * ROUNDS and alone.choices[0].text
     for answer in answers:
         (choice,) = answer.choices
-        rewards = [one["reward"] for one in choice.infalign["candidates"]]
-        assert len(rewards) == 4 and choice.message.content
-        assert choice.message.content == choice.infalign["candidates"][int(np.argmax(rewards))]["text"]
+        candidates = choice.infalign["candidates"]
+        best = max(one["reward"] for one in candidates)
+        assert len(candidates) == 4 and choice.message.content
+        assert choice.message.content in [one["text"] for one in candidates if one["reward"] == best]  # ties are drawn
     assert [a.choices[0].message.content for a, _ in again] == [a.choices[0].message.content for a in answers[:3]]
     grown = (resident[-1] - resident[0]) / 2**20
     with capsys.disabled():
