@@ -1,12 +1,15 @@
 """Two files of samples side by side: which rows of one are the same prompt as which rows of the other.
 
 Rows belong together by their exact content. Where rows of equal content differ in columns (an `answer`, say), they are
-different prompts, told apart by the columns that have the same set of values in both files; in a file with a row a
-sample a column that numbers the samples tells nothing apart. Rows that nothing tells apart are samples of one prompt.
+different prompts, told apart by the columns whose values the two files mostly share (5, 5.0 and "5" are one value);
+rows with a value that the other file does not have stand alone. In a file with a row a sample a column that is
+different in every row may number the samples, or be an answer with one sample each: it tells nothing apart unless it is
+named. Rows that nothing tells apart are samples of one prompt.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -28,20 +31,26 @@ class Pairing:
     """(policy, base) samples of every prompt that two files share, in the policy's order, and how they were found.
 
     `alone`: prompts that the other file does not have, of (policy, base). `told_apart`: columns that tell prompts of
-    equal content apart. `joined`: rows that were taken as further samples of a row before them.
+    equal content apart. `joined`: rows that were taken as further samples of a row before them. `unclear`: columns that
+    might tell prompts apart, and were taken to number samples.
     """
 
     pairs: list[Pair]
     alone: tuple[int, int]
     told_apart: tuple[str, ...]
     joined: int
+    unclear: tuple[str, ...] = ()
 
 
-def paired(policy: SampleFile, base: SampleFile) -> Pairing:
+def paired(policy: SampleFile, base: SampleFile, match: Sequence[str] = ()) -> Pairing:
     """Pair two files' rows.
 
+    Args:
+        policy, base: the files.
+        match: columns that tell prompts of equal content apart; none: they are found.
+
     Raises:
-        InputError: no prompt in common, with the reason where it can be seen.
+        InputError: no prompt in common, with the reason where it can be seen, or a column that is not there.
     """
     if policy.chats != base.chats:
         kinds = {True: "chats", False: "texts"}
@@ -49,16 +58,23 @@ def paired(policy: SampleFile, base: SampleFile) -> Pairing:
             f"the prompts of {policy.name} are {kinds[policy.chats]} and those of {base.name} {kinds[base.chats]}: "
             "write them alike"
         )
+    for name in match:
+        for file in (policy, base):
+            if not any(name in row.prompt.columns for row in file.rows):
+                raise InputError(f"--match {name}: {file.name} has no such column beside prompt, samples and scores")
     ours, theirs = _by_content(policy.rows), _by_content(base.rows)
     pairs: list[Pair] = []
     joined = 0
     alone = [len(ours.keys() - theirs.keys()), len(theirs.keys() - ours.keys())]
     told_apart: set[str] = set()
+    unclear: set[str] = set()
     for key in ours:
         if key not in theirs:
             continue
-        names = telling_columns(ours[key], theirs[key], single=policy.single or base.single)
+        found = telling_columns((ours[key], policy.single), (theirs[key], base.single))
+        names = list(match) or found[0]
         told_apart.update(names)
+        unclear.update(() if match else found[1])
         left, right = _by_values(ours[key], names), _by_values(theirs[key], names)
         alone[0] += len(left.keys() - right.keys())
         alone[1] += len(right.keys() - left.keys())
@@ -69,7 +85,7 @@ def paired(policy: SampleFile, base: SampleFile) -> Pairing:
             pairs.append((_joined(left[values], name), _joined(right[values], name)))
     if not pairs:
         raise InputError(f"{policy.name} and {base.name} have no prompt in common: sample the same prompts")
-    return Pairing(pairs, (alone[0], alone[1]), tuple(sorted(told_apart)), joined)
+    return Pairing(pairs, (alone[0], alone[1]), tuple(sorted(told_apart)), joined, tuple(sorted(unclear)))
 
 
 def prompts_of(file: SampleFile) -> list[Completions]:
@@ -83,25 +99,26 @@ def prompts_of(file: SampleFile) -> list[Completions]:
     return [_joined(rows, key) for (key, _), rows in groups.items()]
 
 
-def telling_columns(ours: Sequence[Completions], theirs: Sequence[Completions], *, single: bool) -> list[str]:
-    """The columns that tell apart rows of one content.
+Side = tuple[Sequence[Completions], bool]
+"""A file's rows of one content, and whether a row there is one sample."""
 
-    Args:
-        ours, theirs: the rows of that content in either file.
-        single: whether a row is one sample; then values that are all different number the samples.
-    """
-    if len(ours) == len(theirs) == 1:
-        return []
-    shared = set(ours[0].prompt.columns) & set(theirs[0].prompt.columns)
-    found: list[str] = []
-    for name in sorted(shared):
-        left, right = ([_frozen(row.prompt.columns.get(name)) for row in rows] for rows in (ours, theirs))
-        if set(left) != set(right) or len(set(left)) == 1:
+
+def telling_columns(ours: Side, theirs: Side) -> tuple[list[str], list[str]]:
+    """The columns that tell apart rows of one content, and those that may number samples instead."""
+    telling: list[str] = []
+    unclear: list[str] = []
+    if len(ours[0]) == len(theirs[0]) == 1:
+        return telling, unclear
+    for name in sorted(set(ours[0][0].prompt.columns) & set(theirs[0][0].prompt.columns)):
+        left, right = ([_frozen(row.prompt.columns.get(name)) for row in rows] for rows, _ in (ours, theirs))
+        shared = set(left) & set(right)
+        if len(set(left) | set(right)) == 1 or 2 * len(shared) < min(len(set(left)), len(set(right))) or not shared:
             continue
-        if single and (len(set(left)) == len(left) or len(set(right)) == len(right)):
-            continue
-        found.append(name)
-    return found
+        numbers = any(
+            single and len(set(values)) == len(values) > 1 for values, (_, single) in ((left, ours), (right, theirs))
+        )
+        (unclear if numbers else telling).append(name)
+    return telling, unclear if not telling else []
 
 
 def _by_content(rows: Sequence[Completions]) -> dict[str, list[Completions]]:
@@ -119,6 +136,10 @@ def _by_values(rows: Sequence[Completions], names: Sequence[str]) -> Mapping[tup
 
 
 def _frozen(value: Any) -> str:
+    """What equal values have in common: numbers by value, also as text (CSV), anything else as JSON."""
+    if isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError, OverflowError):
+            return repr(float(value))
     return json.dumps(value, sort_keys=True, default=str)
 
 

@@ -30,6 +30,7 @@ class Comparison:
     base: str = key("", "file of the base's samples: prompt, completions[], rewards[], or another tool's", "files")
     policy: str = key("", "file of the policy's samples of the same prompts", "files")
     columns: dict | list[str] | str = key({}, "other names of columns, e.g. prompt=question,rewards=score", "files")
+    match: list[str] = key([], "columns that tell equal prompts apart, e.g. answer; unset: they are found", "files")
     split: str | None = key(None, "split of a folder that has several", "files")
     requests: list[str] = key([], "request files of OpenAI batches, which hold the prompts", "files")
     output: str | None = key(None, "JSON file to write the result to", "files")
@@ -113,14 +114,17 @@ def read_pairs(asked: Comparison) -> list[Pair]:
     for file in (policy, base):
         for note in file.notes:
             say(f"{file.name}: {note}")
-    found = paired(policy, base)
+    found = paired(policy, base, asked.match)
     for file, count in zip((policy, base), found.alone, strict=True):
         if count:
             total = count + len(found.pairs)
             notice(f"{count} of {total} prompts in {file.name} are not in the other file and are left out")
     if found.told_apart:
         say(f"rows of equal prompts are told apart by {', '.join(map(repr, found.told_apart))}")
-    elif found.joined and not (policy.single or base.single):
+    if found.unclear:
+        names = " ".join(found.unclear)
+        notice(f"rows of equal prompts are taken as samples of one prompt; if not: --match {names} tells them apart")
+    elif found.joined and not found.told_apart and not (policy.single and base.single):
         say(f"{found.joined} rows have the prompt of another row: they are taken as further samples of it")
     return found.pairs
 

@@ -221,6 +221,55 @@ def test_a_number_of_the_sample_tells_nothing_apart_an_answer_does(tmp_path):
     assert found.told_apart == ("answer",)
 
 
+def answered(answers, shift=0, form=int):
+    return [
+        {"prompt": "q", "answer": form(a), "completions": ["a", "b"], "rewards": [10 * a + shift, 10 * a + 1 + shift]}
+        for a in answers
+    ]
+
+
+def test_a_row_that_one_file_lacks_stands_alone(tmp_path):
+    found = pair(tmp_path, answered([1, 3], 2), answered([1, 2, 3]))
+    assert [(p.rewards_M[0], b.rewards_M[0]) for p, b in found.pairs] == [(12, 10), (32, 30)]
+    assert found.alone == (0, 1) and found.told_apart == ("answer",) and found.joined == 0
+
+
+@pytest.mark.parametrize("form", [float, str])
+def test_five_is_five_however_it_is_written(form, tmp_path):
+    found = pair(tmp_path, answered([1, 2, 3], 2, form), answered([1, 2, 3]))
+    assert [(p.rewards_M[0], b.rewards_M[0]) for p, b in found.pairs] == [(12, 10), (22, 20), (32, 30)]
+
+
+def test_an_answer_with_one_sample_each_is_unclear_and_can_be_named(tmp_path):
+    def rows(shift):
+        return [{"prompt": "q", "answer": a, "completion": "c", "reward": 10 * a + shift} for a in (1, 2, 3)]
+
+    found = pair(tmp_path, rows(2), rows(0))
+    assert (len(found.pairs), found.unclear, found.told_apart) == (1, ("answer",), ())
+    files = [read_completions(str(tmp_path / f"{side}.jsonl")) for side in "pb"]
+    named = paired(*files, match=["answer"])
+    assert [(p.rewards_M.tolist(), b.rewards_M.tolist()) for p, b in named.pairs] == [
+        ([12], [10]),
+        ([22], [20]),
+        ([32], [30]),
+    ]
+    with pytest.raises(InputError, match=r"--match id: .*p.jsonl has no such column"):
+        paired(*files, match=["id"])
+
+
+def test_one_file_with_a_row_a_sample_beside_lists(tmp_path):
+    long = [
+        {"prompt": "q", "answer": str(a), "completion": text, "reward": 10 * a + 2 + i}
+        for a in (1, 2)
+        for i, text in enumerate("ab")
+    ]
+    found = pair(tmp_path, long, answered([1, 2]))
+    assert [(p.rewards_M.tolist(), b.rewards_M.tolist()) for p, b in found.pairs] == [
+        ([12, 13], [10, 11]),
+        ([22, 23], [20, 21]),
+    ]
+
+
 def test_what_one_file_alone_has_is_counted(tmp_path):
     found = pair(
         tmp_path,
