@@ -67,13 +67,13 @@ TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
 
 
 def template_variables(columns: Mapping[str, Any]) -> dict[str, Any]:
-    """The chat template's variables in a row's columns.
+    """The chat template's variables in a row's columns; tools may be JSON text, as in TRL.
 
     >>> template_variables({"chat_template_kwargs": {"enable_thinking": False}, "answer": 4, "tools": None})
     {'enable_thinking': False}
     """
-    found = dict(columns.get("chat_template_kwargs") or {})
-    return found | {"tools": columns["tools"]} if columns.get("tools") else found
+    found, tools = dict(columns.get("chat_template_kwargs") or {}), columns.get("tools")
+    return found | {"tools": json.loads(tools) if isinstance(tools, str) else tools} if tools else found
 
 
 def prompt_key(content: str | Messages, template: Mapping[str, Any] | None = None, occurrence: int = 0) -> str:

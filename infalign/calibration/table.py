@@ -220,8 +220,10 @@ class SampleTable:
         Rows of equal content get the samples of the table's rows of that content, in order.
 
         Raises:
-            InputError: prompts that were never calibrated, or without a single score; the first one is shown.
+            InputError: prompts that were never calibrated, or without a single score; the first one is shown. Or
+                samples that were scored with several values of the columns that the reward reads.
         """
+        self._check_one_score_each(reward)
         scored = {key: row[:count][~np.isnan(row[:count])] for key, row in self.rewards(reward).items()}
         further = [
             dataset[name] if name in dataset.column_names else [None] * len(dataset) for name in TEMPLATE_COLUMNS
@@ -240,6 +242,18 @@ class SampleTable:
                 "run `infalign calibrate` on these prompts"
             )
         return dataset.add_column(column, [row.tolist() for row in rows])
+
+    def _check_one_score_each(self, reward: str) -> None:
+        seen: dict[tuple[str, int], str | None] = {}
+        for path in self.scores_folder(reward).glob("[0-9]*.parquet"):
+            table = _read(path)
+            columns = table["columns"].to_pylist() if "columns" in table.column_names else [None] * len(table)
+            for key, index, digest in zip(table["key"].to_pylist(), table["index"].to_pylist(), columns, strict=True):
+                if seen.setdefault((key, index), digest) != digest:
+                    raise InputError(
+                        f"{self.folder}: samples were scored with several values of the columns that the reward reads: "
+                        "train with the recipe, which picks those of the data, or run calibrate --overwrite first"
+                    )
 
     def _planned_counts(self) -> dict[str, int]:
         return {self.key_of(key): end for segment in self.segments for key, _, end in segment.rows}

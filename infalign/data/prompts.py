@@ -6,6 +6,8 @@ A row is known by its exact content; rows of equal content are counted, so that 
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,8 +20,8 @@ from infalign.types import TEMPLATE_COLUMNS, InputError, Messages, Prompt, promp
 
 DataFormat = Literal["auto", "prompt", "transcript"]
 DATA_FORMATS = ("auto", "prompt", "transcript")
-RESERVED_COLUMNS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
-"""Arguments that every reward call fills itself: no column may have such a name."""
+RESERVED_COLUMNS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "self")
+"""Arguments that every reward call fills itself: columns of such names are left out, which is said."""
 
 Content = TypeVar("Content")
 
@@ -113,7 +115,7 @@ def prompts_from_rows(
     """Check rows and turn each into a prompt.
 
     Raises:
-        InputError: no rows, a missing or reserved column, or bad prompts (all of them counted, the first five shown).
+        InputError: no rows, a missing column, or bad prompts (all of them counted, the first five shown).
 
     >>> prompts_from_rows([{"prompt": "hi", "answer": "4"}], "rows").prompts[0].columns
     {'answer': '4'}
@@ -125,12 +127,15 @@ def prompts_from_rows(
         raise InputError(f"{where}: some prompts are text and some are chats; make them alike")
     columns = [_further(row, form) for row in rows]
     note = how_read(form, rows)
+    taken = [name for name in RESERVED_COLUMNS if name not in form.columns and any(name in row for row in rows)]
+    names = ", ".join(map(repr, taken))
+    left_out = f"columns are left out that are called like an argument of every reward: {names}" if taken else None
     return LoadedPrompts(
         numbered(zip(contents, columns, strict=True)),
         source,
         form.format,
         tuple(dict.fromkeys(name for row in columns for name in row)),
-        () if note is None else (note,),
+        tuple(line for line in (note, left_out) if line is not None),
     )
 
 
@@ -140,7 +145,7 @@ def prompts_or_problems(
     """All rows in order, each a prompt or what is wrong with it; and what `prompts_from_rows` gives of the usable ones.
 
     Raises:
-        InputError: no rows, a missing or reserved column, or not a single usable prompt.
+        InputError: no rows, a missing column, or not a single usable prompt.
     """
     form = _form_of(rows, source, prompt_column, data_format)
     problems: dict[int, BadRow] = {}
@@ -175,9 +180,6 @@ def _form_of(rows: Sequence[Row], source: str, prompt_column: str, data_format: 
     if not rows:
         raise InputError(f"{source}: no rows")
     form = find_form(next((row for row in rows if row), rows[0]), source, prompt_column, data_format)
-    reserved = [name for row in rows for name in row if name in RESERVED_COLUMNS and name not in form.columns]
-    if reserved:
-        raise InputError(f"{source}: the column name {reserved[0]!r} is taken by the reward call; rename the column")
     return form
 
 
@@ -186,6 +188,9 @@ def _content(row: Row, form: Form) -> str | Messages:
     content = form.read(row)
     for name, kind, wanted in zip(TEMPLATE_COLUMNS, (list, dict), ("a list of tools", "a mapping"), strict=True):
         value = row.get(name)
+        if name == "tools" and isinstance(value, str) and value:
+            with contextlib.suppress(ValueError, RecursionError):
+                value = json.loads(value)
         if value is not None and not isinstance(value, kind) and not isinstance(content, str):
             raise InputError(f"{name} must be {wanted}, got {value!r:.40}")
     return content
@@ -193,7 +198,7 @@ def _content(row: Row, form: Form) -> str | Messages:
 
 def _further(row: Row, form: Form) -> dict[str, Any]:
     """The row's columns that its prompt is not made of."""
-    return {name: value for name, value in row.items() if name not in form.columns}
+    return {name: value for name, value in row.items() if name not in form.columns and name not in RESERVED_COLUMNS}
 
 
 def read_checked(rows: Sequence[Row], where: str, read: Callable[[Row], Content]) -> list[Content]:
@@ -203,14 +208,21 @@ def read_checked(rows: Sequence[Row], where: str, read: Callable[[Row], Content]
         InputError: with the rows that cannot be read: how many, and the first five with their numbers (from 1).
     """
     contents: list[Content] = []
-    problems: list[str] = []
+    problems: dict[str, list[int]] = {}
     for number, row in enumerate(rows, start=1):
         try:
             contents.append(read(row))
         except InputError as error:
-            problems.append(f"row {number}: {error}")
+            problems.setdefault(str(error), []).append(number)
     if problems:
-        more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-        head = f"{where}: {len(problems)} of {len(rows)} rows cannot be used: "
-        raise InputError(head + "; ".join(problems[:_SHOWN]) + more)
+        count = sum(map(len, problems.values()))
+        shown = [_told(words, numbers) for words, numbers in list(problems.items())[:_SHOWN]]
+        more = f"; and {len(problems) - _SHOWN} other problems" if len(problems) > _SHOWN else ""
+        raise InputError(f"{where}: {count} of {len(rows)} rows cannot be used: {'; '.join(shown)}{more}")
     return contents
+
+
+def _told(problem: str, rows: Sequence[int]) -> str:
+    """A problem with the first rows that have it: "row 3: ...", "rows 1, 2, 3, 4, 5 and 7 more: ..."."""
+    more = f" and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else ""
+    return f"row{'s' if len(rows) > 1 else ''} {', '.join(map(str, rows[:_SHOWN]))}{more}: {problem}"

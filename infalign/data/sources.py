@@ -31,6 +31,7 @@ COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4")
 _BUILDERS = {"json", "csv", "parquet", "text"}
 _SPLIT_WORDS = {"train", "test", "validation", "valid", "val", "dev", "eval"}
 _PARQUET_ROWS = 1024  # at a time
+_EXTRA = "\0extra"  # fields beyond the header's
 DEEPEST = 100
 """Levels of lists and objects in a row: what reads, copies and writes them again recurses."""
 
@@ -71,6 +72,11 @@ def read_rows(
         hub = importlib.import_module("infalign.data.hub")
         return hub.load_rows(name, config=config, split=split, data_dir=data_dir, data_files=data_files)
     if path.is_file():
+        if "[" in split:
+            raise InputError(
+                f"split {split!r} of the file {path}: slices are read from the Hub only; give num_train_prompts, or a "
+                "file of those rows"
+            )
         return read_file(path, text_column)
     folder = path / data_dir if data_dir else path
     if any((folder / marker).is_file() for marker in ("state.json", "dataset_dict.json")):
@@ -273,11 +279,12 @@ def _table(path: Path) -> Iterator[Row]:
     if delimiter not in head and ";" in head:  # as spreadsheets write it where the comma is a decimal point
         delimiter = ";"
     with _text(path, newline="") as file:
-        reader = csv.DictReader(file, restkey="", strict=True, delimiter=delimiter)
+        reader = csv.DictReader(file, restkey=_EXTRA, strict=True, delimiter=delimiter)
         try:
             for number, row in enumerate(reader, start=1):
-                if "" in row:
+                if any(row.pop(_EXTRA, ())):
                     raise InputError(f"{path}, row {number}: more fields than the header has; quote the commas")
+                row.pop("", None)  # a column without a name: pandas' index, or a comma at the end of the line
                 yield row
         except csv.Error as error:
             kind = "TSV" if delimiter == "\t" else "CSV"

@@ -163,11 +163,12 @@ def _from_text(value: Any, hint: Any) -> Any:
 
 
 def _scalar(word: str) -> Any:
-    """A word as YAML reads it; as it stands where it is no YAML (`--system_prompt "Answer: yes: no"`)."""
+    """A word as YAML reads it; a text as it was typed, with its quotes, line breaks and ` #`."""
     try:
-        return yaml.load(word, Loader=_StrictLoader)
-    except (yaml.YAMLError, InputError):
+        read = yaml.load(word, Loader=_StrictLoader)
+    except (yaml.YAMLError, InputError):  # `--system_prompt "Answer: yes: no"`
         return word
+    return word if isinstance(read, str) else read
 
 
 def coerce(value: Any, hint: Any) -> Any:

@@ -45,7 +45,7 @@ def tell(result: Mapping[str, Any]) -> None:
         say(f"  {judge_line(result['pairwise'])}")
 
 
-_WIDTHS = (9, 10, 18, 8, 12, 14, 18, 16)
+_WIDTHS = (9, 10, 18, 8, 12, 14, 20, 16)
 
 
 def _shown(value: float | None, digits: int) -> str:

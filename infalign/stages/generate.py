@@ -19,7 +19,7 @@ from typing import Any
 
 from infalign.data.columns import parse_columns, renamed
 from infalign.data.prompts import BadRow, LoadedPrompts, prompts_or_problems
-from infalign.data.sources import iter_rows
+from infalign.data.sources import COMPRESSED, iter_rows
 from infalign.data.templates import check_lengths
 from infalign.decoding.course import Strategy
 from infalign.decoding.decode import Decoded, decode, plan_decoding
@@ -90,6 +90,8 @@ def generate(
     path = Path(output).absolute() if output else recipe.output / "generations.jsonl"
     if path.is_dir():
         raise InputError(f"--output {path} is a folder: name a file")
+    if path.suffix.lower() in (".csv", ".tsv", ".parquet", *COMPRESSED):
+        raise InputError(f"--output {path}: what is written is JSON lines: name it .jsonl")
     if (
         prompts is not None
         and path.exists()

@@ -130,6 +130,9 @@ class CTRLTrainer(RLOOTrainer):
         if missing := missing_packages(vars(args)):
             raise InputError("; ".join(missing))
         args.beta = _resolve_beta(args, self.ctrl_reward)
+        if isinstance(train_dataset, dict):
+            names = ", ".join(map(repr, train_dataset))
+            raise InputError(f"train_dataset is a dictionary of data sets ({names}): give one, e.g. dataset['train']")
         if self.ctrl_reward is not None:
             _require_weight_one(functions, self.ctrl_reward, args.reward_weights)
             _require_references(self.ctrl_reward, train_dataset, eval_dataset)

@@ -169,6 +169,20 @@ def test_attach_gives_rows_of_equal_content_their_own_references(tmp_path):
     assert len(table.attach(Dataset.from_dict({"prompt": ["hi", "yo", "hi"]}), reward.fingerprint)) == 3
 
 
+def test_attach_does_not_choose_between_scores_of_several_columns(tmp_path):
+    def right(completions, answer, **_):
+        return [float(a == c) for a, c in zip(answer, completions, strict=True)]
+
+    reward = load_reward(right, name="right")
+    table = SampleTable.open(tmp_path / "t", {"model": "m"})
+    data = Dataset.from_dict({"prompt": ["hi"]})
+    fill_with(table, numbered([("hi", {"answer": "0"})]), reward)
+    assert table.attach(data, reward.fingerprint)["ref_rewards"][:] == [[1, 0, 0]]
+    fill_with(table, numbered([("hi", {"answer": "2"})]), reward)
+    with pytest.raises(InputError, match="scored with several values of the columns that the reward reads"):
+        table.attach(data, reward.fingerprint)
+
+
 def test_keys_of_tables_written_now_are_not_translated(tmp_path):
     table = SampleTable.open(tmp_path / "t", {"model": "m"})
     table.request([Wanted(prompt, (1,), 1) for prompt in numbered([("Hi", {})])], 10)

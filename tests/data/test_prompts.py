@@ -202,8 +202,11 @@ def test_bad_prompts_are_named_with_their_row(row, message):
 
 
 def test_all_problems_are_collected():
-    with pytest.raises(InputError, match=r"8 of 8 rows.*row 5: the prompt is empty; and 3 more$"):
+    with pytest.raises(InputError, match=r"8 of 8 rows.*: rows 1, 2, 3, 4, 5 and 3 more: the prompt is empty$"):
         prompts_from_rows([{"prompt": ""}] * 8, "rows")
+    rows = [{"prompt": number} for number in range(7)]
+    with pytest.raises(InputError, match=r"7 of 7 rows.*; row 5: the prompt is 4, .*; and 2 other problems$"):
+        prompts_from_rows(rows, "rows")
 
 
 def test_a_missing_column_names_those_there_are():
@@ -218,8 +221,9 @@ def test_a_missing_column_names_those_there_are():
 
 
 def test_reserved_columns_empty_data_and_unknown_formats():
-    with pytest.raises(InputError, match="column name 'completions' is taken"):
-        prompts_from_rows([{"prompt": "x", "completions": "y"}], "rows")
+    loaded = prompts_from_rows([{"prompt": "x", "completions": "y", "self": 1, "id": 2}], "rows")
+    assert loaded.prompts[0].columns == {"id": 2} and "left out" in loaded.notes[0]
+    assert loaded.notes[0].endswith("argument of every reward: 'completions', 'self'")
     with pytest.raises(InputError, match="rows: no rows"):
         prompts_from_rows([], "rows")
     with pytest.raises(InputError, match="data_format 'chat' is unknown; one of auto, prompt, transcript"):

@@ -48,6 +48,29 @@ def test_every_format_in_every_packing(form, suffix, tmp_path):
     assert read_rows(str(path)) == ROWS == list(iter_rows(str(path)))
 
 
+def test_pandas_index_and_commas_at_the_ends_of_lines(tmp_path):
+    (tmp_path / "a.csv").write_text(",prompt,tag\n0,x,a\n1,y,b\n")
+    (tmp_path / "b.csv").write_text("prompt,tag,\nx,a,\ny,b,\n")
+    (tmp_path / "c.csv").write_text("prompt,tag\nx,a,\ny,b,\n")
+    wanted = [{"prompt": "x", "tag": "a"}, {"prompt": "y", "tag": "b"}]
+    assert all(read_rows(str(tmp_path / f"{name}.csv")) == wanted for name in "abc")
+
+
+def test_a_slice_of_a_file_is_refused(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(jsonl(ROWS))
+    with pytest.raises(
+        InputError, match=r"split 'train\[:50%\]' of the file .*a.jsonl: slices are read from the Hub only"
+    ):
+        load_prompts("a.jsonl", split="train[:50%]", base_dir=tmp_path)
+
+
+def test_tools_may_be_json_text(tmp_path):
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    row = {"prompt": [{"role": "user", "content": "a"}], "tools": json.dumps(tools)}
+    (tmp_path / "a.jsonl").write_bytes(jsonl([row]))
+    assert load_prompts("a.jsonl", base_dir=tmp_path).prompts[0].template == {"tools": tools}
+
+
 def test_depth_counts_not_the_number_of_lists(tmp_path):
     row = {"prompt": "a", "x": [[i] for i in range(500)], "y": {"a": {"b": [1]}}}
     (tmp_path / "a.jsonl").write_bytes(jsonl([row]))

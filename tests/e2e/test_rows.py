@@ -197,7 +197,7 @@ def _flags(base, tmp_path) -> list[str]:
 
 
 def test_rows_without_a_single_prompt_are_refused(base, tmp_path):
-    with pytest.raises(InputError, match="2 of 2 rows cannot be used: row 1: the prompt is empty"):
+    with pytest.raises(InputError, match="2 of 2 rows cannot be used: rows 1, 2: the prompt is empty"):
         generated(base, write(tmp_path / "p.jsonl", [{"prompt": ""}, {"prompt": " "}]), tmp_path / "o.jsonl")
 
 

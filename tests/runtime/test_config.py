@@ -210,3 +210,13 @@ class TestRecipe:
         hints = {name: hint for name, hint in field_hints(Recipe).items() if name not in ("training", "base_dir")}
         defaults = Recipe()
         check({name: getattr(defaults, name) for name in hints}, {}, hints)
+
+
+@pytest.mark.parametrize(
+    "text", ["Be brief # and kind", "two\nlines", "'quoted'", '"quoted"', "  padded ", "/x/run #1/out", "5", "a: b"]
+)
+def test_a_text_flag_is_what_was_typed(text):
+    """A shell's word, not a line of YAML: comments, quotes and line breaks are part of it."""
+    hints = {"system_prompt": str | None, "output_dir": str}
+    for name in hints:
+        assert check({}, {name: text}, hints)[name] == text

@@ -151,6 +151,12 @@ def test_a_file_that_is_not_there(keys, tmp_path):
         generate(load_recipe(keys), prompts="nowhere.txt", output=str(tmp_path))
 
 
+def test_an_output_that_promises_another_format(keys, tmp_path):
+    for name in ("a.csv", "a.jsonl.gz"):
+        with pytest.raises(InputError, match="what is written is JSON lines"):
+            generate(load_recipe(keys), output=str(tmp_path / name))
+
+
 def test_standard_streams_are_one_process_own(keys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InputError, match="--prompts - and --output - are one process' own"):
