@@ -9,10 +9,11 @@ _NUMBER = r"(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?|\.\d+)"
 _FRACTION = r"\\[dt]?frac\s*(?:\{\s*(-?[\d.]+)\s*\}|(\d))\s*(?:\{\s*([\d.]+)\s*\}|(\d))"
 _SIGN = r"(?:(?<![\w.)\]}])[-+])?"  # in 1-5 it is none
 _IN_TEXT = re.compile(rf"{_SIGN}(?:\d+ +)?{_NUMBER} ?/ ?{_NUMBER}|{_SIGN}{_NUMBER}")
-_UNIT = r"%|(?!pi$)[a-z][a-z ]*[a-z](?: ?\^\{?\d\}?)?"
-_VALUE = re.compile(rf"([-+]?)(?:(?:(\d+) )?({_NUMBER})/({_NUMBER})|({_NUMBER})) ?({_UNIT})?")
+_SHORT = r"(?:[cmk]m|[mk]g|m[ls]|hrs?|min|mph|kph|ft|in|lbs?|oz|[ap]m)"  # units; 6xy is a product
+_UNIT = rf" ?%| ?{_SHORT}(?: ?\^\d)?| (?:[a-z]{{3,}}|[a-z]{{2,}}(?: [a-z]{{2,}})+)(?: ?\^\d)?"
+_VALUE = re.compile(rf"([-+]?)(?:(?:(\d+) )?({_NUMBER})/({_NUMBER})|({_NUMBER}))({_UNIT})?")
 _STYLE = re.compile(r"\\(?:text|mathrm|mathbf|textbf|mbox)\s*\{([^{}]*)\}")
-_SPACING = re.compile(r"\\left|\\right|\\[,;:! ]|\^\s*\{?\\circ\}?|°|\\[()\[\]]|\\?\$")
+_SPACING = re.compile(r"\\left|\\right|(?<!\\)\\[,;:! ]|\^\s*\{?\\circ\}?|°|\\[()\[\]]|\\?\$")
 
 
 def build(column="answer", tolerance=1e-6):
@@ -35,7 +36,8 @@ def build(column="answer", tolerance=1e-6):
 def _score(text, answer, tolerance):
     if answer is None or not str(answer).strip():
         return None
-    wanted = _plain(_marked(str(answer)) or str(answer))
+    answer = ", ".join(map(str, answer)) if isinstance(answer, list) else str(answer)
+    wanted = _plain(_marked(answer) or answer)
     given = _plain(_marked(text) or _last_number(text) or text)
     left, right = _value(wanted), _value(given)
     if left is None or right is None:
@@ -75,7 +77,8 @@ def _simple(text):
 def _plain(text):
     text = _SPACING.sub(" ", _STYLE.sub(r" \1 ", _simple(text)))
     text = " ".join(text.casefold().split()).rstrip(". ")
-    text = re.sub(r"\s*([,=(){}\[\]/])\s*", r"\1", text)
+    text = re.sub(r"(?<!\w) | (?!\w)", "", text)  # white space counts between two words only
+    text = re.sub(r"\{(\w)\}", r"\1", text)  # x^{2}
     text = re.sub(r"^[a-z]=", "", text)  # x = 5
     return re.sub(r"^\((\w)\)$", r"\1", text)  # (E)
 

@@ -57,6 +57,12 @@ RIGHT = [
     (r"\boxed{\left(3, \frac{\pi}{2} \right)}", r"\left( 3, \frac{\pi}{2} \right)"),
     (r"\boxed{\sqrt{2}}", r"$\sqrt{2}$"),
     (r"\boxed{3, 4}", "3,4"),
+    (r"\boxed{2\pi}", r"2 \pi"),
+    (r"\boxed{\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"),
+    (r"\boxed{\sqrt2}", r"\sqrt{2}"),
+    (r"\boxed{x^2 + 1}", "x^{2}+1"),
+    ("5cm", "5"),
+    (r"\boxed{5 apples}", "5"),
 ]
 WRONG = [
     (r"\boxed{\frac{1}{2}}", "2"),
@@ -65,6 +71,8 @@ WRONG = [
     (r"\boxed{2\pi}", "2"),
     (r"\boxed{2 pi}", "2"),
     (r"\boxed{2x}", "2"),
+    (r"\boxed{6xy}", "6"),
+    (r"\boxed{6 x y}", "6"),
     (r"\boxed{\sqrt{2}}", "2"),
     ("1-5", "-5"),
     ("-5", "5"),
