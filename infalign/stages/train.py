@@ -24,6 +24,7 @@ from infalign.stages.output import STARTED, leaves_nothing, refuse_stale_start, 
 from infalign.stages.policy_folder import initial_model, load_initial_adapter, save_policy
 from infalign.stages.recipe import Recipe, require_plain
 from infalign.stages.training_keys import adapter_of, split_training
+from infalign.training.checks import best_model_settings, check_loop
 from infalign.training.config import CTRLConfig
 from infalign.training.packages import missing_packages
 from infalign.training.progress import TrainingProgress, quiet
@@ -217,8 +218,14 @@ def training_arguments(experiment: Experiment) -> CTRLConfig:
         "bf16": None,
         "dataloader_pin_memory": torch.cuda.is_available() and not recipe.use_cpu,
     }
+    if ours.get("eval_strategy", "no") != "no" and not recipe.num_validation_prompts:
+        raise InputError(
+            f"eval_strategy {ours['eval_strategy']} needs prompts that are held out for it: set num_validation_prompts"
+        )
     try:
-        return CTRLConfig(**{**defaults, **ours, **shared})
+        arguments = CTRLConfig(**{**defaults, **best_model_settings(ours), **ours, **shared})
+        check_loop(arguments)
+        return arguments
     except InputError:
         raise
     except (ValueError, TypeError, ImportError) as error:

@@ -1,4 +1,4 @@
-"""What must hold at step 0, where the policy still is the base: its KL is 0 and its mean calibrated reward 1/2."""
+"""What must hold before training, and at step 0, where the policy still is the base: KL 0, calibrated mean 1/2."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from transformers import get_scheduler
 
 from infalign.types import InputError
 
@@ -46,6 +48,56 @@ def check_batch(arguments: Any, prompts: int) -> None:
             f"{prompts} training prompts are fewer than the {needed} of one batch (per_device_train_batch_size x "
             "processes x steps_per_generation / num_generations): add prompts, or lower per_device_train_batch_size"
         )
+
+
+MEASURED = ("winrate", "winrate_1", "kl_seq")
+"""What `evaluate` measures during training, and `metric_for_best_model` may name."""
+
+
+def best_model_settings(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """`metric_for_best_model` and `greater_is_better` where something needs them and the recipe leaves them out.
+
+    Args:
+        keys: of the recipe.
+
+    Raises:
+        InputError: a metric that is not measured.
+
+    >>> best_model_settings({"load_best_model_at_end": True})
+    {'metric_for_best_model': 'winrate', 'greater_is_better': True}
+    """
+    if not keys.get("load_best_model_at_end") and keys.get("lr_scheduler_type") != "reduce_lr_on_plateau":
+        return {}
+    metric = keys.get("metric_for_best_model") or "winrate"
+    if metric.removeprefix("eval_") not in MEASURED:
+        raise InputError(
+            f"metric_for_best_model {metric!r} is not measured; one of {', '.join(MEASURED)} (left out: winrate)"
+        )
+    return {"metric_for_best_model": metric, "greater_is_better": not metric.endswith("kl_seq")}
+
+
+def check_loop(arguments: Any) -> None:
+    """What only the training loop would find: the optimizer's rate, the schedule, the data loader.
+
+    Args:
+        arguments: a `CTRLConfig`.
+
+    Raises:
+        InputError: one of them can't be built; the library's words are passed on.
+    """
+    if arguments.dataloader_persistent_workers and not arguments.dataloader_num_workers:
+        raise InputError("dataloader_persistent_workers needs dataloader_num_workers above 0: leave it out")
+    if not (math.isfinite(arguments.learning_rate) and arguments.learning_rate >= 0):
+        raise InputError(f"learning_rate must be a number of at least 0, got {arguments.learning_rate}")
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=arguments.learning_rate)
+    kind, options = str(getattr(arguments.lr_scheduler_type, "value", arguments.lr_scheduler_type)), {}
+    try:
+        options = dict(arguments.lr_scheduler_kwargs or {})
+        get_scheduler(kind, optimizer, 1, 10, scheduler_specific_kwargs=options)
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"lr_scheduler_type {kind} with lr_scheduler_kwargs {options}: {' '.join(str(error).split())}"
+        ) from error
 
 
 def check_kl_at_start(kl_B: NDArray[np.float64], policy: str, reference: str) -> None:

@@ -73,6 +73,12 @@ class TestSignature:
         assert {"rewards/ctrl/mean", "rewards/short/mean"} <= subject.state.log_history[0].keys()
 
 
+def test_a_dictionary_of_splits_is_no_training_set(llama, tmp_path):
+    splits = DatasetDict({"train": references(), "test": references()})
+    with pytest.raises(InputError, match=r"train_dataset is a dictionary of data sets \('train', 'test'\): give one"):
+        CTRLTrainer(llama, CTRLReward(token_sum, identity), CTRLConfig(**config(tmp_path)), splits)
+
+
 class TestHeldOut:
     def subject(self, llama, folder, held_out, **changes):
         return CTRLTrainer(
