@@ -28,11 +28,22 @@ def load_procedure(recipe: Recipe) -> Procedure:
     return find_procedure(recipe.procedure, recipe.n, recipe.procedure_kwargs, recipe.base_dir)
 
 
+_NEEDS = {
+    "kth_of_n": ("k", "{k: 2} for the second best"),
+    "soft_best_of_n": ("tilt", "{tilt: 8}"),
+    "random_n": ("pmf", "{pmf: [0.5, 0.5]}, the chances of 1, 2, ... samples"),
+}
+"""What a built-in procedure takes beside n, with an example."""
+
+
 def find_procedure(name: str, n: int, kwargs: Mapping[str, Any], base_dir: Path) -> Procedure:
     """The procedure of that name; errors as `load_procedure`."""
     arguments: dict[str, Any] = dict(kwargs)
     if name in BUILT_IN:
         build: Any = BUILT_IN[name]
+        wanted, example = _NEEDS.get(name, ("", ""))
+        if wanted and wanted not in arguments:
+            raise InputError(f"procedure {name} needs procedure_kwargs: {example}")
         arguments = arguments if name == "random_n" else {"n": n, **arguments}
     else:
         found = find_object(name, base_dir, what="procedure") if ":" in name or "." in name else None

@@ -375,7 +375,7 @@ def test_run_and_dry_run_refuse_before_any_work(flags, message, calibrated, tmp_
     ("flags", "message"),
     [
         (["--report_to", "nonexist"], "the training keys do not fit: nonexist is not supported"),
-        (["--eval_strategy", "steps"], "the training keys do not fit"),
+        (["--eval_strategy", "steps"], "eval_strategy steps needs prompts that are held out for it"),
         (["--resume_from_checkpoint", "nope"], "nope is no whole checkpoint: there is no such folder"),
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 
@@ -100,3 +102,11 @@ def test_transforms_that_are_none(keys, message, own):
 def test_a_procedure_that_is_none(own):
     with pytest.raises(InputError, match="gave str, not an infalign Procedure"):
         load_procedure(load_recipe(own, {"procedure": "own.py:wrong", "procedure_kwargs": {"n": 1}}))
+
+
+@pytest.mark.parametrize(
+    ("name", "example"), [("kth_of_n", "{k: 2}"), ("soft_best_of_n", "{tilt: 8}"), ("random_n", "{pmf: [0.5, 0.5]}")]
+)
+def test_a_built_in_says_what_else_it_takes(name, example):
+    with pytest.raises(InputError, match=f"procedure {name} needs procedure_kwargs: {re.escape(example)}"):
+        load_procedure(load_recipe({"procedure": name}))
