@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from infalign.rewards.fingerprint import callable_digest, digest
 from infalign.rewards.lookup import find_object
 from infalign.runtime.config import nearest
@@ -15,7 +13,7 @@ from infalign.stages.recipe import Recipe
 from infalign.theory.optimum import optimal_transform
 from infalign.theory.procedures import BUILT_IN, Procedure
 from infalign.theory.tilted import tilt
-from infalign.theory.transforms import CATALOGUE
+from infalign.theory.transforms import CATALOGUE, check_transform
 from infalign.types import InputError
 
 
@@ -97,19 +95,7 @@ def _catalogue_transform(recipe: Recipe) -> Any:
     transform = (
         _called(found.value, recipe.transform_kwargs, "transform", name) if recipe.transform_kwargs else found.value
     )
-    probe = np.linspace(0.01, 0.99, 9)
-    try:
-        values = np.asarray(transform(probe), dtype=np.float64)
-    except Exception as error:  # a user's function may raise anything
-        raise InputError(
-            f"transform {name!r} fails on an array of 9 quantiles: {type(error).__name__}: {error}"
-        ) from error
-    if values.shape != probe.shape or not np.isfinite(values).all():
-        raise InputError(
-            f"transform {name!r} must map an array of quantiles in (0, 1) to finite values of the same shape"
-        )
-    if not np.ptp(values) > 0:
-        raise InputError(f"transform {name!r} is constant: it must tell low quantiles from high ones")
+    check_transform(transform, f"transform {name!r}")
     return transform
 
 

@@ -155,3 +155,26 @@ def _checked(u: ArrayLike) -> Floats:
     if np.any((u < 0) | (u > 1)):
         raise InputError(f"u must lie in [0, 1]: a calibrated reward; got values in [{np.nanmin(u)}, {np.nanmax(u)}]")
     return u[()]
+
+
+def check_transform(transform: Callable[[Floats], object], what: str) -> None:
+    """See that a function maps quantiles to finite values that are not all the same.
+
+    Args:
+        transform: a user's, of an array of quantiles in (0, 1).
+        what: it is called in the message.
+
+    Raises:
+        InputError: it fails, changes the shape, is not finite, or is constant.
+
+    >>> check_transform(identity, "identity")
+    """
+    probe = np.linspace(0.01, 0.99, 9)
+    try:
+        values = np.asarray(transform(probe), dtype=np.float64)
+    except Exception as error:  # a user's function may raise anything
+        raise InputError(f"{what} fails on an array of 9 quantiles: {type(error).__name__}: {error}") from error
+    if values.shape != probe.shape or not np.isfinite(values).all():
+        raise InputError(f"{what} must map an array of quantiles in (0, 1) to finite values of the same shape")
+    if not np.ptp(values) > 0:
+        raise InputError(f"{what} is constant: it must tell low quantiles from high ones")

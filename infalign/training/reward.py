@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from infalign.calibration.quantile import Method, calibrate, clip_to_open
 from infalign.rewards.loader import Reward, load_reward
 from infalign.runtime.distributed import together
+from infalign.theory.transforms import check_transform
 from infalign.types import InputError, RewardError
 
 DATA_COLUMNS = "infalign_columns"
@@ -54,6 +55,7 @@ class CTRLReward:
             raise InputError(
                 f"transform must be a function of the quantile, got {transform!r}: e.g. optimal_transform(...)"
             )
+        check_transform(transform, f"transform {transform!r:.80}")
         self.raw = reward if isinstance(reward, Reward) else load_reward(reward, on_error=on_error)
         self.transform = transform
         self.method: Method = method

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import numpy as np
 import pytest
@@ -456,7 +457,24 @@ def test_ctrl_reward_without_scores_and_without_references():
         reward(prompts=["p"], completions=["a"])
 
 
-def test_a_transform_that_is_not_finite_is_refused():
-    reward = CTRLReward(lambda completions, **_: [1.0] * len(completions), lambda u: u / 0.0)
-    with pytest.raises(RewardError, match="not finite"), np.errstate(all="ignore"):
-        reward(prompts=["p"], completions=["a"], ref_rewards=[[0.0, 2.0]])
+@pytest.mark.parametrize(
+    ("transform", "message"),
+    [
+        (math.log, "fails on an array of 9 quantiles: TypeError"),
+        (lambda u: 1.0, "finite values of the same shape"),
+        (lambda u: u / 0.0, "finite values of the same shape|fails on an array"),
+        (lambda u: np.ones_like(u), "is constant"),
+    ],
+)
+def test_a_function_that_is_no_transform_is_refused_before_training(transform, message):
+    with pytest.raises(InputError, match=message), np.errstate(all="ignore"):
+        CTRLReward(lambda completions, **_: [1.0] * len(completions), transform)
+
+
+def test_a_transform_that_turns_out_not_to_be_finite_is_refused():
+    def bounded(u):
+        return np.where(u > 0.995, np.inf, u)
+
+    reward = CTRLReward(lambda completions, **_: [1.0] * len(completions), bounded)
+    with pytest.raises(RewardError, match="not finite"):
+        reward(prompts=["p"], completions=["a"], ref_rewards=[[0.0] * 300])
