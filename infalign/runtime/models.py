@@ -186,7 +186,19 @@ def load_policy(
             )
     except (OSError, ValueError, ImportError) as error:
         raise InputError(_cannot_load("model", name_or_path, error)) from error
+    keep_four_bits_plain(model)
     return (model if quantization is not None else model.to(device)).eval()
+
+
+def keep_four_bits_plain(model: torch.nn.Module) -> None:
+    """Keep the 4-bit weights of a model on a CPU in their plain layout.
+
+    In eval mode bitsandbytes repacks them for AVX512. The packed product has no gradient (training would go on without
+    one after its first rollout), rounds to bfloat16, and needs widths of a multiple of 64.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 @contextlib.contextmanager

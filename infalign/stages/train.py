@@ -85,7 +85,7 @@ def train(recipe: Recipe, experiment: Experiment | None = None) -> dict[str, Any
     parts = training_parts(experiment)
     if reusable(folder, "policy", parts, recipe.overwrite):
         say(f"policy: {folder} is trained already")
-        if isinstance(_checkpoint(recipe), str):
+        if isinstance(checkpoint_of(recipe), str):
             notice("resume_from_checkpoint is left aside: the policy is finished (--overwrite with other settings)")
         return {"folder": folder, "trained": False}
     with together():  # every rank looks, and one of them speaks
@@ -102,7 +102,7 @@ def train(recipe: Recipe, experiment: Experiment | None = None) -> dict[str, Any
     if is_main():
         sweep_temporaries(folder)
         write_json(folder / STARTED, {"parts": parts})
-    trainer.train(resume_from_checkpoint=_checkpoint(recipe))
+    trainer.train(resume_from_checkpoint=checkpoint_of(recipe))
     if trainer.on_signal.stopped and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(
             f"stopped by SIGTERM at step {trainer.state.global_step} of {trainer.state.max_steps}, a checkpoint is "
@@ -263,7 +263,7 @@ class _RowsByNumber:
         return {name: [self.rows[number][name] for number in batch["row"]] for name in self.rows[0]}
 
 
-def _checkpoint(recipe: Recipe) -> str | bool:
+def checkpoint_of(recipe: Recipe) -> str | bool:
     """The checkpoint that the recipe names, or True for the newest whole one of a run that was stopped."""
     named = recipe.training.get("resume_from_checkpoint")
     return named if isinstance(named, str) and named.lower() not in ("true", "false") else True

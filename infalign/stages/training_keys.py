@@ -11,15 +11,18 @@ from trl import ModelConfig, RewardConfig, get_peft_config, get_quantization_con
 from infalign.runtime.config import field_hints
 from infalign.training.config import CTRLConfig
 
+_AS_TRL_READS = {"resume_from_checkpoint": bool | str | None, "lora_target_modules": list[str] | str | None}
+"""Keys that TRL's documentation gives values of another type than their declaration says: true, "all-linear"."""
+
 
 def training_hints() -> dict[str, Any]:
     """Every field of `CTRLConfig` and TRL's `ModelConfig` with its type."""
-    return field_hints(CTRLConfig, ModelConfig)
+    return field_hints(CTRLConfig, ModelConfig) | _AS_TRL_READS
 
 
 def reward_training_hints() -> dict[str, Any]:
     """Every field of TRL's `RewardConfig` and `ModelConfig` with its type."""
-    return field_hints(RewardConfig, ModelConfig)
+    return field_hints(RewardConfig, ModelConfig) | _AS_TRL_READS
 
 
 def split_training(values: dict[str, Any], config: type = CTRLConfig) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -48,6 +48,7 @@ from infalign.runtime.console import notice, say
 from infalign.runtime.distributed import any_rank, barrier, is_main, together, world_size
 from infalign.runtime.launch import check_started
 from infalign.runtime.layout import columnwise
+from infalign.runtime.models import keep_four_bits_plain
 from infalign.runtime.shared_prefix import keeps_no_cache, positions, why_plain, without_router_logits
 from infalign.training.callbacks import (
     ContinueLoss,
@@ -62,6 +63,7 @@ from infalign.training.checkpoints import check_resumable, newest_whole, run_ide
 from infalign.training.checks import check_batch, check_calibration_at_start, check_kl_at_start
 from infalign.training.chunked_head import add_chunked_head
 from infalign.training.config import CTRLConfig, as_ctrl_config
+from infalign.training.data_sets import check_data_sets
 from infalign.training.held_out import measure
 from infalign.training.packages import missing_packages
 from infalign.training.reward import PROMPT_IDS, CTRLReward
@@ -135,7 +137,7 @@ class CTRLTrainer(RLOOTrainer):
             raise InputError(f"train_dataset is a dictionary of data sets ({names}): give one, e.g. dataset['train']")
         if self.ctrl_reward is not None:
             _require_weight_one(functions, self.ctrl_reward, args.reward_weights)
-            _require_references(self.ctrl_reward, train_dataset, eval_dataset)
+            check_data_sets(self.ctrl_reward, train_dataset, eval_dataset)
         if hasattr(train_dataset, "__len__"):
             check_batch(args, len(train_dataset))
         given = run_identity(functions, self.ctrl_reward, train_dataset, args.beta)
@@ -163,7 +165,7 @@ class CTRLTrainer(RLOOTrainer):
             kind = self.model.active_peft_config.peft_type.value
             raise InputError(f"peft_type {kind}: rollouts would be drawn without its virtual tokens; use LoRA")
         self._pad_within_the_vocabulary()
-        _keep_differentiable(self.model)
+        keep_four_bits_plain(self.model)
         self._add_chunked_heads()
         self.identity = {**given, **(identity or {}), "processes": world_size(), "sharding": self._sharding()}
         self.not_finite = SkipNotFinite(args.max_skipped_steps)
@@ -607,29 +609,6 @@ def _resolve_beta(args: CTRLConfig, reward: CTRLReward | None) -> float:
 def _require_weight_one(functions: Sequence[Any], reward: CTRLReward, weights: Sequence[float] | None) -> None:
     if weights is not None and len(weights) == len(functions) and weights[functions.index(reward)] != 1.0:
         raise InputError(f"reward_weights={list(weights)}: {WEIGHT}")
-
-
-def _require_references(reward: CTRLReward, train: Any, held_out: Any) -> None:
-    """Every data set whose columns are known has the reference rewards."""
-    several = held_out if isinstance(held_out, dict) else {}
-    named = {"train_dataset": train, **{f"eval_dataset {name!r}": one for name, one in several.items()}}
-    for where, dataset in named.items() if several else {**named, "eval_dataset": held_out}.items():
-        # a transform of a data set may show other columns than those that it stores
-        mapped = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
-        columns = list(dataset[0]) if mapped and len(dataset) else getattr(dataset, "column_names", None)
-        if isinstance(columns, list):
-            reward.require_references(columns, where)
-
-
-def _keep_differentiable(model: torch.nn.Module) -> None:
-    """Keep 4-bit weights on a CPU in their differentiable layout.
-
-    bitsandbytes repacks them for AVX512 in eval mode, that is in the first rollout; the packed product has no gradient,
-    and training would go on without one.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
 
 
 def _trl_is_tested() -> bool:

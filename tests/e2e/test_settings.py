@@ -18,7 +18,7 @@ from infalign.stages.calibrate import calibrate, open_table
 from infalign.stages.experiment import Experiment
 from infalign.stages.policy_folder import save_policy
 from infalign.stages.recipe import load_recipe
-from infalign.stages.train import make_trainer, train
+from infalign.stages.train import checkpoint_of, make_trainer, train
 from infalign.stages.training_keys import adapter_of, split_training
 from infalign.training.trainer import CTRLTrainer
 from infalign.types import InputError
@@ -134,11 +134,22 @@ class TestLora:
 )
 def test_one_name_of_a_module(given, adapted, tmp_path):
     """TRL makes a pattern of it, which has to match a module's whole path."""
-    flags = read_flags(["--use_peft", "--lora_target_modules", f"[{json.dumps(given[0])}]"])
-    config = adapter_of(split_training(load_recipe(tiny_experiment(tmp_path), flags).training)[1])
-    base = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    names = get_peft_model(base, config).state_dict()
-    assert {name.split(".")[-4] for name in names if "lora_A" in name} == adapted
+    keys = {**tiny_experiment(tmp_path), "use_peft": True}
+    flags = read_flags(["--lora_target_modules", f"[{json.dumps(given[0])}]"])
+    bare = read_flags(["--lora_target_modules", given[0]])
+    as_text = {**keys, "lora_target_modules": given[0]}
+    for recipe in (load_recipe(keys, flags), load_recipe(keys, bare), load_recipe(as_text)):
+        config = adapter_of(split_training(recipe.training)[1])
+        names = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), config).state_dict()
+        assert {name.split(".")[-4] for name in names if "lora_A" in name} == adapted
+
+
+@pytest.mark.parametrize("given", [True, "true"])
+def test_going_on_as_a_recipe_of_trl_says_it(given, tmp_path):
+    recipe = load_recipe({**tiny_experiment(tmp_path), "resume_from_checkpoint": given})
+    assert checkpoint_of(recipe) is True
+    named = load_recipe(tiny_experiment(tmp_path / "b"), read_flags(["--resume_from_checkpoint", "checkpoint-2"]))
+    assert checkpoint_of(named) == "checkpoint-2"
 
 
 def test_one_module_is_trained(tmp_path):
@@ -148,11 +159,12 @@ def test_one_module_is_trained(tmp_path):
     assert {name.split(".")[-3] for name in load_file(policy / "adapter" / "adapter_model.safetensors")} == {"q_proj"}
 
 
-def test_qlora(tmp_path):
+@pytest.mark.parametrize("hidden", [128, 32])
+def test_qlora(hidden, tmp_path):
     """A quantised base is what rollouts come from: calibration draws from it, and step 0 finds KL 0 and mean 1/2."""
     changes = {**LORA, "load_in_4bit": True, "max_steps": 2, "bf16": False}
     keys = tiny_experiment(tmp_path)
-    tiny_causal(tmp_path / "model", "llama", hidden=128)  # four-bit blocks hold 64 numbers
+    tiny_causal(tmp_path / "model", "llama", hidden=hidden)  # four-bit blocks hold 64 numbers
     experiment, policy = trained({**keys, **changes})
     quantised = experiment.model(experiment.base_path, experiment.quantization)
     assert any(parameter.dtype == torch.uint8 for parameter in quantised.parameters())

@@ -132,6 +132,30 @@ class TestHeldOut:
         with pytest.raises(InputError, match="train_dataset has no column 'ref_rewards'"):
             trainer(llama, tmp_path, dataset=Dataset.from_dict({"prompt": PROMPTS}))
 
+    @pytest.mark.parametrize("name", ["prompts", "completions", "trainer_state", "self"])
+    def test_a_column_called_like_an_argument_of_a_reward(self, name, llama, tmp_path):
+        """TRL would hand it over twice, a TypeError in the first step, or put its own in its place."""
+        rows = references().add_column(name, ["x"] * len(references()))
+        with pytest.raises(InputError, match=f"train_dataset has a column called '{name}', like an argument of every"):
+            trainer(llama, tmp_path, dataset=rows)
+        with pytest.raises(InputError, match=f"eval_dataset 'b' has a column called '{name}'"):
+            self.subject(llama, tmp_path, {"a": references(), "b": rows})
+        trainer(llama, tmp_path, dataset=rows.rename_column(name, f"my_{name}")).train()
+
+    @pytest.mark.parametrize("nothing", [[], None])
+    def test_a_row_without_reference_rewards(self, nothing, llama, tmp_path):
+        rows = [dict(row) for row in references()]
+        rows[1]["ref_rewards"] = rows[3]["ref_rewards"] = nothing
+        dataset = Dataset.from_list(rows)
+        with pytest.raises(InputError, match=r"train_dataset: ref_rewards is empty in rows 1, 3 \(from 0\): leave those"):
+            trainer(llama, tmp_path, dataset=dataset)
+        trainer(llama, tmp_path, dataset=dataset.filter(lambda row: row["ref_rewards"]).repeat(2)).train()
+
+    def test_reference_rewards_that_are_no_lists(self, llama, tmp_path):
+        rows = Dataset.from_list([{**row, "ref_rewards": 1.5} for row in references()])
+        with pytest.raises(InputError, match="ref_rewards must hold a list of numbers in every row, got 1.5 in the first"):
+            trainer(llama, tmp_path, dataset=rows)
+
 
 class TestPadding:
     """A tokenizer whose padding was added without an embedding: what is under the mask does not matter."""
