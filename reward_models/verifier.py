@@ -26,7 +26,7 @@ def build(column="answer", tolerance=1e-6):
 
     def verifier(completions, **columns):
         if column not in columns:
-            raise ValueError(f"the data has no column {column!r}; set column to one of {', '.join(columns)}")
+            raise ValueError(f"the data has no column {column!r} with the right answers: name theirs with column=...")
         pairs = zip(completions, columns[column], strict=True)
         return [_score(_text(completion), answer, tolerance) for completion, answer in pairs]
 

@@ -77,8 +77,10 @@ def _read_entry(entry: Mapping[str, Any], prompt_column: str, base_dir: Path | N
         base_dir=base_dir,
         text_column=prompt_column,
     )
+    if not rows:
+        raise InputError(f"{entry['path']}: no rows; leave the entry out")
     kept = entry.get("columns")
-    if kept is None or not rows:
+    if kept is None:
         return rows
     if not isinstance(kept, (list, tuple)):
         raise InputError(f"{entry['path']}: columns must be a list of names, got {kept!r}")

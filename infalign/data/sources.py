@@ -16,6 +16,7 @@ import lzma
 import re
 import sys
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -280,15 +281,20 @@ def _table(path: Path) -> Iterator[Row]:
         delimiter = ";"
     with _text(path, newline="") as file:
         reader = csv.DictReader(file, restkey=_EXTRA, strict=True, delimiter=delimiter)
+        start = 1
         try:
+            if twice := [name for name, count in Counter(reader.fieldnames or ()).items() if name and count > 1]:
+                raise InputError(f"{path}: two columns are called {twice[0]!r}: rename one")
+            start = reader.line_num + 1
             for number, row in enumerate(reader, start=1):
                 if any(row.pop(_EXTRA, ())):
                     raise InputError(f"{path}, row {number}: more fields than the header has; quote the commas")
                 row.pop("", None)  # a column without a name: pandas' index, or a comma at the end of the line
+                start = reader.line_num + 1
                 yield row
         except csv.Error as error:
             kind = "TSV" if delimiter == "\t" else "CSV"
-            raise InputError(f"{path}, line {reader.line_num}: not {kind} ({error})") from error
+            raise InputError(f"{path}, in the row that begins in line {start}: not {kind} ({error})") from error
 
 
 def _read_files(paths: Sequence[Path], text_column: str) -> list[Row]:

@@ -31,6 +31,7 @@ from infalign.types import InputError
 FORMAT = 1
 MANIFEST = "manifest.json"
 SECRET = "<secret>"
+_DIGEST = re.compile(r"(?P<name>.* |)[0-9a-f]{16}")
 _TORCH_WRITER = re.compile(r"PytorchStreamWriter|inline_container\.cc")
 _SECRET_KEY = re.compile(r"(.*_)?(api_key|token|secret|password)|authorization")
 _NO_SECRETS = {f"{name}_token" for name in ("pad", "eos", "bos", "unk", "cls", "sep", "mask", "image", "stop", "end")}
@@ -260,12 +261,25 @@ def read_manifest(folder: Path, kind: str) -> dict[str, Any] | None:
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """The names in `new` whose values differ from `old`, each as "name: old -> new", shortened; secrets don't count.
 
+    Two digests tell a reader nothing: what they stand for is other content.
+
     >>> differences({"a": 1, "b": 2}, {"a": 1, "b": 3})
     ['b: 2 -> 3']
+    >>> differences({"prompts": fingerprint(["cat"])}, {"prompts": fingerprint(["dog"])})
+    ['prompts: other content']
+    >>> differences({"reward": f"vader {fingerprint('a')}"}, {"reward": f"vader {fingerprint('b')}"})
+    ['reward: vader, of other content']
     """
     plain_old, plain_new = (json.loads(json.dumps(without_secrets(side), default=str)) for side in (old, new))
     names = [name for name in {**plain_old, **plain_new} if plain_old.get(name) != plain_new.get(name)]
-    return [f"{name}: {_short(plain_old.get(name))} -> {_short(plain_new.get(name))}" for name in names]
+    return [f"{name}: {_change(plain_old.get(name), plain_new.get(name))}" for name in names]
+
+
+def _change(old: object, new: object) -> str:
+    was, now = (_DIGEST.fullmatch(one) if isinstance(one, str) else None for one in (old, new))
+    if was is None or now is None or was["name"] != now["name"]:
+        return f"{_short(old)} -> {_short(new)}"
+    return f"{now['name'].strip()}, of other content" if now["name"] else "other content"
 
 
 def _short(value: object) -> str:

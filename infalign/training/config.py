@@ -13,6 +13,8 @@ from infalign.training.checks import check_rollout_settings
 from infalign.training.trl_keys import refusals, without_effect
 from infalign.types import InputError
 
+_TOLD: set[tuple[str | None, str]] = set()
+
 
 @dataclass
 class CTRLConfig(RLOOConfig):
@@ -61,7 +63,9 @@ class CTRLConfig(RLOOConfig):
         super().__post_init__()
         self.check()  # again: transformers has read what was the path of a file
         for line in idle:
-            notice(line)
+            if (self.output_dir, line) not in _TOLD:  # a run makes its arguments several times
+                _TOLD.add((self.output_dir, line))
+                notice(line)
 
     def check(self) -> None:
         """See that no setting works against the method.

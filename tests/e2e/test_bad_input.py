@@ -235,6 +235,10 @@ class TestResume:
         work, keys, _policy = interrupted
         line = refused(capsys, work, {**keys, "learning_rate": 1e-9, "procedure": "worst_of_n"}, "train")
         assert "unfinished training with other settings" in line and "learning_rate: 0.001 -> 1e-09" in line
+        with (work / "prompts.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"prompt": "the bird ran"}) + "\n")
+        line = refused(capsys, work, {**keys, "num_train_prompts": keys["num_train_prompts"] + 1}, "run")
+        assert "other settings (calibration prompts: other content)" in line
         assert run_cli(work, {**keys, "learning_rate": 1e-9}, "train", "--overwrite") == 0
         assert "continuing" not in capsys.readouterr().out
 

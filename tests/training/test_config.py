@@ -108,6 +108,8 @@ def test_a_key_without_effect_says_so(tmp_path, capsys):
     told = capsys.readouterr().err
     assert "data_seed=3 has no effect: the order of prompts follows from seed" in told
     assert "cache_implementation='static' has no effect" in told and "batch_eval_metrics=True has no effect" in told
+    CTRLConfig(**config(tmp_path, data_seed=3))
+    assert "has no effect" not in capsys.readouterr().err  # a run makes its arguments several times, and says it once
 
 
 @pytest.fixture(scope="module")
