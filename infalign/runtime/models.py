@@ -196,7 +196,8 @@ def keep_four_bits_plain(model: torch.nn.Module) -> None:
     In eval mode bitsandbytes repacks them for AVX512. The packed product has no gradient (training would go on without
     one after its first rollout), rounds to bfloat16, and needs widths of a multiple of 64.
     """
-    for module in model.modules():
+    modules: Any = model.modules()
+    for module in modules:
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
 

@@ -241,7 +241,7 @@ def test_reserved_columns_empty_data_and_unknown_formats():
         ("a.csv", "prompt\nx,y\n", r"row 1: more fields than the header"),
         ("a.csv", 'prompt\n"x\n', r"a.csv, in the row that begins in line 2: not CSV \(unexpected end"),
         ("a.tsv", 'prompt\tb\nx\t1\n"y" z\t2\nq\t3\n', r"a.tsv, in the row that begins in line 3: not TSV \("),
-        ("a.csv", 'a,b,a\n1,2,3\n', "a.csv: two columns are called 'a': rename one"),
+        ("a.csv", "a,b,a\n1,2,3\n", "a.csv: two columns are called 'a': rename one"),
         ("a.parquet", "PARnothing", r"a.parquet: cannot be read"),
         ("a.txt.gz", "no gzip", r"a.txt.gz: cannot be read"),
         ("a.xlsx", "", r"cannot read '.xlsx'; one of .jsonl"),
@@ -290,7 +290,7 @@ def test_columns_of_an_entry(tmp_path):
     with pytest.raises(InputError, match="no column 'x'; the columns are 'prompt', 'answer'"):
         load_mixture([{"path": "a.jsonl", "columns": ["x"]}], base_dir=tmp_path)
     (tmp_path / "empty.jsonl").write_text("\n")
-    with pytest.raises(InputError, match="empty.jsonl: no rows; leave the entry out"):
+    with pytest.raises(InputError, match=r"empty.jsonl: no rows; leave the entry out"):
         load_mixture([{"path": "a.jsonl"}, {"path": "empty.jsonl"}], base_dir=tmp_path)
 
 
