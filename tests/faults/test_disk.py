@@ -31,6 +31,7 @@ from tests.tiny import tiny_tokenizer
 
 resource = pytest.importorskip("resource")
 LINE = "make room and run the same command again; what was finished is kept\n"
+SHARD = "00000.parquet"
 
 
 @contextlib.contextmanager
@@ -98,10 +99,13 @@ def no_room(words: list[str], size: int, capsys) -> None:
     assert "File too large" in lines[0]
 
 
-@pytest.mark.parametrize(("size", "there"), [(1000, []), (3000, ["plan.json", "prompts.parquet"])])
-def test_during_calibration(size, there, experiment, tmp_path, capsys):
+@pytest.mark.parametrize(("too_large", "there"), [("recipe.json", []), (SHARD, ["plan.json", "prompts.parquet"])])
+def test_during_calibration(too_large, there, experiment, tmp_path, capsys):
     """The recipe's record or a shard: what is there is whole, and a rerun makes the table of an uninterrupted run."""
     words = command(experiment, "calibrate", tmp_path / "out")
+    sizes = {path.name: path.stat().st_size for path in (experiment / "out").rglob("*.*")}
+    assert sizes["recipe.json"] < sizes[SHARD] == max(sizes.values())  # or the size below stops something else
+    size = sizes[too_large] - 100
     no_room(words, size, capsys)
     assert sorted(path.name for path in tmp_path.rglob("*.*")) == sorted(there + ["recipe.json"] * bool(there))
     assert main(words) == 0
