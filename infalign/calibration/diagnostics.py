@@ -113,7 +113,7 @@ def expected_cost(
 
     A policy tilted by `Phi` of the empirical quantile is piecewise constant between the order statistics of its
     reference; KL and win rate are averaged over `draws` simulated references, with beta such that the mean KL is `kl`
-    (theory.md section 6).
+    (infalign/theory/README.md, equation 12).
     """
     rng = stream(seed, "cost", count)
     widths_DJ = rng.dirichlet(np.ones(count + 1), size=draws)

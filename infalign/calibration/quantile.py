@@ -1,8 +1,8 @@
 """The calibrated reward: the quantile of a reward among K rewards of base-policy samples on the same prompt.
 
-theory: `C(x, y) = P_{z ~ pi_ref}(r(x,z) < r(x,y)) + 1/2 P(r(x,z) = r(x,y))` (InfAlign, arXiv:2412.19792; theory.md
-section 2). It does not change under any increasing map of the reward, its mean over the reference is exactly 1/2, and
-its mean over a policy is that policy's standard win rate against the reference.
+`C(x, y) = P_{z ~ pi_ref}(r(x,z) < r(x,y)) + 1/2 P(r(x,z) = r(x,y))` (InfAlign, arXiv:2412.19792). It does
+not change under any increasing map of the reward, its mean over the reference is exactly 1/2, and its mean over a
+policy is that policy's standard win rate against the reference.
 """
 
 from __future__ import annotations

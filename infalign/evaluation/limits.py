@@ -1,7 +1,7 @@
 """How far from the best possible: KL with its error, the exact limit at that KL, attainment and regret.
 
 For a continuous reward no method whatever exceeds `win_rate_limit(procedure, kl)`; where rewards tie, the limit over
-the tie blocks is lower and printed beside it (theory.md sections 3 and 8).
+the tie blocks is lower and printed beside it (infalign/theory/README.md, equations 7 and 13).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.interpolate import PchipInterpolator
 
-from infalign.theory.ties import tied_limit
+from infalign.theory.levels import tied_limit
 
 if TYPE_CHECKING:
     from infalign.theory.procedures import Procedure

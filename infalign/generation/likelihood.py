@@ -2,7 +2,7 @@
 
 The sequence KL of a policy against its base is the mean of `sum_t log pi(y_t) - log pi_ref(y_t)` over policy samples
 (k1), or of `sum_t KL(pi(.|y_<t) || pi_ref(.|y_<t))`, the conditional KL summed along the same samples: the same mean,
-usually less variance (theory.md section 8).
+usually less variance (infalign/theory/README.md, equation 11).
 """
 
 from __future__ import annotations

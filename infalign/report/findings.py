@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +13,9 @@ from numpy.typing import NDArray
 
 from infalign.calibration.table import SampleTable
 from infalign.runtime.artifacts import read_json, read_manifest
+from infalign.theory.objective import differing
 
 Floats = NDArray[np.float64]
-
-_RESIDUAL = re.compile(r"residual=[^,)]*")
-_NUMBER = re.compile(r"-?\d+(?:\.\d*)?(?:[eE][+-]?\d+)?")
 
 
 @dataclass(frozen=True)
@@ -61,14 +58,11 @@ class Findings:
     def contradictions(self) -> list[str]:
         """Where artifacts tell of different experiments: the reader must not take them for one."""
         trained, evaluated = (self.policy or {}).get("parts", {}), self.evaluation or {}
-        found = []
-        for name in ("procedure", "transform", "beta"):
-            if name in trained and name in evaluated and not agree(trained[name], evaluated[name]):
-                found.append(
-                    f"The policy was trained with {name} {trained[name]}, but evaluation.json says {evaluated[name]}: "
-                    "run infalign evaluate again (unless it judged another policy)."
-                )
-        return found
+        return [
+            f"The policy was trained with {name} {trained[name]}, but evaluation.json says {evaluated[name]}: "
+            "run infalign evaluate again (unless it judged another policy)."
+            for name in differing(trained, evaluated)
+        ]
 
 
 def read_findings(folder: Path) -> Findings:
@@ -141,15 +135,3 @@ def _flat(rewards: Mapping[str, Floats], count: int) -> Floats:
 
 def _fingerprint(manifest: Mapping[str, Any]) -> str:
     return manifest["parts"]["reward"].rpartition(" ")[2]
-
-
-def agree(first: object, second: object) -> bool:
-    """Whether two labels or numbers mean the same: numbers to 1e-6, and a solver's residual does not count.
-
-    >>> agree("T(kl=0.5, residual=1e-9)", "T(kl=0.50000000001, residual=2e-9)"), agree("BestOfN(4)", "BestOfN(2)")
-    (True, False)
-    """
-    texts = [_RESIDUAL.sub("", str(one)) for one in (first, second)]
-    numbers = [np.array([float(number) for number in _NUMBER.findall(text)]) for text in texts]
-    words = [_NUMBER.sub("#", text) for text in texts]
-    return words[0] == words[1] and bool(np.allclose(*numbers, rtol=1e-6, atol=0.0))

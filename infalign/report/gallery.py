@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from statistics import NormalDist
 from typing import Any
 
@@ -19,23 +18,9 @@ from infalign.report.page import Plot
 from infalign.report.style import to_png
 from infalign.report.training_plot import draw_training
 from infalign.report.transform_plot import draw_transform
-from infalign.theory.procedures import Procedure
+from infalign.theory.objective import Objective
 
 Floats = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Objective:
-    """What was optimised: procedure, transform, and the exact optimum of that transform at its beta.
-
-    `density` is the optimum's q(u), `kl` its sequence KL in nats, `win_rate` that under the procedure.
-    """
-
-    procedure: Procedure
-    transform: Any
-    density: Callable[[Floats], Floats]
-    kl: float
-    win_rate: float
 
 
 def draw_all(found: Findings, objective: Objective | None, seed: int = 0) -> list[Plot]:
@@ -48,7 +33,7 @@ def draw_all(found: Findings, objective: Objective | None, seed: int = 0) -> lis
     """
     return [
         *_of_evaluation(found, objective),
-        *_of_training(found),
+        *_of_training(found, objective),
         *_of_objective(objective),
         *_of_calibration(found, seed),
     ]
@@ -67,7 +52,8 @@ def _of_evaluation(found: Findings, objective: Objective | None) -> Iterator[Plo
     if evaluation is None:
         return
     if objective is not None:
-        point = measured_point(evaluation, (objective.kl, objective.win_rate))
+        aim = None if objective.kl is None or objective.win_rate is None else (objective.kl, objective.win_rate)
+        point = measured_point(evaluation, aim)
         yield Plot("limit", "evaluation", _limit_caption(point), to_png(draw_limit(objective.procedure, point)))
     yield Plot(
         "win_rates",
@@ -103,9 +89,9 @@ def _limit_caption(point: Point) -> str:
     )
 
 
-def _of_training(found: Findings) -> Iterator[Plot]:
+def _of_training(found: Findings, objective: Objective | None) -> Iterator[Plot]:
     if found.log:
-        target = (found.recipe or {}).get("target_kl")
+        target = None if objective is None else objective.kl
         caption = (
             "On training prompts unless said otherwise. A calibrated reward of ½ (dashed) is the base policy; its mean "
             "is the win rate of single samples. The KL is that of whole completions: flat means that training settled."
@@ -114,12 +100,13 @@ def _of_training(found: Findings) -> Iterator[Plot]:
 
 
 def _of_objective(objective: Objective | None) -> Iterator[Plot]:
-    if objective is not None:
+    if objective is not None and objective.policy is not None:
         caption = (
             "Left: what a completion earns at each quantile of the base policy's rewards. Right: how often the optimal "
-            f"policy for it draws each quantile, against the base's 1; it lies at {objective.kl:.2f} nats."
+            f"policy for it draws each quantile, against the base's 1; it lies at {objective.policy.kl:.2f} nats."
         )
-        yield Plot("transform", "objective", caption, to_png(draw_transform(objective.transform, objective.density)))
+        plot = draw_transform(objective.transform, objective.policy.density)
+        yield Plot("transform", "objective", caption, to_png(plot))
 
 
 def _of_calibration(found: Findings, seed: int) -> Iterator[Plot]:

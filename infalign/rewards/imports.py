@@ -124,13 +124,16 @@ def modules_behind(built: Any, folders: Sequence[Path]) -> dict[str, Path]:
     return found
 
 
-def renew(modules: Modules) -> None:
+def renew(modules: Modules) -> bool:
     """Let go of every local module that a reward imports, when one was edited or another file of its name is meant.
 
     All of them, since a module that is kept would hold on to what it took from an edited one.
 
     Args:
         modules: what is about to be imported.
+
+    Returns:
+        Whether it was necessary.
     """
     stale = [
         path
@@ -138,7 +141,7 @@ def renew(modules: Modules) -> None:
         if file_digest(path) != digest or modules.get(name, path) != path
     ]
     if not stale:
-        return
+        return False
     for path in stale:  # Python takes compiled code for current when the source has its size and its second
         with contextlib.suppress(OSError, NotImplementedError):
             Path(importlib.util.cache_from_source(str(path))).unlink()
@@ -148,6 +151,7 @@ def renew(modules: Modules) -> None:
             if getattr(sys.modules.get(parent), "__file__", "") is None:  # a folder without __init__.py
                 sys.modules.pop(parent)
     _LOADED.clear()
+    return True
 
 
 def remember(modules: Modules) -> None:

@@ -29,6 +29,8 @@ from infalign.rewards.imports import (
 )
 from infalign.types import InputError
 
+_EXECUTED: dict[Path, tuple[str, ModuleType]] = {}
+"""The module made from each file, and the file's digest then: it runs once a process, and again when it was edited."""
 _DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 
 
@@ -73,7 +75,7 @@ def find_object(spec: str, base_dir: Path, *, what: str = "reward") -> Found | N
         folders = (path.parent, base_dir)
         modules = local_modules(path, folders)
         with _as_it_is_now(modules):
-            module = _load_file(path, folders, what)
+            module = _executed(path, folders, what)
         IMPORTED[module.__name__] = modules
         value = _attribute(module, name, shown, what)
         return Found(value, _telling(name, path.stem), [name, file_digest(path)], modules, folders)
@@ -95,7 +97,8 @@ def find_object(spec: str, base_dir: Path, *, what: str = "reward") -> Found | N
 @contextlib.contextmanager
 def _as_it_is_now(modules: Modules) -> Iterator[None]:
     """Import local modules as their files are now, also where this process imported them before."""
-    renew(modules)
+    if renew(modules):
+        _EXECUTED.clear()  # what is kept would hold on to what it took from an edited one
     yield
     remember(modules)
 
@@ -121,6 +124,13 @@ def find_file(path: str, base_dir: Path, *, what: str = "reward") -> Path:
     raise InputError(
         f"{what} {path!r}: no such file under {base_dir.resolve()}{hint}; paths are relative to the recipe"
     )
+
+
+def _executed(path: Path, folders: tuple[Path, ...], what: str) -> ModuleType:
+    content = file_digest(path)
+    if path not in _EXECUTED or _EXECUTED[path][0] != content:
+        _EXECUTED[path] = content, _load_file(path, folders, what)
+    return _EXECUTED[path][1]
 
 
 def _load_file(path: Path, folders: tuple[Path, ...], what: str) -> ModuleType:

@@ -19,6 +19,7 @@ from infalign.stages.filling import fill, table_rewards
 from infalign.stages.member_scores import members_to_score
 from infalign.stages.output import SAMPLES, clear_if_stale, forget_scores, leaves_nothing
 from infalign.stages.recipe import Recipe, require_plain
+from infalign.theory.objective import Objective
 from infalign.types import InputError, Prompt
 
 
@@ -35,7 +36,7 @@ def calibrate(recipe: Recipe, experiment: Experiment | None = None) -> dict[str,
     require_plain(recipe)
     experiment = experiment or Experiment(recipe)
     experiment.claim_output()
-    transform, beta, reward = experiment.transform, experiment.beta, experiment.reward
+    objective, reward = experiment.objective, experiment.reward
     prompts = calibration_prompts(experiment)
     table = open_table(experiment)
     count = recipe.num_calibration_samples
@@ -52,7 +53,7 @@ def calibrate(recipe: Recipe, experiment: Experiment | None = None) -> dict[str,
             tokens_per_batch=recipe.tokens_per_batch,
             title="calibrate",
         )
-    diagnostics = describe(experiment, table, prompts, transform, beta)
+    diagnostics = describe(experiment, table, prompts, objective)
     parts = calibration_parts(experiment)
     if is_main():
         more = {"diagnostics": dataclasses.asdict(diagnostics), "prompts": len(prompts), "samples_per_prompt": count}
@@ -113,9 +114,7 @@ def reference_rewards(experiment: Experiment, table: SampleTable) -> dict[str, N
     return found
 
 
-def describe(
-    experiment: Experiment, table: SampleTable, prompts: list[Prompt], transform: Any, beta: float
-) -> Diagnostics:
+def describe(experiment: Experiment, table: SampleTable, prompts: list[Prompt], objective: Objective) -> Diagnostics:
     """The diagnostics of a finished table."""
     count = experiment.recipe.num_calibration_samples
     rewards = reference_rewards(experiment, table)
@@ -123,8 +122,8 @@ def describe(
     samples = table.samples()
     kept = [samples[prompt.key][:count] for prompt in prompts]
     flat = [sample for row in kept for sample in row]
-    kl = experiment.recipe.target_kl or getattr(transform, "kl", None)
-    cost = None if kl is None else expected_cost(transform, experiment.procedure, count, kl)
+    kl = objective.kl
+    cost = None if kl is None else expected_cost(objective.transform, objective.procedure, count, kl)
     return Diagnostics(
         prompts=len(prompts),
         samples=len(flat),

@@ -42,7 +42,7 @@ def dry_run(experiment: Experiment) -> dict[str, Any]:
         `tokens_per_batch` that the free memory allows.
     """
     splits = experiment.splits
-    beta, reward = experiment.beta, experiment.reward
+    beta, reward = experiment.objective.beta, experiment.reward
     arguments = training_arguments(experiment)
     shape, setup = _set_up(experiment, arguments)
     tokens = _tokens(experiment, arguments)

@@ -17,17 +17,17 @@ from infalign.evaluation.length import decoded_reward, length_controlled_win_rat
 from infalign.evaluation.limits import Estimate, attainment, cluster_mean, regret_ratio, tie_limit
 from infalign.evaluation.winrate import WinRate, judged_win_rate, win_rate
 from infalign.generation.likelihood import sequence_kl
-from infalign.runtime.artifacts import differences, fingerprint, read_manifest, without_nan, write_json, write_whole
+from infalign.runtime.artifacts import fingerprint, read_manifest, without_nan, write_json, write_whole
 from infalign.runtime.console import Progress, notice
 from infalign.runtime.distributed import barrier, is_main, my_share
 from infalign.stages.experiment import Experiment
 from infalign.stages.filling import fill, table_rewards
 from infalign.stages.judging import judge_decoded
 from infalign.stages.measured import Measured, sample_facts
-from infalign.stages.objective import describe_transform
 from infalign.stages.output import SAMPLES, clear_if_stale, forget_scores, leaves_nothing
 from infalign.stages.recipe import Recipe, require_plain
 from infalign.stages.strategy import load_strategy
+from infalign.theory.objective import differing
 from infalign.theory.optimum import win_rate_limit
 from infalign.theory.procedures import BestOfN, Procedure, WorstOfN
 from infalign.types import InputError, Prompt, Sample
@@ -72,12 +72,8 @@ def _check_trained_for(experiment: Experiment) -> None:
     if experiment.recipe.policy_name_or_path:
         return
     manifest = read_manifest(experiment.policy_path, "policy") or {"parts": {}}
-    now = {
-        "procedure": repr(experiment.procedure),
-        "transform": describe_transform(experiment.recipe, experiment.transform),
-        "beta": float(f"{experiment.beta:.6g}"),
-    }
-    found = differences({name: manifest["parts"].get(name) for name in now}, now)
+    trained_for, now = manifest["parts"], experiment.objective.record()
+    found = [f"{name}: {trained_for[name]} -> {now[name]}" for name in differing(trained_for, now)]
     if found:
         raise InputError(
             f"{experiment.policy_path} was trained for something else ({'; '.join(found)}): evaluate it with its own "
@@ -205,9 +201,7 @@ def summarise(
     base_rewards = [measured.base[key] for key in measured.keys]
     tied = tie_limit(procedure, base_rewards, kl.mean)
     return {
-        "procedure": repr(procedure),
-        "transform": describe_transform(recipe, experiment.transform),
-        "beta": float(f"{experiment.beta:.6g}"),
+        **experiment.objective.record(),
         "target_kl": recipe.target_kl,
         "reward": experiment.reward.name,
         "gold_reward": experiment.gold.name if experiment.gold else None,

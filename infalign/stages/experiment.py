@@ -41,9 +41,10 @@ from infalign.runtime.models import (
     resolve_model,
 )
 from infalign.stages.member_scores import bind_sums
-from infalign.stages.objective import load_procedure, load_transform
+from infalign.stages.objective import load_objective, load_procedure
 from infalign.stages.recipe import Recipe, require
 from infalign.stages.serving import served_end_ids, server_of, server_url, warn_of_exposed_key
+from infalign.theory.objective import Objective
 from infalign.theory.procedures import Procedure
 from infalign.types import InputError, Prompt
 
@@ -306,14 +307,9 @@ class Experiment:
         return load_procedure(self.recipe)
 
     @cached_property
-    def transform(self) -> Any:
-        """The transform of the calibrated reward."""
-        return load_transform(self.recipe, self.procedure)[0]
-
-    @cached_property
-    def beta(self) -> float:
-        """The KL coefficient, given or from the target KL."""
-        return load_transform(self.recipe, self.procedure)[1]
+    def objective(self) -> Objective:
+        """What is trained for: the procedure, the transform of the calibrated reward, the KL coefficient."""
+        return load_objective(self.recipe, self.procedure)
 
     # --- the output folder ----------------------------------------------------------------------------------------
 

@@ -10,9 +10,8 @@ from infalign.rewards.fingerprint import callable_digest, digest
 from infalign.rewards.lookup import find_object
 from infalign.runtime.config import nearest
 from infalign.stages.recipe import Recipe
-from infalign.theory.optimum import optimal_transform
+from infalign.theory.objective import Objective, objective
 from infalign.theory.procedures import BUILT_IN, Procedure
-from infalign.theory.tilted import tilt
 from infalign.theory.transforms import CATALOGUE, check_transform
 from infalign.types import InputError
 
@@ -57,8 +56,8 @@ def find_procedure(name: str, n: int, kwargs: Mapping[str, Any], base_dir: Path)
     return built
 
 
-def load_transform(recipe: Recipe, procedure: Procedure) -> tuple[Any, float]:
-    """The recipe's transform and beta; `target_kl` gives the beta at which the optimum has that KL.
+def load_objective(recipe: Recipe, procedure: Procedure) -> Objective:
+    """The recipe's objective; `target_kl` gives the beta at which its transform aims at that KL.
 
     Raises:
         InputError: an unknown transform, wrong arguments, or not exactly one of beta and target_kl.
@@ -67,15 +66,15 @@ def load_transform(recipe: Recipe, procedure: Procedure) -> tuple[Any, float]:
         got = "both" if recipe.beta is not None else "neither"
         raise InputError(f"give exactly one of beta and target_kl, got {got}: e.g. target_kl: 1.0 (nats)")
     if recipe.transform == "optimal":
-        optimum = optimal_transform(procedure, beta=recipe.beta, kl=recipe.target_kl)
-        return optimum, float(optimum.beta)
-    transform = _catalogue_transform(recipe)
-    if recipe.beta is not None:
-        return transform, float(recipe.beta)
-    return transform, float(tilt(transform, kl=recipe.target_kl).beta)
+        return objective(procedure, None, recipe.beta, recipe.target_kl)
+    transform = _transform(recipe)
+    # in words that stay the same from run to run; one's own function by its name and source
+    source = f"{recipe.transform} {recipe.transform_kwargs or ''} {digest(callable_digest(transform))}"
+    label = repr(transform) if hasattr(transform, "name") else source
+    return objective(procedure, transform, recipe.beta, recipe.target_kl, label)
 
 
-def _catalogue_transform(recipe: Recipe) -> Any:
+def _transform(recipe: Recipe) -> Any:
     name = recipe.transform
     if name in CATALOGUE:
         if name == "exponential" and "t" not in recipe.transform_kwargs:
@@ -107,10 +106,3 @@ def _called(build: Any, arguments: dict[str, Any], what: str, name: str) -> Any:
     except (TypeError, ValueError) as error:
         verb = "needs" if "missing" in str(error) else "does not take"
         raise InputError(f"{what} {name!r} {verb} {what}_kwargs {arguments}: {error}") from error
-
-
-def describe_transform(recipe: Recipe, transform: Any) -> str:
-    """A transform in words that stay the same from run to run; one's own function by its name and source."""
-    if hasattr(transform, "name"):
-        return repr(transform)
-    return f"{recipe.transform} {recipe.transform_kwargs or ''} {digest(callable_digest(transform))}"

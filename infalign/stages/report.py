@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from infalign.report.findings import Findings, agree, read_findings
-from infalign.report.gallery import Objective, draw_all
+from infalign.report.findings import Findings, read_findings
+from infalign.report.gallery import draw_all
 from infalign.report.page import Page, Setting, render_page
 from infalign.runtime.artifacts import write_whole
-from infalign.stages.objective import describe_transform, load_procedure, load_transform
+from infalign.stages.objective import load_objective, load_procedure
 from infalign.stages.recipe import Recipe, own_keys, require
-from infalign.theory.optimum import OptimalTransform
-from infalign.theory.tilted import tilt
+from infalign.theory.objective import Objective, differing
 from infalign.types import InputError
 
 
@@ -38,7 +37,7 @@ def report(recipe: Recipe) -> Path:
             "or run `infalign run --config RECIPE.yaml` (or calibrate, train and evaluate one by one) first"
         )
     made_with = recorded_recipe(found, recipe)
-    objective, problem = load_objective(made_with, found)
+    objective, problem = objective_of(made_with, found)
     plots = draw_all(found, objective, made_with.seed)
     for plot in plots:
         write_whole(folder / "report" / f"{plot.name}.png", lambda path, png=plot.png: path.write_bytes(png))
@@ -58,23 +57,20 @@ def recorded_recipe(found: Findings, given: Recipe) -> Recipe:
     return Recipe(**values, output_dir=given.output_dir, base_dir=given.base_dir)
 
 
-def load_objective(recipe: Recipe, found: Findings) -> tuple[Objective | None, str]:
-    """The recipe's objective as objects; or None, and why: it cannot be made, or it is not what was used."""
+def objective_of(recipe: Recipe, found: Findings) -> tuple[Objective | None, str]:
+    """The recipe's objective; or None, and why: it cannot be made, or it is not what was used."""
     if found.recipe is None:
         return None, "No limit and transform plots: recipe.json is missing."
     try:
-        procedure = load_procedure(recipe)
-        transform, beta = load_transform(recipe, procedure)
-        aim = transform if isinstance(transform, OptimalTransform) else tilt(transform, beta=beta)
-        win_rate = aim.win_rate if isinstance(aim, OptimalTransform) else aim.win_rate(procedure)
+        objective = load_objective(recipe, load_procedure(recipe))
     except InputError as error:
         return None, f"No limit and transform plots: {error}"
-    used = found.evaluation or (found.policy or {}).get("parts", {})
-    described = (("procedure", repr(procedure)), ("transform", describe_transform(recipe, transform)))
-    for name, made in described:
-        if name in used and not agree(used[name], made):
-            return None, f"No limit and transform plots: recipe.json gives {name} {made}, but {used[name]} was used."
-    return Objective(procedure, transform, aim.density, float(aim.kl), float(win_rate)), ""
+    if objective.policy is None:
+        return None, "No limit and transform plots: on [0, 1] the transform has no optimal policy at this beta."
+    used, made = found.evaluation or (found.policy or {}).get("parts", {}), objective.record()
+    for name in differing(used, made):
+        return None, f"No limit and transform plots: recipe.json gives {name} {made[name]}, but {used[name]} was used."
+    return objective, ""
 
 
 def settings(recipe: Recipe) -> dict[str, list[Setting]]:

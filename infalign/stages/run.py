@@ -32,7 +32,7 @@ def preflight(experiment: Experiment) -> None:
             "policy_name_or_path is for evaluate and generate: `run` trains a policy and evaluates that one"
         )
     check_samples(recipe, experiment.procedure)
-    _ = experiment.transform
+    _ = experiment.objective
     check_ready(experiment)  # before rewards, which may be models
     _ = experiment.reward, experiment.gold
     check_batch(training_arguments(experiment), len(experiment.splits.train))

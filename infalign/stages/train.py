@@ -19,7 +19,6 @@ from infalign.runtime.distributed import is_main, together
 from infalign.stages.calibrate import calibration_parts, open_table, reference_rewards
 from infalign.stages.experiment import Experiment
 from infalign.stages.filling import table_rewards
-from infalign.stages.objective import describe_transform
 from infalign.stages.output import STARTED, leaves_nothing, refuse_stale_start, reusable
 from infalign.stages.policy_folder import initial_model, load_initial_adapter, save_policy
 from infalign.stages.recipe import Recipe, require_plain
@@ -143,9 +142,7 @@ def training_parts(experiment: Experiment) -> dict[str, Any]:
     training = without_secrets({name: value for name, value in recipe.training.items() if name not in _REPORTING})
     return {
         **{f"calibration {name}": value for name, value in calibration_parts(experiment).items()},
-        "procedure": repr(experiment.procedure),
-        "transform": describe_transform(recipe, experiment.transform),
-        "beta": float(f"{experiment.beta:.6g}"),
+        **experiment.objective.record(),
         "calibration_method": recipe.calibration_method,
         **training,
     }
@@ -154,7 +151,7 @@ def training_parts(experiment: Experiment) -> dict[str, Any]:
 def make_trainer(experiment: Experiment, table: SampleTable, identity: Mapping[str, Any] | None = None) -> CTRLTrainer:
     """The trainer of an experiment, with its calibrated data sets; `identity` is recorded in its checkpoints."""
     recipe = experiment.recipe
-    reward = CTRLReward(experiment.reward, experiment.transform, method=recipe.calibration_method)
+    reward = CTRLReward(experiment.reward, experiment.objective.transform, method=recipe.calibration_method)
     arguments = training_arguments(experiment)
     _, adapter = split_training(recipe.training)
     model = ModelConfig(model_name_or_path=experiment.base_path, **adapter)
@@ -202,7 +199,7 @@ def training_arguments(experiment: Experiment) -> CTRLConfig:
     shared = {
         "output_dir": str(experiment.policy_path),
         "seed": recipe.seed,
-        "beta": experiment.beta,
+        "beta": experiment.objective.beta,
         "temperature": recipe.temperature,
         "max_completion_length": recipe.max_completion_length,
         "chat_template_kwargs": recipe.chat_template_kwargs,

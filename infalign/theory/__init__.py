@@ -2,18 +2,20 @@
 
 - `procedures`: rank-based decoders as one object (g, G, unbiased order weights, the selector)
 - `transforms`: identity, log, normal_icdf, exponential; `tilted`: KL and win rate of the policies they make
-- `optimum`: the optimal transformation of a procedure and the win-rate limit W*(KL), by `frontier` (Best-of-N and
-  Worst-of-N, exactly) and `bvp` (any procedure); `ties`: all of it when rewards tie
-- `collocation`, `mesh`, `quadrature`, `hermite`, `order_statistics`: the numerics underneath
+- `optimum`: the optimal transformation of a procedure and the win-rate limit W*(KL)
+- `levels`: the one solver underneath, and the same questions for rewards that tie
+- `quadrature`, `order_statistics`: the numerics underneath
 
 Laws, tested: G' = g; sum_i a_i Beta(i, m-i+1) = g for the order weights a; `select` has the weights' frequencies;
 Phi*' = g(u) g(Q(u)); dW*/dKL = beta; no transformation beats the optimum at equal KL.
 The room imports numpy, scipy and `infalign.types` only: no torch, no configuration, no files.
 
-Theory: InfAlign (arXiv:2412.19792). Formulas beyond its abstract were derived for this package and checked twice.
+Theory: InfAlign (arXiv:2412.19792). Formulas beyond its abstract were derived for this package and checked twice:
+README.md of this folder.
 """
 
 from infalign.theory import transforms
+from infalign.theory.levels import TiedPolicy, tied_limit, tied_optimum, tied_win_rate
 from infalign.theory.optimum import OptimalTransform, optimal_transform, win_rate_limit
 from infalign.theory.procedures import (
     BUILT_IN,
@@ -25,7 +27,6 @@ from infalign.theory.procedures import (
     SoftBestOfN,
     WorstOfN,
 )
-from infalign.theory.ties import TiedPolicy, tied_limit, tied_optimum, tied_win_rate
 from infalign.theory.tilted import TiltedPolicy, tilt
 from infalign.theory.transforms import CATALOGUE, Transform, exponential, identity, log, log_mirror, normal_icdf
 

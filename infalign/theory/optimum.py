@@ -1,57 +1,74 @@
 """The optimal reward transformation of an inference procedure, and the best win rate any policy reaches at a KL.
 
-Every optimum satisfies Phi'(u) = g(u) g(Q(u)), Q the CDF of its own tilted policy: it depends on the procedure and on
-beta. Best-of-N and Worst-of-N are solved exactly (`frontier`), plain sampling in closed form (the identity), and all
-other procedures by Newton on the boundary-value problem (`bvp`), in logs where Q becomes tiny (`deep`).
+Every optimum satisfies Phi'(u) = g(u) g(Q(u)), Q the CDF of its own tilted policy (README.md, equation 5): it depends
+on the procedure and on beta. `levels` finds Q; here it becomes curves.
 
-Theory: InfAlign (arXiv:2412.19792), the coupled equations; the solvers are derived in our notes.
+Theory: InfAlign (arXiv:2412.19792), the coupled equations; the derivation is in infalign/theory/README.md.
 """
+
+# scipy ships no type stubs: what it returns is unknown to pyright.
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.integrate import cumulative_simpson
+from scipy.interpolate import CubicHermiteSpline
 
-from infalign.theory.bvp import solve_general
-from infalign.theory.frontier import Solution, solve_extreme
-from infalign.theory.hermite import Curve
-from infalign.theory.mesh import FAINTEST
-from infalign.theory.procedures import BestOfN, Procedure, WorstOfN, check_procedure
-from infalign.theory.tilted import one_of, tilt
-from infalign.theory.transforms import identity
+from infalign.theory.levels import ContinuousPolicy, continuous_optimum
+from infalign.theory.procedures import Procedure, check_procedure
+from infalign.theory.tilted import one_of, quantiles, win_rate_of
 from infalign.types import InputError
 
 Floats = NDArray[np.float64]
 
 SMALLEST_BETA, LARGEST_BETA, LARGEST_KL = 1e-8, 1e8, 20.0
-LARGEST_RESIDUAL = 1e-5
-_GAUSS = np.polynomial.legendre.leggauss(5)
-_NODES, _WEIGHTS = (1 + _GAUSS[0]) / 2, _GAUSS[1] / 2
+
+
+class LimitWinRate(float):
+    """W* of an optimum: a number, and when called with another procedure, what the same policy wins under that one."""
+
+    optimum: OptimalTransform
+
+    def __call__(self, procedure: Procedure) -> float:
+        """W of the policy against the base, both decoded by `procedure`."""
+        if procedure == self.optimum.procedure:
+            return float(self)
+        return win_rate_of(self.optimum.cdf, procedure)
 
 
 @dataclass(frozen=True, repr=False)
 class OptimalTransform:
     """Phi* of a procedure at a beta, as a callable u -> Phi*(u) with Phi*(0) = 0.
 
-    `beta` > 0 (0.0 when `log_beta` underflows), `kl` in nats and `win_rate` of the optimal policy;
-    `residual` is the largest |Phi'(u) - g(u) g(Q(u))| relative to the largest g(u) g(Q(u)), Q integrated afresh.
+    `beta` > 0; `kl` in nats and `win_rate` of the optimal policy; `residual` is the largest
+    |Phi'(u) - g(u) g(Q(u))| relative to the largest g(u) g(Q(u)), Q integrated afresh.
     """
 
     procedure: Procedure
     log_beta: float
     kl: float
-    win_rate: float
-    residual: float
-    _solution: Solution = field(compare=False)
+    _win_rate: float
+    _solution: ContinuousPolicy = field(compare=False)
     name: str = field(default="optimal", init=False)
 
     def __repr__(self) -> str:
+        return (
+            f"OptimalTransform({self.procedure!r}, kl={self.kl:.6g}, beta={self.beta:.6g}, "
+            f"win_rate={self.win_rate:.6f})"
+        )
+
+    @property
+    def label(self) -> str:
+        """What tells it from others, the same text in every run and version."""
         return f"OptimalTransform({self.procedure!r}, log_beta={self.log_beta:.6g})"
 
     @property
@@ -59,26 +76,88 @@ class OptimalTransform:
         """The KL coefficient this transformation is optimal at."""
         return math.exp(self.log_beta)
 
+    @property
+    def win_rate(self) -> LimitWinRate:
+        """W* under the transformation's own procedure; `win_rate(procedure)` under another one.
+
+        >>> from infalign.theory.procedures import BestOfN
+        >>> best = optimal_transform(BestOfN(4), kl=1.0)
+        >>> round(best.win_rate, 6), round(best.win_rate(BestOfN(2)), 6)
+        (0.941123, 0.875864)
+        """
+        found = LimitWinRate(self._win_rate)
+        found.optimum = self
+        return found
+
+    @property
+    def residual(self) -> float:
+        """The largest |Phi' - g(u) g(Q)| / max g(u) g(Q), with Q integrated from the density of Phi."""
+        return self._curves.residual
+
     def __call__(self, u: ArrayLike) -> Floats:
         """Phi*(u) at u in [0, 1], any shape; NaN (no score) passes through; raises InputError outside."""
         u = np.asarray(u, dtype=float)
-        return np.where(np.isnan(u), np.nan, self._solution.phi(_within(np.nan_to_num(u))))[()]
+        below_one = self._curves.phi(1 - quantiles(np.nan_to_num(u)))
+        return np.where(np.isnan(u), np.nan, below_one - self._curves.lowest)[()]
 
     def density(self, u: ArrayLike) -> Floats:
         """q(u), the optimal policy's density at base quantiles u in [0, 1]; raises InputError outside."""
-        return np.exp(self._solution.log_density(_within(u)))[()]
+        return np.exp(self._curves.phi(1 - quantiles(u)) / self.beta - self._curves.log_partition)[()]
 
     def cdf(self, u: ArrayLike) -> Floats:
         """Q(u), the optimal policy's mass below base quantile u in [0, 1]; raises InputError outside."""
-        return np.clip(self._solution.cdf(_within(u)), 0.0, 1.0)[()]
+        return np.clip(self._curves.cdf(1 - quantiles(u)), 0.0, 1.0)[()]
+
+    @cached_property
+    def _curves(self) -> _Curves:
+        return _curves(self.procedure, self._solution)
+
+
+@dataclass(frozen=True)
+class _Curves:
+    """Splines in 1 - u, which stays resolved where all mass is near u = 1: `phi` is Phi - Phi(1), `cdf` is Q.
+
+    `lowest` is Phi(0) - Phi(1), `log_partition` log int exp((Phi - Phi(1))/beta).
+    """
+
+    phi: CubicHermiteSpline
+    cdf: CubicHermiteSpline
+    lowest: float
+    log_partition: float
+    residual: float
+
+
+def _curves(procedure: Procedure, found: ContinuousPolicy) -> _Curves:
+    """Phi by integrating g(u) g(Q) from the top down, q from Phi, and splines through both."""
+    g_u = _on_both_ends(procedure, found.below, found.above)
+    slope = g_u * _on_both_ends(procedure, found.cdf, found.survival)
+    above = found.above[::-1]
+    kept = np.append(True, np.diff(above) > 0)
+    above, slope, cdf, g_u = above[kept], slope[::-1][kept], found.cdf[::-1][kept], g_u[::-1][kept]
+    phi = np.minimum.accumulate(-cumulative_simpson(slope, x=above, initial=0))
+    tilt = np.exp(phi / math.exp(found.log_beta))
+    mass = cumulative_simpson(tilt, x=above, initial=0)
+    afresh = np.clip(1 - mass / mass[-1], 0.0, 1.0)
+    residual = np.abs(slope - g_u * procedure.density(afresh)).max() / slope.max()
+    return _Curves(
+        CubicHermiteSpline(above, phi, -slope),
+        CubicHermiteSpline(above, cdf, -tilt / mass[-1]),
+        float(phi[-1]),
+        math.log(mass[-1]),
+        float(residual),
+    )
+
+
+def _on_both_ends(procedure: Procedure, p: Floats, rest: Floats) -> Floats:
+    """g at probabilities p, from `rest` = 1 - p where that is the smaller: accurate relative to itself."""
+    return np.where(p < 0.5, procedure.density(np.clip(p, 0, 1)), procedure.mirror.density(np.clip(rest, 0, 1)))
 
 
 def optimal_transform(procedure: Procedure, beta: float | None = None, kl: float | None = None) -> OptimalTransform:
     """Phi* with Phi*'(u) = g(u) g(Q(u)), q ~ exp(Phi*/beta), at `beta` or at the beta that gives `kl` nats.
 
-    Give exactly one. beta in [1e-8, 1e8], kl in [1e-9, 20]. Near Worst-of-N and for large N the beta of a large KL may
-    underflow: `cdf` and `density` stay right, but no trainer can use such a pair. Raises InputError for both or
-    neither and for values out of range.
+    Give exactly one. beta in [1e-8, 1e8], kl in [1e-9, 20]. Raises InputError for both or neither, for values out of
+    range, and for a KL whose beta is below 1e-8 (near Worst-of-N and for large N beta falls fast with the KL).
 
     >>> from infalign.theory.procedures import BestOfN
     >>> best = optimal_transform(BestOfN(4), kl=1.0)
@@ -91,7 +170,12 @@ def optimal_transform(procedure: Procedure, beta: float | None = None, kl: float
         raise InputError(f"beta must lie in [{SMALLEST_BETA:g}, {LARGEST_BETA:g}]; got {beta!r}")
     if kl is not None and kl > LARGEST_KL:
         raise InputError(f"kl must be at most {LARGEST_KL:g} nats for an optimal transform; got {kl!r}")
-    return _solved(procedure, beta, kl)
+    solution = _solved(procedure, None if beta is None else math.log(beta), kl)
+    if kl is not None and solution.log_beta < math.log(SMALLEST_BETA):
+        raise InputError(
+            f"{procedure!r} reaches {kl:g} nats at a beta below {SMALLEST_BETA:g}, which no training can use: lower kl"
+        )
+    return OptimalTransform(procedure, solution.log_beta, solution.kl, solution.win_rate, solution)
 
 
 @overload
@@ -114,82 +198,14 @@ def win_rate_limit(procedure: Procedure, kl: ArrayLike) -> float | Floats:
 
 def _limit(procedure: Procedure, kl: float) -> float:
     """W* at one KL."""
-    return 0.5 if kl == 0 else optimal_transform(procedure, kl=kl).win_rate
+    if kl == 0:
+        return 0.5
+    _, checked = one_of(None, kl)
+    if kl > LARGEST_KL:
+        raise InputError(f"kl must be at most {LARGEST_KL:g} nats; got {kl!r}")
+    return _solved(check_procedure(procedure), None, checked).win_rate
 
 
 @lru_cache(maxsize=512)
-def _solved(procedure: Procedure, beta: float | None, kl: float | None) -> OptimalTransform:
-    """Dispatch to the right solver."""
-    log_beta = None if beta is None else math.log(beta)
-    if procedure.monotone == "constant":
-        solution = _plain(beta, kl)
-    elif procedure in (BestOfN(procedure.n), WorstOfN(procedure.n)):
-        solution = solve_extreme(procedure.n, procedure == WorstOfN(procedure.n), log_beta, kl)
-    else:
-        solution = solve_general(procedure, log_beta, kl)
-    residual = _residual(procedure, solution)
-    if not residual < LARGEST_RESIDUAL:
-        raise InputError(f"no accurate optimum of {procedure!r} at beta={beta}, kl={kl} (residual {residual:.1e})")
-    return OptimalTransform(procedure, solution.log_beta, solution.kl, solution.win_rate, residual, solution)
-
-
-def _plain(beta: float | None, kl: float | None) -> Solution:
-    """Plain sampling: Phi = u, in closed form."""
-    policy = tilt(identity, beta, kl)
-    top = np.concatenate([[0.0], policy.beta * np.geomspace(1e-2, 50, 1500)])
-    top = np.append(top[top < 1 - 1e-12], 1.0) if policy.beta < 1 else np.linspace(0, 1, 1001)
-    q = policy.density(1 - top)
-    flat, pull = np.zeros_like(top), np.full_like(top, 1 / policy.beta)
-    return Solution(
-        math.log(policy.beta),
-        policy.kl,
-        policy.win_rate(BestOfN(1)),
-        Curve(top, 1 - top, flat - 1, flat, True),
-        Curve(top, (1 - top) / policy.beta - policy.log_partition, -pull, flat, True),
-        Curve(top, policy.cdf(1 - top), -q, q * pull, True),
-    )
-
-
-def _residual(procedure: Procedure, solution: Solution) -> float:
-    """max |Phi' - g(u) g(Q)| / max g(u) g(Q) at cell middles, Q integrated (in logs) from the log-density curve."""
-    node = solution.phi.node
-    middle = (node[1:] + node[:-1]) / 2
-    places = [np.stack([node[:-1], middle], 1).ravel(), np.stack([middle, node[1:]], 1).ravel()]
-    width = (places[1] - places[0])[:, None]
-    at, weights = places[0][:, None] + width * _NODES, width * _WEIGHTS
-    level = solution.log_density.at_place(at)
-    highest = level.max(-1)
-    mass = highest + np.log((np.exp(level - highest[:, None]) * weights).sum(-1))
-    from_top = solution.phi.from_top
-    below = np.logaddexp.accumulate(mass[::-1] if from_top else mass)
-    log_cdf = (below - below[-1])[::-1][1::2] if from_top else (below - below[-1])[::2]
-    u = 1 - middle if from_top else middle
-    log_g = procedure.log_density(u)[0]
-    if from_top and procedure.monotone == "neither":
-        log_g = np.where(middle < 0.1, procedure.mirror.log_density(middle)[0], log_g)
-    log_g_cdf, power = _log_g(procedure, log_cdf)
-    floored = (highest[::2] <= -1e4) & (power > 0.5)  # too little is known of Q to tell g(Q)
-    wanted = np.where(floored, -np.inf, log_g + log_g_cdf)
-    largest = float(wanted.max())
-    slope = (
-        solution.phi.slope_at_place(middle) * math.exp(-largest)
-        if largest > -690
-        else (solution.log_density.slope_at_place(middle) * math.exp(solution.log_beta - largest))
-    )
-    return float(np.max(np.abs(slope * (-1 if from_top else 1) - np.exp(wanted - largest))))
-
-
-def _log_g(procedure: Procedure, log_cdf: Floats) -> tuple[Floats, Floats]:
-    """log g(Q) from log Q, below FAINTEST along the power of Q that g is there, and that power (0 above)."""
-    log_faintest = math.log(FAINTEST)
-    log_g, steep = procedure.log_density(np.exp(np.clip(log_cdf, log_faintest, 0.0)))
-    power = np.where(log_cdf < log_faintest, FAINTEST * steep, 0.0)
-    return log_g + power * np.minimum(log_cdf - log_faintest, 0.0), power
-
-
-def _within(u: ArrayLike) -> Floats:
-    """u as floats in [0, 1]."""
-    u = np.asarray(u, dtype=float)
-    if not np.all((u >= 0) & (u <= 1)):
-        raise InputError(f"u must lie in [0, 1]; got values in [{np.min(u)}, {np.max(u)}]")
-    return u
+def _solved(procedure: Procedure, log_beta: float | None, kl: float | None) -> ContinuousPolicy:
+    return continuous_optimum(procedure, log_beta, kl)

@@ -1,6 +1,6 @@
 """The laws of kept ranks: CDF (order -1), density (0) or its derivative (1) of one order statistic or a mixture.
 
-Theory: a rank-r pick of n uniforms is Beta(r, n-r+1); soft weights sum to a closed form (our notes, section 3).
+Theory: a rank-r pick of n uniforms is Beta(r, n-r+1); soft weights sum to a closed form (README.md).
 """
 
 # scipy ships no type stubs: what it returns is unknown to pyright.

@@ -4,7 +4,7 @@ A procedure draws n candidates and keeps the one of ascending rank r with probab
 a finite list of (probability, n, weights). Its laws: G' = g; sum_i a_i Beta(i, m-i+1)(p) = g(p) for the unbiased
 weights a of any m >= n; the frequencies of `select` equal the weights. Add a procedure by adding a constructor here.
 
-Theory: InfAlign (arXiv:2412.19792), calibrated procedures; the polynomial form is derived in our notes.
+Theory: InfAlign (arXiv:2412.19792), calibrated procedures; the polynomial form is equation 2 of README.md.
 """
 
 # scipy ships no type stubs: what it returns is unknown to pyright.
@@ -133,16 +133,6 @@ class Procedure:
         2.0
         """
         return _evaluate(self, p, 1)
-
-    def log_density(self, p: ArrayLike) -> tuple[Floats, Floats]:
-        """log g(p) and its derivative g'/g: finite where g(p) underflows, if one rank is kept; InputError as `density`.
-
-        Where g(p) = 0 they are -inf and 0.
-
-        >>> float(KthOfN(2, 1024).log_density(1e-3)[0].round(1))
-        -7045.9
-        """
-        return _log_evaluate(self, p)
 
     def order_weights(self, m: int) -> Floats:
         """Unbiased weights a_i of m samples sorted ascending, (m,), sum 1.
@@ -356,21 +346,3 @@ def _evaluate(procedure: Procedure, p: ArrayLike, order: int) -> Floats:
             else:
                 total = total + component.probability * weight * beta_law(rank, component.n, p, order)
     return total + powers_law(power_shares, p, order) if power_shares.any() else total
-
-
-def _log_evaluate(procedure: Procedure, p: ArrayLike) -> tuple[Floats, Floats]:
-    """log g and g'/g at p: in closed form for one kept rank, from g and g' otherwise."""
-    first = procedure.components[0]
-    single = len(procedure.components) == 1 and len(first.picks) == 1 and first.tilt is None
-    p = np.asarray(p, dtype=float)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        if not single:
-            density = procedure.density(p)
-            return np.log(density), np.where(density > 0, procedure.slope(p) / density, 0.0)
-        below, above = first.picks[0][0] - 1, first.n - first.picks[0][0]
-        value, slope = np.full_like(p, -special.betaln(below + 1, above + 1)), np.zeros_like(p)
-        if below:
-            value, slope = value + below * np.log(p), slope + below / p
-        if above:
-            value, slope = value + above * np.log1p(-p), slope - above / (1 - p)
-        return value, np.where(np.isfinite(slope), slope, 0.0)

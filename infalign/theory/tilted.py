@@ -3,7 +3,7 @@
 Closed forms for the catalogue (log Z is kept, never Z; nothing overflows), adaptive quadrature for any other callable.
 Without ties, KL and win rates depend on neither the reward, the base policy nor the prompt.
 
-Theory: InfAlign (arXiv:2412.19792); closed forms derived in our notes.
+Theory: InfAlign (arXiv:2412.19792); equation 3 and the closed forms of README.md.
 """
 
 # scipy ships no type stubs: what it returns is unknown to pyright.
@@ -49,12 +49,12 @@ class TiltedPolicy:
     def density(self, u: ArrayLike) -> Floats:
         """q(u) >= 0 at base quantiles u in [0, 1], any shape; raises InputError outside."""
         with np.errstate(divide="ignore", over="ignore", under="ignore"):
-            return self._density(_quantiles(u))
+            return self._density(quantiles(u))
 
     def cdf(self, u: ArrayLike) -> Floats:
         """Q(u), the policy's mass below base quantile u in [0, 1], any shape; raises InputError outside."""
         with np.errstate(divide="ignore", over="ignore", under="ignore"):
-            return np.clip(self._cdf(_quantiles(u)), 0.0, 1.0)
+            return np.clip(self._cdf(quantiles(u)), 0.0, 1.0)
 
     def win_rate(self, procedure: Procedure) -> float:
         """W = 1 - int_0^1 g(u) G(Q(u)) du against the base policy, both decoded by `procedure`.
@@ -64,8 +64,7 @@ class TiltedPolicy:
         >>> round(tilt(log, beta=1 / 3).win_rate(BestOfN(4)), 9)  # the Best-of-4 policy: 4/5 for every N
         0.8
         """
-        check_procedure(procedure)
-        return 1.0 - integrate(lambda u: procedure.density(u) * procedure.cdf(self.cdf(u)))
+        return win_rate_of(self.cdf, procedure)
 
 
 def tilt(transform: Callable[[ArrayLike], Floats], beta: float | None = None, kl: float | None = None) -> TiltedPolicy:
@@ -100,7 +99,13 @@ def one_of(beta: float | None, kl: float | None) -> tuple[float | None, float | 
     return (None if beta is None else float(beta)), (None if kl is None else float(kl))
 
 
-def _quantiles(u: ArrayLike) -> Floats:
+def win_rate_of(cdf: Callable[[Floats], Floats], procedure: Procedure) -> float:
+    """W = 1 - int_0^1 g(u) G(Q(u)) du of the policy with CDF Q in base quantiles (README.md, equation 4)."""
+    check_procedure(procedure)
+    return 1.0 - integrate(lambda u: procedure.density(u) * procedure.cdf(cdf(u)))
+
+
+def quantiles(u: ArrayLike) -> Floats:
     """u as floats in [0, 1]."""
     u = np.asarray(u, dtype=float)
     if not np.all((u >= 0) & (u <= 1)):

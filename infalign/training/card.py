@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from infalign import __version__
-from infalign.theory.procedures import BUILT_IN
+from infalign.theory.objective import objective
+from infalign.theory.procedures import BUILT_IN, BestOfN
 
 _CARD = """\
 ---
@@ -51,7 +52,9 @@ def model_card(trainer: Any, name: str) -> str:
     """The card of a `CTRLTrainer`'s policy; a local base model is named without its folder."""
     procedure = getattr(trainer.procedure, "name", "")
     transform = getattr(trainer.ctrl_reward, "transform", None)
-    kl = getattr(transform, "kl", None)
+    kl = None
+    if transform is not None:
+        kl = objective(trainer.procedure or BestOfN(1), transform, beta=trainer.args.beta).kl
     base = str(getattr(trainer.model.config, "_name_or_path", "") or "unknown")
     return _CARD.format(
         name=name,

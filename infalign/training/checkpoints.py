@@ -39,7 +39,7 @@ def run_identity(functions: Sequence[Any], reward: Any, dataset: Any, beta: floa
     return {
         "data": _content(dataset) if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__") else None,
         "rewards": [_digest_of(one) for one in functions],
-        "transform": named,
+        "transform": getattr(transform, "label", named),
         "beta": float(f"{beta:.6g}"),
     }
 

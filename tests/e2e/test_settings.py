@@ -20,6 +20,8 @@ from infalign.stages.policy_folder import save_policy
 from infalign.stages.recipe import load_recipe
 from infalign.stages.train import checkpoint_of, make_trainer, train
 from infalign.stages.training_keys import adapter_of, split_training
+from infalign.theory.tilted import tilt
+from infalign.theory.transforms import identity
 from infalign.training.trainer import CTRLTrainer
 from infalign.types import InputError
 from tests.e2e.experiment import tiny_experiment
@@ -150,6 +152,13 @@ def test_going_on_as_a_recipe_of_trl_says_it(given, tmp_path):
     assert checkpoint_of(recipe) is True
     named = load_recipe(tiny_experiment(tmp_path / "b"), read_flags(["--resume_from_checkpoint", "checkpoint-2"]))
     assert checkpoint_of(named) == "checkpoint-2"
+
+
+@pytest.mark.parametrize("given", [{"target_kl": 0.5}, {"target_kl": None, "beta": 0.3}], ids=["a KL", "a beta"])
+def test_calibrate_tells_what_few_samples_cost(given, tmp_path, capsys):
+    calibrate(load_recipe({**tiny_experiment(tmp_path), "transform": "identity", **given}))
+    kl = given["target_kl"] or tilt(identity, beta=0.3).kl
+    assert f" win rate at KL {kl:.2f} nats\n" in capsys.readouterr().out.partition("expected cost of this K: ")[2]
 
 
 def test_one_module_is_trained(tmp_path):

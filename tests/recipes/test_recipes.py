@@ -9,7 +9,7 @@ import pytest
 from infalign.data.prompts import load_prompts
 from infalign.data.splits import split_prompts
 from infalign.rewards.loader import load_reward
-from infalign.stages.objective import load_procedure, load_transform
+from infalign.stages.objective import load_objective, load_procedure
 from infalign.stages.recipe import find_recipe, load_recipe, require
 from infalign.stages.reward_model import load_pairs
 from infalign.stages.reward_model_recipe import load_reward_model_recipe
@@ -27,7 +27,7 @@ def test_recipe_is_valid(path):
     recipe = load_recipe(path)
     require(recipe, "model_name_or_path", "dataset_name", "reward", "output_dir")
     procedure = load_procedure(recipe)
-    _, beta = load_transform(recipe, procedure)
+    beta = load_objective(recipe, procedure).beta
     assert beta > 0
     if recipe.reward not in TRAINED:  # another recipe makes it
         assert load_reward(recipe.reward, recipe.reward_kwargs, base_dir=recipe.base_dir).fingerprint

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -250,10 +251,11 @@ def test_vader():
     assert good > 0.5 > -0.5 > bad and plain == 0.0
 
 
-def test_vader_says_what_is_missing(monkeypatch):
+def test_vader_says_what_is_missing(monkeypatch, tmp_path):
+    shutil.copy(ROOT / "reward_models" / "vader.py", tmp_path)  # a file runs once a process, and this one has run
     monkeypatch.setitem(sys.modules, "vaderSentiment.vaderSentiment", None)
     with pytest.raises(InputError, match="vaderSentiment is not installed; pip install"):
-        plugin("vader")
+        load_reward("vader.py:build", base_dir=tmp_path)
 
 
 def test_length():

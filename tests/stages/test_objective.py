@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from infalign import BestOfN, KthOfN, RandomN, SoftBestOfN, WorstOfN, optimal_transform, tilt, transforms
-from infalign.stages.objective import load_procedure, load_transform
+from infalign.stages.objective import load_objective, load_procedure
 from infalign.stages.recipe import load_recipe
+from infalign.theory.objective import differing
 from infalign.types import InputError
 
 OWN = """
@@ -66,23 +67,64 @@ def test_procedures(keys, expected, own):
     assert load_procedure(load_recipe(own, keys)) == expected
 
 
-def test_transforms(own):
+def test_objectives(own):
     u = np.linspace(0.01, 0.99, 7)
-    transform, beta = load_transform(load_recipe(own, {"target_kl": 1.0}), BestOfN(4))
-    assert beta == pytest.approx(1 / 12.04099, rel=1e-5)  # theory.md section 5
-    np.testing.assert_allclose(transform(u), optimal_transform(BestOfN(4), kl=1.0)(u))
-    keys = {"transform": "exponential", "transform_kwargs": {"t": 10}, "target_kl": 1.0}
-    transform, beta = load_transform(load_recipe(own, keys), BestOfN(4))
-    assert beta == pytest.approx(1 / 4.14401, rel=1e-5)
-    transform, beta = load_transform(load_recipe(own, {"transform": "own.py:phi", "target_kl": 0.5}), BestOfN(4))
-    np.testing.assert_allclose(transform(u), u**7)
-    assert tilt(lambda v: np.asarray(v) ** 7, beta=beta).kl == pytest.approx(0.5, abs=1e-6)
+    best = load_objective(load_recipe(own, {"target_kl": 1.0}), BestOfN(4))
+    assert best.beta == pytest.approx(1 / 12.04099, rel=1e-5)  # theory.md section 5
+    assert (best.kl, best.win_rate) == (pytest.approx(1.0), pytest.approx(0.941123, abs=1e-6))
+    np.testing.assert_allclose(best.transform(u), optimal_transform(BestOfN(4), kl=1.0)(u))
+    keys = {"transform": "exponential", "transform_kwargs": {"t": 10}}
+    for given in ({"target_kl": 1.0}, {"beta": 1 / 4.14401}):  # the same row of theory.md section 5, from either side
+        found = load_objective(load_recipe(own, {**keys, **given}), BestOfN(4))
+        assert found.beta == pytest.approx(1 / 4.14401, rel=1e-5)
+        assert (found.kl, found.win_rate) == (pytest.approx(1.0, abs=1e-5), pytest.approx(0.935097, abs=1e-5))
+    own_one = load_objective(load_recipe(own, {"transform": "own.py:phi", "target_kl": 0.5}), BestOfN(4))
+    np.testing.assert_allclose(own_one.transform(u), u**7)
+    assert tilt(lambda v: np.asarray(v) ** 7, beta=own_one.beta).kl == pytest.approx(0.5, abs=1e-6)
     keys = {"transform": "own.py:power", "transform_kwargs": {"k": 3}, "beta": 0.2}
-    transform, beta = load_transform(load_recipe(own, keys), BestOfN(4))
-    assert (float(transform(np.array(0.5))), beta) == (0.125, 0.2)
-    assert (
-        load_transform(load_recipe(own, {"transform": "identity", "beta": 0.1}), BestOfN(4))[0] == transforms.identity
+    powers = load_objective(load_recipe(own, keys), BestOfN(4))
+    assert (float(powers.transform(np.array(0.5))), powers.beta) == (0.125, 0.2)
+    assert powers.kl == pytest.approx(tilt(lambda v: np.asarray(v) ** 3, beta=0.2).kl)
+    plain = load_objective(load_recipe(own, {"transform": "identity", "beta": 0.1}), BestOfN(4))
+    assert plain.transform == transforms.identity
+    mirror = load_objective(load_recipe(own, {"transform": "log_mirror", "beta": 0.5}), BestOfN(4))
+    assert (mirror.kl, mirror.win_rate, mirror.policy) == (None, None, None)  # it diverges on [0, 1]
+
+
+def test_records_of_objectives(own):
+    """Two runs of one recipe agree, whatever solved it; other recipes differ in what differs."""
+
+    def record(**keys):
+        recipe = load_recipe(own, keys)
+        return load_objective(recipe, load_procedure(recipe)).record()
+
+    first = record(target_kl=1.0)
+    assert first["transform"].startswith("OptimalTransform(BestOfN(4), log_beta=-2.488")
+    assert differing(first, {**first, "beta": first["beta"] * (1 + 1e-6), "transform": "OptimalTransform(x)"}) == []
+    assert differing(first, record(target_kl=0.5)) == ["beta"]
+    assert differing(first, record(target_kl=1.0, n=8)) == ["procedure", "beta"]
+    assert differing(first, record(transform="identity", beta=first["beta"])) == ["transform"]
+    assert differing(record(transform="own.py:phi", beta=0.1), record(transform="own.py:phi", beta=0.1)) == []
+    assert differing({}, first) == []
+
+
+def test_a_plug_in_is_executed_once(own, tmp_path, monkeypatch):
+    """However often its objects are asked for; again when it, or a module that it imports, was edited."""
+    (tmp_path / "helper.py").write_text("POWER = 3\n")
+    (tmp_path / "plug.py").write_text(
+        "from pathlib import Path\nfrom infalign import BestOfN\nimport helper\n"
+        "with (Path(__file__).parent / 'count').open('a') as file:\n    file.write('x')\n"
+        "def procedure(n=4):\n    return BestOfN(n)\n"
+        "def phi(u):\n    return u ** helper.POWER\n"
     )
+    keys = {"procedure": f"{tmp_path}/plug.py:procedure", "transform": f"{tmp_path}/plug.py:phi", "beta": 0.2}
+    recipe = load_recipe(own, keys)
+    for _ in range(3):
+        found = load_objective(recipe, load_procedure(recipe))
+    assert (tmp_path / "count").read_text() == "x" and float(found.transform(np.array(0.5))) == 0.125
+    (tmp_path / "helper.py").write_text("POWER = 2\n")
+    assert float(load_objective(recipe, BestOfN(4)).transform(np.array(0.5))) == 0.25
+    assert (tmp_path / "count").read_text() == "xx"
 
 
 @pytest.mark.parametrize(
@@ -96,7 +138,7 @@ def test_transforms(own):
 )
 def test_transforms_that_are_none(keys, message, own):
     with pytest.raises(InputError, match=message), np.errstate(all="ignore"):
-        load_transform(load_recipe(own, {**keys, "beta": 0.1}), BestOfN(4))
+        load_objective(load_recipe(own, {**keys, "beta": 0.1}), BestOfN(4))
 
 
 def test_a_procedure_that_is_none(own):

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from scipy import integrate, optimize
 
-from infalign.theory import exponential, identity, log, log_mirror, normal_icdf, optimal_transform, tilt
+from infalign.theory import exponential, identity, log, log_mirror, normal_icdf, optimal_transform, tilt, win_rate_limit
+from infalign.theory.levels import tied_limit, tied_optimum, tied_win_rate
 from infalign.theory.procedures import BestOfN, KthOfN, Procedure, RandomN, SoftBestOfN, WorstOfN
-from infalign.theory.ties import tied_limit, tied_optimum, tied_win_rate
 from infalign.types import InputError
 
 # theory.md section 5: 1/beta and W_1, W_2, W_4, W_8, W_32 of Best-of-N at KL = 1 nat
@@ -352,7 +352,7 @@ def test_tied_limit_grows_with_kl_and_stays_below_the_continuous_one(procedure: 
     limits = [tied_limit(procedure, base_J, kl) for kl in kls]
     assert limits[0] == 0.5 and np.all(np.diff(limits) >= -1e-12)
     for kl, limit in zip(kls[1:-1], limits[1:-1], strict=True):
-        assert limit <= optimal_transform(procedure, kl=kl).win_rate + 1e-10
+        assert limit <= win_rate_limit(procedure, kl) + 1e-10
 
 
 def test_levels_without_base_mass_and_single_levels() -> None:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from trl import RLOOTrainer
 
 from infalign.theory.procedures import BestOfN, KthOfN, Procedure, RandomN, SoftBestOfN, WorstOfN
-from infalign.theory.transforms import identity, log
+from infalign.theory.transforms import identity, log, log_mirror
 from infalign.training.card import model_card
 from infalign.training.config import CTRLConfig
 from infalign.training.reward import CTRLReward
@@ -268,3 +268,12 @@ def test_the_card_has_the_procedures_tag(procedure, tag, llama, tmp_path):
     header = yaml.safe_load(model_card(subject, "name").split("---")[1])
     assert header["tags"] == ["infalign", "ctrl", "trl", "rloo", *([tag] if tag else [])]
     assert np.isfinite(subject.args.beta)
+
+
+def test_the_card_knows_the_kl_of_every_transform(llama, tmp_path):
+    """Identity at beta .2 aims at .650117 nats (theory.md, section 5); a transform without a policy has no KL."""
+    subject = CTRLTrainer(llama, CTRLReward(token_sum, identity), CTRLConfig(**config(tmp_path)), references())
+    subject.args.beta = 0.2
+    assert "| KL coefficient | 0.2 (target KL 0.6501 nats) |" in model_card(subject, "name")
+    subject.ctrl_reward.transform = log_mirror  # it diverges below a beta of 1
+    assert "| KL coefficient | 0.2 (target KL not known) |" in model_card(subject, "name")

@@ -1,0 +1,484 @@
+"""The one solver: the best policy for a procedure on reward levels, and on very many of them for continuous rewards.
+
+Rewards take J levels of base mass b_j and policy mass p_j, ascending; P and Q are the cumulative masses. Level j of the
+decoded policy gets G(Q_j) - G(Q_{j-1}), so (README.md, equation 7)
+
+    W = 1 - 1/2 sum_j [G(P_j) - G(P_{j-1})] [G(Q_j) + G(Q_{j-1})],
+
+and every optimum at a KL or a beta satisfies, with x_j = log(p_j/b_j) (equation 8),
+
+    x_{j+1} - x_j = g(Q_j) [G(P_{j+1}) - G(P_{j-1})] / (2 beta):
+
+a tridiagonal system, solved by Newton steps bordered with the KL. It is unique when g is non-decreasing; otherwise the
+best of several starts is kept. A coarse reward can be far from the continuous limit: a fair coin's with Best-of-4 never
+exceeds .531.
+
+A continuous reward is the limit of many levels. On a cut that follows the solution, W, log beta and Q err by
+c/J^2 + O(1/J^4), so J levels and each of them halved extrapolate (Richardson) to some 1e-9 (`continuous_optimum`).
+"""
+
+# scipy ships no type stubs: what it returns is unknown to pyright.
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportUnknownLambdaType=false
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import cache
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import optimize
+from scipy.linalg import lapack
+
+from infalign.theory.procedures import Procedure, check_procedure
+from infalign.theory.tilted import one_of
+from infalign.types import InputError
+
+Floats = NDArray[np.float64]
+
+LEVELS = 1200
+"""J of the coarser of the two resolutions that a continuous optimum is extrapolated from."""
+_NOTHING_LEFT = -30.0  # log beta
+_COARSE = 250
+SMALLEST_KL, LARGEST_KL = 1e-9, 25.0
+_MOST_STEPS = 60
+_LARGEST_LOG_BETA = 600.0
+_SUP_SLACK = 1e-9
+
+
+@dataclass(frozen=True)
+class TiedPolicy:
+    """An optimal policy on reward levels: `policy_masses_J` sum to 1; `beta` is 0 at the limit of all mass on top."""
+
+    policy_masses_J: Floats
+    beta: float
+    kl: float
+    win_rate: float
+
+
+def tied_win_rate(procedure: Procedure, base_masses_J: ArrayLike, policy_masses_J: ArrayLike) -> float:
+    """W of a policy against the base on reward levels, both decoded by `procedure`, ties counting one half.
+
+    base_masses_J, policy_masses_J: (J,) masses of the same levels in ascending reward, each summing to 1.
+    Raises InputError for negative masses, sums other than 1 or different lengths.
+
+    >>> from infalign.theory.procedures import BestOfN
+    >>> tied_win_rate(BestOfN(4), [0.5, 0.5], [0.0, 1.0])
+    0.53125
+    """
+    check_procedure(procedure)
+    base_J, policy_J = _masses("base_masses_J", base_masses_J), _masses("policy_masses_J", policy_masses_J)
+    if len(base_J) != len(policy_J):
+        raise InputError(f"base and policy masses must be of the same levels; got {len(base_J)} and {len(policy_J)}")
+    return _win_rate(procedure, base_J, policy_J)
+
+
+def tied_optimum(
+    procedure: Procedure, base_masses_J: ArrayLike, beta: float | None = None, kl: float | None = None
+) -> TiedPolicy:
+    """The best policy on reward levels at `beta`, or with at most `kl` nats; give exactly one.
+
+    base_masses_J: (J,) masses in ascending reward; levels of base mass 0 get policy mass 0. The KL can't exceed
+    -log(mass of the top level): beyond it, all mass is on top. Raises InputError for bad masses, both or neither.
+
+    >>> from infalign.theory.procedures import BestOfN
+    >>> tied_optimum(BestOfN(4), [0.5, 0.5], kl=1.0).win_rate
+    0.53125
+    """
+    check_procedure(procedure)
+    beta, kl = one_of(beta, kl)
+    base_J = _masses("base_masses_J", base_masses_J)
+    kept_J = base_J > 0
+    levels = _Levels(procedure, base_J[kept_J])
+    best = levels.at_kl(kl) if kl is not None else levels.at_beta(beta or 0.0)
+    masses_J = np.zeros_like(base_J)
+    masses_J[kept_J] = best.mass_J
+    return TiedPolicy(masses_J, best.beta, best.kl, best.win_rate)
+
+
+def tied_limit(procedure: Procedure, base_masses_J: ArrayLike, kl: float) -> float:
+    """The highest win rate of any policy within `kl` nats of the base on these reward levels; non-decreasing in kl.
+
+    kl = 0 gives 1/2. Raises InputError like `tied_optimum`.
+
+    >>> from infalign.theory.procedures import BestOfN
+    >>> round(tied_limit(BestOfN(1), [0.5, 0.5], 0.1), 6)
+    0.609897
+    """
+    if kl == 0:
+        _masses("base_masses_J", base_masses_J)
+        return 0.5
+    return tied_optimum(procedure, base_masses_J, kl=kl).win_rate
+
+
+@dataclass(frozen=True)
+class ContinuousPolicy:
+    """An optimal policy for a reward without ties, on a cut that follows it: each (2J+1,), u ascending.
+
+    `below` is u and `above` 1 - u, each accurate relative to itself; `cdf` and `survival` are Q and 1 - Q there.
+    """
+
+    below: Floats
+    above: Floats
+    cdf: Floats
+    survival: Floats
+    log_beta: float
+    kl: float
+    win_rate: float
+
+
+def continuous_optimum(
+    procedure: Procedure, log_beta: float | None = None, kl: float | None = None
+) -> ContinuousPolicy:
+    """The optimum for a reward without ties, at log beta or at a KL in nats (exactly one given); README.md, equation 9.
+
+    Raises:
+        InputError: none was found.
+    """
+    levels = _Levels(procedure, _widths(*_first_edges()))
+    if kl is not None:
+        near = kl
+    else:
+        assert log_beta is not None
+        near = levels.kl_at(log_beta, levels.tilted_kl(log_beta), 1e-2)
+    for count in (_COARSE, _COARSE, LEVELS):  # the second coarse cut follows a solution that the first could resolve
+        policy = levels.near(near, log_beta)
+        near = near if abs(policy.kl / near - 1) < 1e-6 else policy.kl
+        levels = _Levels(procedure, _widths(*levels.cut_along(policy, count)))
+    one = levels.near(near, log_beta)
+    halved = _Levels(procedure, np.repeat(levels.base_J / 2, 2))
+    fixed_kl = near if log_beta is None else None
+    two = halved.newton(np.repeat(one.log_ratio_J, 2), one.log_beta, fixed_kl) or halved.near(near, log_beta)
+    if not (one.converged and two.converged):
+        return _at_less(procedure, near)
+    return ContinuousPolicy(
+        _with_middles(levels.below),
+        _with_middles(levels.above),
+        _extrapolated_curve(_cumulative(one.mass_J), _cumulative(two.mass_J)),
+        _extrapolated_curve(_from_top(one.mass_J), _from_top(two.mass_J)),
+        _extrapolated(one.log_beta, two.log_beta),
+        kl or _extrapolated(one.kl, two.kl),
+        min(_extrapolated(one.win_rate, two.win_rate), 1.0),
+    )
+
+
+def _at_less(procedure: Procedure, kl: float) -> ContinuousPolicy:
+    """The optimum at half of a KL at which Newton finds none, if its beta is so small that the other half adds nothing.
+
+    Raises:
+        InputError: it is not.
+    """
+    found = continuous_optimum(procedure, kl=kl / 2) if kl > 1e-3 else None
+    if found is None or found.log_beta > _NOTHING_LEFT:
+        raise InputError(f"no optimum of {procedure!r} was found at {kl:g} nats: ask for another kl")
+    return found
+
+
+def _extrapolated(coarse: float, fine: float) -> float:
+    """Richardson: halving the levels takes three quarters of an error c/J^2 away; a third of the gain is missing."""
+    return fine + (fine - coarse) / 3 if math.isfinite(fine) and math.isfinite(coarse) else fine
+
+
+def _extrapolated_curve(coarse: Floats, fine: Floats) -> Floats:
+    """The same for Q, which the coarse levels know at every other edge; what is missing is smooth: (2J+1,)."""
+    return fine + _with_middles((fine[::2] - coarse) / 3)
+
+
+def _with_middles(values: Floats) -> Floats:
+    """Values at edges, and between them their means: (2J+1,) from (J+1,)."""
+    found = np.repeat(values, 2)[:-1]
+    found[1::2] = (values[1:] + values[:-1]) / 2
+    return found
+
+
+def _first_edges() -> tuple[Floats, Floats]:
+    """u and 1 - u at edges to begin with: even in the middle, by constant factors towards both ends."""
+    tail = np.exp(np.linspace(-32.0, -2.5, 90))
+    middle = np.linspace(0.1, 0.9, 65)
+    below = np.concatenate([[0.0], tail, middle, 1 - tail[::-1], [1.0]])
+    above = np.concatenate([[1.0], 1 - tail, 1 - middle, tail[::-1], [0.0]])
+    return below, above
+
+
+def _widths(below: Floats, above: Floats) -> Floats:
+    """Masses between edges, each accurate relative to itself: (J,) from (J+1,)."""
+    return np.where(below[1:] < 0.5, np.diff(below), -np.diff(above))
+
+
+def _masses(name: str, masses: ArrayLike) -> Floats:
+    """The masses as floats that sum to 1 exactly enough; InputError otherwise."""
+    masses_J = np.asarray(masses, dtype=float)
+    if masses_J.ndim != 1 or masses_J.size == 0 or not np.all(masses_J >= 0) or not abs(masses_J.sum() - 1) <= 1e-6:
+        raise InputError(f"{name} must be non-negative and sum to 1; got {masses!r}")
+    return masses_J / masses_J.sum()
+
+
+def _cumulative(masses_J: Floats) -> Floats:
+    """0, P_1, ..., P_J = 1: (J+1,)."""
+    total = np.minimum(np.concatenate([[0.0], np.cumsum(masses_J)]), 1.0)
+    total[-1] = 1.0
+    return total
+
+
+def _from_top(masses_J: Floats) -> Floats:
+    """1, 1 - P_1, ..., 0, accurate relative to itself near the top: (J+1,)."""
+    return _cumulative(masses_J[::-1])[::-1]
+
+
+def _win_rate(procedure: Procedure, base_J: Floats, policy_J: Floats) -> float:
+    """The equation of the module's first paragraph."""
+    decoded_base = procedure.cdf(_cumulative(base_J))
+    decoded = procedure.cdf(_cumulative(policy_J))
+    return 1.0 - 0.5 * float(np.diff(decoded_base) @ (decoded[1:] + decoded[:-1]))
+
+
+@dataclass(frozen=True)
+class _Policy:
+    """A policy on levels: x = log(p/b) and masses p (J,), log beta (-inf: all mass on top), KL, W.
+
+    One that has not `converged` is a tilt within the KL asked for, and no optimum.
+    """
+
+    log_ratio_J: Floats
+    mass_J: Floats
+    log_beta: float
+    kl: float
+    win_rate: float
+    converged: bool = True
+
+    @property
+    def beta(self) -> float:
+        return math.exp(self.log_beta)
+
+    def gain(self, beta: float) -> float:
+        """What is maximised at a beta."""
+        return self.win_rate - beta * self.kl
+
+
+class _Levels:
+    """The problem on levels of base masses (J,), all positive; c_j = [G(P_{j+1}) - G(P_{j-1})]/2, (J-1,)."""
+
+    def __init__(self, procedure: Procedure, base_J: Floats) -> None:
+        self.procedure, self.base_J = procedure, base_J
+        self.log_base_J = np.log(base_J)
+        self.from_top = procedure.monotone == "decreasing"
+        self.below, self.above = _cumulative(base_J), _from_top(base_J)
+        decoded, undecoded = procedure.cdf(self.below), procedure.mirror.cdf(self.above)
+        # G(P) near 1 has lost its small differences; those of 1 - G(P), which the mirror knows, have not
+        low, high = decoded[2:] - decoded[:-2], undecoded[:-2] - undecoded[2:]
+        self.coupling = np.where(decoded[1:-1] < 0.5, low, high) / 2
+        self.most_kl = -float(self.log_base_J[-1])
+
+    def at_kl(self, kl: float) -> _Policy:
+        """The best policy found within kl."""
+        if kl >= self.most_kl - _SUP_SLACK:
+            return self._top()
+        return max((self._from_start(shape, kl) for shape in self._starts()), key=lambda policy: policy.win_rate)
+
+    def at_beta(self, beta: float) -> _Policy:
+        """The best W - beta KL: a scan over KL, then Newton at fixed beta from the best."""
+        uniform = _Policy(np.zeros_like(self.base_J), self.base_J, math.log(beta), 0.0, 0.5)
+        if len(self.base_J) == 1:
+            return uniform
+        grid = self.most_kl * np.concatenate([10.0 ** np.arange(-6, -1), np.linspace(0.02, 0.98, 49), [0.995, 1.0]])
+        scanned = [uniform, *(self.at_kl(float(kl)) for kl in grid[grid > _SUP_SLACK])]
+        best = max(scanned, key=lambda policy: policy.gain(beta))
+        polished = self.newton(np.maximum(best.log_ratio_J, -50.0), math.log(beta), None)
+        if polished is None or polished.gain(beta) < best.gain(beta):
+            return _Policy(best.log_ratio_J, best.mass_J, math.log(beta), best.kl, best.win_rate)
+        return polished
+
+    def kl_at(self, log_beta: float, guess: float, tolerance: float) -> float:
+        """The KL of the optimum at log beta up to a relative tolerance: beta = dW/dKL falls along the frontier."""
+
+        @cache
+        def excess(log_kl: float) -> float:
+            return self.at_kl(math.exp(log_kl)).log_beta - log_beta
+
+        least, most = math.log(SMALLEST_KL), math.log(LARGEST_KL)
+        low = high = min(max(math.log(max(guess, SMALLEST_KL)), least), most)
+        while excess(low) < 0 and low > least:
+            low -= 1.0
+        while excess(high) > 0 and high < most:
+            high += 1.0
+        if low == high or excess(low) < 0:  # hardly any KL: Newton at this beta gets there from the smallest
+            return math.exp(low)
+        return math.exp(float(optimize.brentq(excess, low, high, xtol=tolerance)))  # pyright: ignore[reportArgumentType]
+
+    def near(self, kl: float, log_beta: float | None) -> _Policy:
+        """The optimum at a KL or, where log beta is given, the one at it, whose KL is about `kl`."""
+        start = self.at_kl(kl)
+        if log_beta is None:
+            return start
+        reward_J = start.log_ratio_J - start.log_ratio_J.max()
+        scale = math.exp(min(start.log_beta - log_beta, _LARGEST_LOG_BETA))
+        exponent_J = np.maximum(reward_J, -1e300 / scale) * scale  # the tilt of the same rewards
+        found = self.newton(exponent_J - self._log_partition(exponent_J), log_beta, None)
+        return found or replace(self.at_kl(self.kl_at(log_beta, kl, 1e-12)), log_beta=log_beta)
+
+    def tilted_kl(self, log_beta: float) -> float:
+        """The KL that the first tilt has at log beta, by which to guess that of the optimum."""
+        exponent_J = np.maximum(self._starts()[0] * math.exp(-log_beta), -1e4)
+        return self._kl(exponent_J - self._log_partition(exponent_J))
+
+    def cut_along(self, policy: _Policy, count: int) -> tuple[Floats, Floats]:
+        """u and 1 - u at the edges of `count` levels that share evenly what u, Q, G(u), G(Q) and log q/10 change by."""
+        cdf, mirror = self.procedure.cdf, self.procedure.mirror.cdf
+        Q, survival = _cumulative(policy.mass_J), _from_top(policy.mass_J)
+        x = np.maximum(policy.log_ratio_J, -30.0)
+        x = np.concatenate([x[:1], (x[1:] + x[:-1]) / 2, x[-1:]])
+        moved = self.base_J + policy.mass_J + 0.1 * np.abs(np.diff(x))
+        moved = moved + _widths(cdf(self.below), mirror(self.above)) + _widths(cdf(Q), mirror(survival))
+        total = np.concatenate([[0.0], np.cumsum(moved)])
+        wanted = np.linspace(0.0, total[-1], count + 1)[1:-1]
+        level = np.searchsorted(total, wanted, side="right") - 1
+        part = (wanted - total[level]) / moved[level]
+        below = self.below[level] + part * self.base_J[level]
+        above = self.above[level + 1] + (1 - part) * self.base_J[level]
+        return np.concatenate([[0.0], below, [1.0]]), np.concatenate([[1.0], above, [0.0]])
+
+    def _top(self) -> _Policy:
+        """All mass on the top level: the limit beta -> 0 of every procedure."""
+        top_J = np.zeros_like(self.base_J)
+        top_J[-1] = 1.0
+        with np.errstate(divide="ignore"):
+            log_ratio_J = np.log(top_J) - self.log_base_J
+        return _Policy(log_ratio_J, top_J, -math.inf, self.most_kl, _win_rate(self.procedure, self.base_J, top_J))
+
+    def _starts(self) -> list[Floats]:
+        """Rewards (J,) to start from: the gradient at the base and, where optima may be many, at other policies."""
+        p = self.below[1:-1]
+        at = [p] if self.procedure.monotone in ("increasing", "constant") else [p, p**4, 1 - (1 - p) ** 4]
+        return [self._reward(self.procedure.density(Q)) for Q in at]
+
+    def _reward(self, density: Floats) -> Floats:
+        """The levels' rewards R_j - R_J <= 0 (J,) for g at the policy's cumulative masses (J-1,)."""
+        return np.concatenate([-np.cumsum((self.coupling * density)[::-1])[::-1], [0.0]])
+
+    def _decoded(self, mass_J: Floats) -> tuple[Floats, Floats]:
+        """g and g' at Q_1..Q_{J-1}; from the top down where g lives on 1-Q, to keep its relative accuracy."""
+        if self.from_top:
+            above = np.minimum(np.cumsum(mass_J[:0:-1])[::-1], 1.0)
+            return self.procedure.mirror.density(above), -self.procedure.mirror.slope(above)
+        below = np.minimum(np.cumsum(mass_J)[:-1], 1.0)
+        return self.procedure.density(below), self.procedure.slope(below)
+
+    def _from_start(self, reward_J: Floats, kl: float) -> _Policy:
+        """Newton from the tilt of reward_J at kl; if that fails, along a path of growing KL; else the tilt itself."""
+        log_ratio_J, log_beta = self._tilted(reward_J, kl)
+        for _ in range(3):  # an odd number: these tilts alternate around the optimum, and the first is too flat
+            density, _ = self._decoded(self.base_J * np.exp(log_ratio_J))
+            log_ratio_J, log_beta = self._tilted(self._reward(density), kl)
+        log_beta = self._fitting_log_beta(log_ratio_J, log_beta)
+        found = self.newton(log_ratio_J, log_beta, kl) or self._along_path(kl)
+        return found or replace(self._policy(log_ratio_J, log_beta), converged=False)
+
+    def _along_path(self, kl: float) -> _Policy | None:
+        """Newton at a growing sequence of KLs, each started from the last; steps shrink where it fails.
+
+        It may end before kl, where beta is so small that what is left adds nothing to W (at most beta a nat).
+        """
+        target, growth = min(kl, 1e-3), 8.0
+        log_ratio_J, log_beta = self._tilted(self._starts()[0], target)
+        reached = target / growth
+        while growth > 1.02:
+            found = self.newton(log_ratio_J, log_beta, target)
+            if found is None:
+                growth = math.sqrt(growth)
+            elif target == kl or found.log_beta < _NOTHING_LEFT:
+                return found
+            else:
+                reached, log_beta, log_ratio_J = target, found.log_beta, found.log_ratio_J
+            target = min(reached * growth, kl)
+        return None
+
+    def _tilted(self, reward_J: Floats, kl: float) -> tuple[Floats, float]:
+        """log(p/b) (J,) and log beta of p ~ b e^{R/beta} with the given KL, by safeguarded Newton in log(1/beta)."""
+        spread = math.sqrt(float(self.base_J @ (reward_J - self.base_J @ reward_J) ** 2))
+        x, low, high = 0.5 * math.log(2 * kl) - math.log(max(spread, 1e-300)), -math.inf, math.inf
+        log_ratio_J, leap = np.zeros_like(reward_J), 2.0
+        for _ in range(100):
+            tilt_J = np.maximum(reward_J * math.exp(min(x, _LARGEST_LOG_BETA)), -1e4)
+            log_ratio_J = tilt_J - self._log_partition(tilt_J)
+            value, mass_J = self._kl(log_ratio_J), self.base_J * np.exp(log_ratio_J)
+            slope = float(mass_J @ (tilt_J - mass_J @ tilt_J) ** 2)  # d KL / d x
+            low, high = (x, high) if value < kl else (low, x)
+            if abs(value - kl) < 1e-9 * kl:
+                break
+            new = x + math.log(kl / value) * value / slope if slope > 0 and value > 0 else math.inf
+            if not (low < new < high and abs(new - x) < leap):
+                new = (low + high) / 2 if high - low < 1e9 else x + math.copysign(leap, kl - value)
+                leap *= 2
+            x = new
+        return log_ratio_J, -x
+
+    def _fitting_log_beta(self, log_ratio_J: Floats, log_beta: float) -> float:
+        """The log beta at which a policy's steps fit its own gradient on average (log_beta where it has none)."""
+        mass_J = self.base_J * np.exp(log_ratio_J)
+        below = np.cumsum(mass_J)[:-1]
+        weight = np.minimum(below, 1 - below)
+        pull, steps = weight @ (self.coupling * self._decoded(mass_J)[0]), weight @ np.diff(log_ratio_J)
+        return math.log(pull / steps) if pull > 0 and steps > 0 else log_beta
+
+    def _log_partition(self, exponent_J: Floats) -> float:
+        """log sum b e^a, accurate also where it is nearly 0."""
+        excess = float(self.base_J @ np.expm1(exponent_J))
+        return math.log1p(excess) if excess > -0.5 else math.log(float(self.base_J @ np.exp(exponent_J)))
+
+    def _kl(self, log_ratio_J: Floats) -> float:
+        """KL of a normalised policy: sum p x = sum b [x e^x - (e^x - 1)], whose small terms do not cancel."""
+        return float(self.base_J @ (log_ratio_J * np.exp(log_ratio_J) - np.expm1(log_ratio_J)))
+
+    def _policy(self, log_ratio_J: Floats, log_beta: float) -> _Policy:
+        """The policy with its KL and win rate."""
+        mass_J = self.base_J * np.exp(log_ratio_J)
+        win_rate = min(_win_rate(self.procedure, self.base_J, mass_J), 1.0)
+        return _Policy(log_ratio_J, mass_J, log_beta, self._kl(log_ratio_J), win_rate)
+
+    def newton(self, log_ratio_J: Floats, log_beta: float, kl: float | None) -> _Policy | None:
+        """Newton on log(p/b) and, for a given kl, log beta; None when it does not converge."""
+        for _ in range(_MOST_STEPS):
+            if not abs(log_beta) < _LARGEST_LOG_BETA:
+                return None
+            step_J, step_beta = self._newton_step(log_ratio_J, log_beta, kl)
+            # levels that hold nothing before and after the step say nothing about convergence
+            seen_J = np.maximum(log_ratio_J + step_J, log_ratio_J) > -40
+            size = max(float(np.abs(step_J[seen_J]).max(initial=0.0)), abs(step_beta))
+            if not math.isfinite(size):
+                return None
+            damping = min(1.0, 1.5 / size) if size > 0 else 1.0
+            log_ratio_J, log_beta = log_ratio_J + damping * step_J, log_beta + damping * step_beta
+            peak = float(log_ratio_J.max())
+            log_ratio_J = log_ratio_J - peak - self._log_partition(log_ratio_J - peak)
+            if size < 1e-7:
+                return self._policy(log_ratio_J, log_beta)
+        return None
+
+    def _newton_step(self, log_ratio_J: Floats, log_beta: float, kl: float | None) -> tuple[Floats, float]:
+        """The full Newton step on x and, for a given kl, log beta.
+
+        The unknowns interleave as x_1, Q_1, x_2, Q_2, ..., x_J, so that both kinds of equation touch neighbours only:
+        -p_j dx_j + dQ_j - dQ_{j-1} = 0 (Q adds masses up), and the step equation of the module's first paragraph.
+        """
+        mass_J = self.base_J * np.exp(log_ratio_J)
+        coupling = self.coupling * math.exp(-log_beta)
+        density, slope = self._decoded(mass_J)
+        pull = coupling * density
+        size = 2 * len(mass_J) - 1
+        sub, diagonal, sup = -np.ones(size - 1), np.empty(size), np.ones(size - 1)
+        diagonal[0::2], diagonal[1::2] = -mass_J, -coupling * slope
+        right = np.zeros((size, 2))  # the residual, and what a change of log beta adds
+        right[1::2, 0], right[1::2, 1] = pull - np.diff(log_ratio_J), -pull
+        solution, info = lapack.dgtsv(sub, diagonal, sup, right)[3:]  # pyright: ignore[reportAttributeAccessIssue]
+        if info != 0:
+            return np.full_like(mass_J, np.nan), math.nan
+        plain_J, along_J = solution[0::2, 0], solution[0::2, 1]
+        if kl is None:
+            return plain_J, 0.0
+        gradient_J = mass_J * log_ratio_J
+        gap = kl - self._kl(log_ratio_J) - float(gradient_J @ plain_J)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            step_beta = float(np.float64(gap) / (gradient_J @ along_J))
+        return plain_J + step_beta * along_J, step_beta
