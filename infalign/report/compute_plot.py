@@ -15,7 +15,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from infalign.report.names import procedure_name
 from infalign.report.style import BASE, INK, MUTED, POLICY, new_figure, percent, styled
-from infalign.report.tables import Table, number
+from infalign.report.table import Table, number
 from infalign.report.verdict import interval
 
 Compute = Mapping[str, Any]

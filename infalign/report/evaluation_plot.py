@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,15 +10,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from infalign.evaluation.summary import DecoderRow, ordered_labels
 from infalign.report.names import procedure_name
 from infalign.report.style import BASE, GOLD, LIMIT, MUTED, POLICY, new_figure, percent, styled
 
 Floats = NDArray[np.float64]
-Row = Mapping[str, Any]
 
 
 @styled()
-def draw_win_rates(rows: Sequence[Row], trained: str) -> Figure:
+def draw_win_rates(rows: Sequence[DecoderRow], trained: str) -> Figure:
     """One line a decoder, with interval and limit; a gold judge's measurements stand below the reward's.
 
     Args:
@@ -26,13 +26,13 @@ def draw_win_rates(rows: Sequence[Row], trained: str) -> Figure:
         trained: the label of the procedure that was trained for; it is printed bold.
     """
     labels = ordered_labels(rows)
-    judges = list(dict.fromkeys(row["judge"] for row in rows))
+    judges = list(dict.fromkeys(row.judge for row in rows))
     figure, (axes,) = new_figure(size=(6.4, 1.7 + (0.24 + 0.14 * len(judges)) * len(labels)))
     shifts = (0.0,) if len(judges) == 1 else (-0.17, 0.17)
     for judge, color, shift in zip(judges, (POLICY, GOLD), shifts, strict=False):
-        mine = [row for row in rows if row["judge"] == judge]
-        _draw_rows(axes, mine, [labels.index(row["label"]) + shift for row in mine], color, _judge_name(judge))
-    limits = {labels.index(row["label"]): row["limit"] for row in rows if row["judge"] == "reward"}
+        mine = [row for row in rows if row.judge == judge]
+        _draw_rows(axes, mine, [labels.index(row.label) + shift for row in mine], color, _judge_name(judge))
+    limits = {labels.index(row.label): row.limit for row in rows if row.judge == "reward"}
     style: dict[str, Any] = {"color": LIMIT, "markersize": 15, "markeredgewidth": 2, "label": "limit"}
     axes.plot(list(limits.values()), list(limits), "|", **style)
     axes.axvline(0.5, color=MUTED, linewidth=1.0, linestyle="--")
@@ -48,21 +48,14 @@ def draw_win_rates(rows: Sequence[Row], trained: str) -> Figure:
     return figure
 
 
-def ordered_labels(rows: Sequence[Row]) -> list[str]:
-    """The decoders of the rows, each once: one sample, then Best-of-N, other ones, Worst-of-N, by N."""
-    rank = {"best_of_n": 1, "worst_of_n": 3}
-    found = {row["label"]: (0 if row["n"] == 1 else rank.get(row["kind"], 2), row["n"]) for row in rows}
-    return sorted(found, key=lambda label: found[label])
-
-
 def _judge_name(judge: str) -> str:
     return {"reward": "judged by the reward", "gold": "judged by the gold reward"}.get(judge, judge)
 
 
-def _draw_rows(axes: Axes, rows: Sequence[Row], places: Sequence[float], color: str, label: str) -> None:
+def _draw_rows(axes: Axes, rows: Sequence[DecoderRow], places: Sequence[float], color: str, label: str) -> None:
     for row, place in zip(rows, places, strict=True):
-        axes.plot([row["low"], row["high"]], [place, place], color=color, linewidth=2.2, solid_capstyle="butt")
-    axes.plot([row["mean"] for row in rows], places, "o", color=color, markersize=7, label=label)
+        axes.plot([row.low, row.high], [place, place], color=color, linewidth=2.2, solid_capstyle="butt")
+    axes.plot([row.mean for row in rows], places, "o", color=color, markersize=7, label=label)
 
 
 _LARGEST = 1e100  # a larger reward is drawn at this one: bins of more overflow

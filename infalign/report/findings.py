@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infalign.calibration.table import SampleTable
+from infalign.evaluation.summary import row_from_json
 from infalign.runtime.artifacts import read_json, read_manifest
 from infalign.theory.objective import differing
 
@@ -89,7 +90,7 @@ def _numbers(evaluation: Any) -> Any:
     """The evaluation with NaN where JSON, which has none, says null."""
     if evaluation is None:
         return None
-    rows = [{name: math.nan if one is None else one for name, one in row.items()} for row in evaluation["win_rates"]]
+    rows = [row_from_json(row) for row in evaluation["win_rates"]]
     parts = {part: {n: math.nan if v is None else v for n, v in evaluation[part].items()} for part in ("main", "kl")}
     return {**evaluation, "win_rates": rows, **parts}
 

@@ -15,15 +15,8 @@ from infalign.calibration.diagnostics import Diagnostics
 from infalign.report.compute_plot import compute_table, saving
 from infalign.report.findings import Findings
 from infalign.report.names import short_transform
-from infalign.report.tables import (
-    ABSENT,
-    diagnostics_table,
-    markdown,
-    number,
-    sample_table,
-    training_table,
-    win_rate_table,
-)
+from infalign.report.table import ABSENT, markdown, number, win_rate_table
+from infalign.report.tables import diagnostics_table, sample_table, training_table
 from infalign.report.verdict import headline, outcome, remarks
 
 
@@ -85,7 +78,9 @@ def _results(findings: Findings) -> dict[str, Any]:
     evaluation, calibration = findings.evaluation, findings.calibration
     main = (evaluation or {}).get("main", {})
     described = (calibration or {}).get("diagnostics")
-    table = None if evaluation is None else win_rate_table(evaluation)
+    table = None
+    if evaluation is not None:
+        table = win_rate_table(evaluation["win_rates"], evaluation["procedure"], evaluation["confidence"])
     compute = (evaluation or {}).get("compute")
     return {
         "found": findings,

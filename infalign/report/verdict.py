@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from infalign.evaluation.summary import GOLD, DecoderRow
+
 Outcome = Literal["better", "unclear", "worse", "unknown"]
 
 
@@ -70,19 +72,19 @@ def remarks(evaluation: Mapping[str, Any]) -> list[str]:
             f"Worst-of-N win rates crowd at 100 %, so look at the regret ratio: the policy loses "
             f"{main['regret_ratio']:.2f} times as often as the best possible one."
         )
-    gold = [row for row in evaluation["win_rates"] if row["judge"] == "gold" and row["label"] == main["label"]]
+    gold = [row for row in evaluation["win_rates"] if row.judge == GOLD and row.label == main["label"]]
     found += [_gold(row, evaluation["gold_reward"]) for row in gold]
     return found
 
 
-def _gold(row: Mapping[str, Any], name: str | None) -> str:
+def _gold(row: DecoderRow, name: str | None) -> str:
     means = {
         "better": "the gold judge prefers the policy",
         "worse": "the gold judge prefers the base, so the training reward may have been exploited",
         "unclear": "the interval includes 50 %, no evidence either way",
         "unknown": "without an interval",
-    }[outcome(row["low"], row["high"])]
-    share = f"{_percent(row['mean'])} % {interval(row['low'], row['high'])}"
+    }[outcome(row.low, row.high)]
+    share = f"{_percent(row.mean)} % {interval(row.low, row.high)}"
     return f"Judged by the gold reward {name}, it wins {share}: {means}."
 
 

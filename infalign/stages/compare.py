@@ -8,22 +8,21 @@ stand beside it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from infalign.evaluation.length import Side, decoded_reward, length_controlled_win_rate
-from infalign.evaluation.limits import attainment, regret_ratio
-from infalign.evaluation.winrate import WinRate, judged_win_rate, win_rate
+from infalign.evaluation.length import Side
+from infalign.evaluation.summary import GOLD, PROXY, decoder_row, decoders, row_from_json
+from infalign.report.table import plain_text, win_rate_table
 from infalign.runtime.artifacts import without_nan, write_json
 from infalign.runtime.console import say
 from infalign.stages.comparison import Comparison, Table, choose_n, load_table, read_pairs
 from infalign.stages.judging import judge_decoded, judge_line
 from infalign.stages.objective import find_procedure
-from infalign.theory.optimum import win_rate_limit
-from infalign.theory.procedures import BestOfN, Procedure, WorstOfN
+from infalign.theory.procedures import Procedure
 from infalign.types import InputError
 
 
@@ -42,18 +41,23 @@ def compare(asked: Comparison) -> dict[str, Any]:
     table = load_table(asked, pairs, procedure)
     del pairs
     least = min(int((~np.isnan(row)).sum()) for side in table.rewards for row in side)
-    procedures = _procedures(asked, procedure, least)
-    sides = [Side(table.rewards[side], (table.gold or table.rewards)[side], table.lengths(side)) for side in (0, 1)]
-    rows = [_row(asked, table, one, sides) for one in procedures]
+    policy, base = (
+        Side(table.rewards[side], (table.gold or table.rewards)[side], table.lengths(side)) for side in (0, 1)
+    )
+    judge, level, seed = GOLD if table.gold else PROXY, asked.confidence, asked.seed
+    rows = [
+        decoder_row(policy, base, decoder, judge, kl=asked.kl or None, confidence=level, seed=seed)
+        for decoder in _decoders(asked, procedure, least)
+    ]
     result: dict[str, Any] = {
         "procedure": repr(procedure),
         "prompts": len(table.keys),
         "samples": {"policy": _counts(table, 0), "base": _counts(table, 1), "least": least},
-        "judged_by": "gold" if table.gold else "reward",
+        "judged_by": judge,
         "confidence": asked.confidence,
         "seed": asked.seed,
         "kl": asked.kl,
-        "win_rates": rows,
+        "win_rates": [dataclasses.asdict(row) for row in rows],
         "judge": _judged(asked, table, procedure),
     }
     if output is not None:
@@ -61,40 +65,12 @@ def compare(asked: Comparison) -> dict[str, Any]:
     return result
 
 
-def _procedures(asked: Comparison, procedure: Procedure, least: int) -> list[Procedure]:
+def _decoders(asked: Comparison, procedure: Procedure, least: int) -> list[Procedure]:
     sizes = asked.eval_n or [2**power for power in range(12) if 2**power <= least]
     most = max([procedure.n, *sizes])
     if most > least:
         raise InputError(f"{most} candidates are drawn, but a prompt has {least} scored samples: lower n or eval_n")
-    return list(dict.fromkeys([procedure, *(kind(size) for kind in (BestOfN, WorstOfN) for size in sizes)]))
-
-
-def _row(asked: Comparison, table: Table, procedure: Procedure, sides: Sequence[Side]) -> dict[str, Any]:
-    found = _win_rate(asked, table, procedure)
-    controlled = length_controlled_win_rate(sides[0], sides[1], procedure, asked.confidence, asked.seed)
-    bounded = table.gold is None and asked.kl is not None
-    limit = float(win_rate_limit(procedure, asked.kl)) if bounded and asked.kl else float("nan")
-    return {
-        "label": repr(procedure),
-        "kind": procedure.name,
-        "n": procedure.n,
-        "mean": found.mean,
-        "low": found.low,
-        "high": found.high,
-        "length_controlled": dataclasses.asdict(controlled),
-        "limit": limit,
-        "attainment": attainment(found.mean, limit, asked.kl or 0.0),
-        "regret_ratio": regret_ratio(found.mean, limit),
-        "policy_reward": decoded_reward(sides[0], procedure),
-        "base_reward": decoded_reward(sides[1], procedure),
-    }
-
-
-def _win_rate(asked: Comparison, table: Table, procedure: Procedure) -> WinRate:
-    ours, theirs = table.rewards
-    if table.gold is None:
-        return win_rate(ours, theirs, procedure, asked.confidence, asked.seed)
-    return judged_win_rate((ours, table.gold[0]), (theirs, table.gold[1]), procedure, asked.confidence, asked.seed)
+    return decoders(procedure, sizes)
 
 
 def _judged(asked: Comparison, table: Table, procedure: Procedure) -> dict[str, Any] | None:
@@ -124,37 +100,17 @@ def tell(asked: Comparison, result: Mapping[str, Any]) -> None:
         f"{result['samples']['least']} scored samples a side"
     )
     say()
-    level = f"{100 * result['confidence']:g} %"
-    heads = ["win rate", f"{level} interval", "at equal length", f"{level} interval", "decoded reward"]
-    heads += ["limit", "attainment"] if asked.kl is not None else []
-    say(f"  {'decoder':<18}" + "".join(f"{head:<{_WIDTH}}" for head in heads).rstrip())
-    for row in result["win_rates"]:
-        controlled: Mapping[str, Any] = row["length_controlled"]
-        cells = [
-            f"{row['mean']:.3f}",
-            f"[{_shown(row['low'], 3)}, {_shown(row['high'], 3)}]",
-            _shown(controlled["mean"], 3),
-            f"[{_shown(controlled['low'], 3)}, {_shown(controlled['high'], 3)}]",
-            f"{row['base_reward']:.3f} -> {row['policy_reward']:.3f}",
-        ]
-        cells += [_shown(row["limit"], 3), _shown(row["attainment"], 2)] if asked.kl is not None else []
-        mark = "*" if row["label"] == result["procedure"] else " "
-        say(f"{mark} {row['label']:<18}" + "".join(f"{cell:<{_WIDTH}}" for cell in cells).rstrip())
-    main = result["win_rates"][0]["length_controlled"]
+    rows = [row_from_json(row) for row in result["win_rates"]]
+    for line in plain_text(win_rate_table(rows, result["procedure"], result["confidence"])):
+        say(line)
+    longer = rows[0].length_controlled.longer
     say()
+    way = "longer" if longer >= 0 else "shorter"
     say(
-        f"  * the decoder asked for; its answers are {abs(main['longer']):.0f} characters "
-        f"{'longer' if main['longer'] >= 0 else 'shorter'} than the base's. At equal length: by logistic regression on "
-        "the difference."
+        f"  * the decoder asked for; its answers are {abs(longer):.0f} characters {way} than the base's. At equal "
+        "length: by logistic regression on the difference."
     )
     if result["judge"]:
         say(f"  {judge_line(result['judge'])}")
     if asked.output:
         say(f"  written to {asked.output}")
-
-
-_WIDTH = 18
-
-
-def _shown(value: float, digits: int) -> str:
-    return "-" if value != value else f"{value:.{digits}f}"

@@ -13,9 +13,8 @@ import pyarrow.parquet as pq
 
 from infalign.calibration.diagnostics import tie_rate
 from infalign.calibration.table import SampleTable, Wanted
-from infalign.evaluation.length import decoded_reward, length_controlled_win_rate
-from infalign.evaluation.limits import Estimate, attainment, cluster_mean, regret_ratio, tie_limit
-from infalign.evaluation.winrate import WinRate, judged_win_rate, win_rate
+from infalign.evaluation.limits import Estimate, attainment, cluster_mean, tie_limit
+from infalign.evaluation.summary import GOLD, PROXY, decoder_row, decoders
 from infalign.generation.likelihood import sequence_kl
 from infalign.runtime.artifacts import fingerprint, read_manifest, without_nan, write_json, write_whole
 from infalign.runtime.console import Progress, notice
@@ -28,8 +27,7 @@ from infalign.stages.output import SAMPLES, clear_if_stale, forget_scores, leave
 from infalign.stages.recipe import Recipe, require_plain
 from infalign.stages.strategy import load_strategy
 from infalign.theory.objective import differing
-from infalign.theory.optimum import win_rate_limit
-from infalign.theory.procedures import BestOfN, Procedure, WorstOfN
+from infalign.theory.procedures import Procedure
 from infalign.types import InputError, Prompt, Sample
 
 KL_PROMPTS = 16  # prompts whose completions are compared at a time
@@ -194,10 +192,20 @@ def summarise(
 ) -> dict[str, Any]:
     """Win rates under the recipe's procedure and every N asked for, with limits at the measured KL."""
     recipe, procedure = experiment.recipe, experiment.procedure
-    procedures = [procedure, *(kind(n) for kind in (BestOfN, WorstOfN) for n in recipe.eval_n)]
-    procedures = list(dict.fromkeys(procedures))
-    rows = [_row(measured, one, kl.mean, recipe, judge) for judge in _judges(experiment) for one in procedures]
-    main = next(row for row in rows if row["label"] == repr(procedure) and row["judge"] == "reward")
+    rows = [
+        decoder_row(
+            measured.side("policy", judge),
+            measured.side("base", judge),
+            decoder,
+            judge,
+            kl=kl.mean,
+            confidence=recipe.confidence,
+            seed=recipe.seed,
+        )
+        for judge in ([PROXY] if experiment.gold is None else [PROXY, GOLD])
+        for decoder in decoders(procedure, recipe.eval_n)
+    ]
+    main = next(row for row in rows if row.label == repr(procedure) and row.judge == PROXY)
     base_rewards = [measured.base[key] for key in measured.keys]
     tied = tie_limit(procedure, base_rewards, kl.mean)
     return {
@@ -210,11 +218,11 @@ def summarise(
         "confidence": recipe.confidence,
         "seed": recipe.seed,
         "kl": {"mean": kl.mean, "error": kl.error, "k1": log_ratio.mean, "k1_error": log_ratio.error},
-        "win_rates": rows,
+        "win_rates": [asdict(row) for row in rows],
         "main": {
-            **main,
+            **asdict(main),
             "tie_limit": tied,
-            "tie_attainment": attainment(main["mean"], tied, kl.mean),
+            "tie_attainment": attainment(main.mean, tied, kl.mean),
             "tie_rate": tie_rate(base_rewards),
         },
         "pairwise": _judged(recipe, procedure, measured, prompts),
@@ -243,39 +251,3 @@ def _judged(recipe: Recipe, procedure: Procedure, measured: Measured, prompts: l
         seed=recipe.seed,
         base_dir=recipe.base_dir,
     )
-
-
-def _judges(experiment: Experiment) -> list[str]:
-    return ["reward"] if experiment.gold is None else ["reward", "gold"]
-
-
-def _row(measured: Measured, procedure: Procedure, kl: float, recipe: Recipe, judge: str) -> dict[str, Any]:
-    found = _win_rate(measured, procedure, recipe, judge)
-    bounded = judge == "reward"  # a gold judge is not what decodes: the limit does not hold for it
-    limit = float(win_rate_limit(procedure, max(kl, 0.0))) if bounded else float("nan")
-    policy, base = (measured.side(name, judge) for name in ("policy", "base"))
-    controlled = length_controlled_win_rate(policy, base, procedure, recipe.confidence, recipe.seed)
-    return {
-        "label": repr(procedure),
-        "kind": procedure.name,
-        "n": procedure.n,
-        "judge": judge,
-        "mean": found.mean,
-        "low": found.low,
-        "high": found.high,
-        "limit": limit,
-        "attainment": attainment(found.mean, limit, kl),
-        "regret_ratio": regret_ratio(found.mean, limit),
-        "length_controlled": asdict(controlled),
-        "policy_reward": decoded_reward(policy, procedure),
-        "base_reward": decoded_reward(base, procedure),
-    }
-
-
-def _win_rate(measured: Measured, procedure: Procedure, recipe: Recipe, judge: str) -> WinRate:
-    ours, theirs = ([side[key] for key in measured.keys] for side in (measured.policy, measured.base))
-    if judge == "reward":
-        return win_rate(ours, theirs, procedure, recipe.confidence, recipe.seed)
-    assert measured.policy_gold is not None and measured.base_gold is not None
-    gold, base_gold = ([side[key] for key in measured.keys] for side in (measured.policy_gold, measured.base_gold))
-    return judged_win_rate((ours, gold), (theirs, base_gold), procedure, recipe.confidence, recipe.seed)

@@ -186,6 +186,9 @@ def _table(rewards_M: np.ndarray, rng: np.random.Generator, tokens: int) -> Tabl
 def _row(policy_PM: np.ndarray, base_PM: np.ndarray, procedure: Procedure, judge: str) -> dict[str, Any]:
     found = win_rate(policy_PM - (0.4 if judge == "gold" else 0.0), base_PM, procedure)
     limit = float(win_rate_limit(procedure, KL))
+    bounds = (limit, (found.mean - 0.5) / (limit - 0.5), (1 - found.mean) / (1 - limit))
+    if judge == "gold":
+        bounds = (None, None, None)
     return {
         "label": repr(procedure),
         "kind": procedure.name,
@@ -194,10 +197,10 @@ def _row(policy_PM: np.ndarray, base_PM: np.ndarray, procedure: Procedure, judge
         "mean": found.mean,
         "low": found.low,
         "high": found.high,
-        "limit": limit,
-        "attainment": (found.mean - 0.5) / (limit - 0.5),
-        "regret_ratio": (1 - found.mean) / (1 - limit),
-        "length_controlled": {"mean": found.mean - 0.0125},
+        "length_controlled": {"mean": found.mean - 0.0125, "low": found.low - 0.0125, "high": found.high - 0.0125},
+        **dict(zip(("limit", "attainment", "regret_ratio"), bounds, strict=True)),
+        "policy_reward": float(policy_PM.mean()),
+        "base_reward": float(base_PM.mean()),
     }
 
 

@@ -13,6 +13,7 @@ import matplotlib.image
 import pytest
 
 from infalign.report.findings import read_findings
+from infalign.report.table import ABSENT
 from infalign.stages.recipe import Recipe
 from infalign.stages.report import report
 from infalign.types import InputError
@@ -80,10 +81,14 @@ def test_numbers_are_those_of_the_evaluation(run_folder, html):
     evaluation = json.loads((run_folder / "evaluation.json").read_text())
     text, main = Elements(html).text, evaluation["main"]
     for row in evaluation["win_rates"]:
-        cells = [row["judge"], f"{row['mean']:.3f}", f"{row['low']:.3f} to {row['high']:.3f}"]
+        cells = [row["judge"], f"{row['mean']:.3f}", f"[{row['low']:.3f}, {row['high']:.3f}]"]
         if row["judge"] == "reward":
             cells += [f"{row['limit']:.3f}", f"{row['attainment']:.2f}", f"{row['regret_ratio']:.1f}"]
-            cells += [f"{row['length_controlled']['mean']:.3f}"]
+        else:
+            cells += [ABSENT] * 3
+        controlled = row["length_controlled"]
+        cells += [f"{row['base_reward']:.3f} \N{RIGHTWARDS ARROW} {row['policy_reward']:.3f}"]
+        cells += [f"{controlled['mean']:.3f} [{controlled['low']:.3f}, {controlled['high']:.3f}]"]
         assert re.search(r"\s+".join(map(re.escape, cells)), text), cells
     share = f"{100 * main['mean']:.1f} % of the time [{100 * main['low']:.1f}, {100 * main['high']:.1f}] at 0.42 nats"
     assert f"Decoded by BestOfN(4), the policy beats its base {share}" in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,37 +24,35 @@ def compare(capsys, base, policy, *flags, verb="evaluate"):
     code = main([verb, "--base", str(CASES / base), "--policy", str(CASES / policy), *map(str, flags)])
     told = capsys.readouterr()
     assert code == 0, told.err
-    rows = [line.lstrip("* ").split() for line in told.out.splitlines()]
-    return {
-        row[0]: float(row[1]) for row in rows if len(row) > 3 and "OfN(" in row[0] and "[" in row[2]
-    }, told.out + told.err
+    rows = re.findall(r"^[* ] (one sample|\S+) +([\d.]+) +(?:\[|\N{EN DASH})", told.out, flags=re.MULTILINE)
+    return {decoder: float(mean) for decoder, mean in rows}, told.out + told.err
 
 
 @pytest.mark.parametrize("verb", ["evaluate", "compare"])
 @pytest.mark.parametrize("suffix", ["jsonl", "csv"])
 def test_a_row_a_sample(suffix, verb, capsys):
     found, told = compare(capsys, f"long_base.{suffix}", f"long_policy.{suffix}", verb=verb)
-    assert found["BestOfN(4)"] == 1.0 and found["WorstOfN(4)"] == 1.0 and "4 prompts, at least 4 scored samples" in told
-    assert 0.5 < found["BestOfN(1)"] < 1.0
+    assert found["Best-of-4"] == 1.0 and found["Worst-of-4"] == 1.0 and "4 prompts, at least 4 scored samples" in told
+    assert 0.5 < found["one sample"] < 1.0
 
 
 def test_scores_and_responses(capsys):
     found, _ = compare(capsys, "scores.jsonl", "scores.jsonl")
-    assert found == {"BestOfN(4)": 0.5, "BestOfN(1)": 0.5, "BestOfN(2)": 0.5, "WorstOfN(2)": 0.5, "WorstOfN(4)": 0.5}
+    assert found == {"Best-of-4": 0.5, "one sample": 0.5, "Best-of-2": 0.5, "Worst-of-2": 0.5, "Worst-of-4": 0.5}
 
 
 def test_alpaca_eval_has_one_completion_a_prompt(capsys, tmp_path):
     (tmp_path / "length.py").write_text(LENGTH)
     flags = ("--reward", f"{tmp_path}/length.py:length")
     found, told = compare(capsys, "alpaca_eval.json", "alpaca_eval.json", *flags)
-    assert found == {"BestOfN(1)": 0.5} and "one completion a prompt: only N = 1" in told
+    assert found == {"one sample": 0.5} and "one completion a prompt: only N = 1" in told
     assert main(["compare", *(f"--{side}={CASES / 'alpaca_eval.json'}" for side in ("base", "policy"))]) == 2
     assert "have no rewards: add them" in capsys.readouterr().err
 
 
 def test_lm_eval_with_a_metric_by_name(capsys):
     found, told = compare(capsys, "lm_eval_samples.jsonl", "lm_eval_samples.jsonl", "--columns", "rewards=exact_match")
-    assert found == {"BestOfN(1)": 0.5} and "read as lm-eval's logged samples" in told
+    assert found == {"one sample": 0.5} and "read as lm-eval's logged samples" in told
 
 
 def test_openai_batches_need_their_requests(capsys, tmp_path):
@@ -66,22 +65,22 @@ def test_openai_batches_need_their_requests(capsys, tmp_path):
                 for i in range(4))
     )  # fmt: skip
     flags = ("--requests", tmp_path / "q.jsonl", "--reward", f"{tmp_path}/length.py:length")
-    assert compare(capsys, "openai_batch.jsonl", "openai_batch.jsonl", *flags)[0]["BestOfN(4)"] == 0.5
+    assert compare(capsys, "openai_batch.jsonl", "openai_batch.jsonl", *flags)[0]["Best-of-4"] == 0.5
 
 
 def test_equal_prompts_with_other_answers(capsys):
     flags = ("--reward", f"{CASES}/answer_reward.py:reward", "--n", 1)
     found, told = compare(capsys, "ref_rows_base.jsonl", "ref_rows_policy.jsonl", *flags)
-    assert found["BestOfN(1)"] == 1.0 and "told apart by 'answer'" in told
+    assert found["one sample"] == 1.0 and "told apart by 'answer'" in told
 
 
 def test_prompts_that_differ_in_case(capsys):
-    assert compare(capsys, "case_base.jsonl", "case_policy.jsonl", "--n", 1)[0]["BestOfN(1)"] == 1.0
+    assert compare(capsys, "case_base.jsonl", "case_policy.jsonl", "--n", 1)[0]["one sample"] == 1.0
 
 
 def test_other_names(capsys):
     flags = ("--columns", "completions=responses,rewards=scores")
-    assert compare(capsys, "scores.jsonl", "scores.jsonl", *flags)[0]["BestOfN(4)"] == 0.5
+    assert compare(capsys, "scores.jsonl", "scores.jsonl", *flags)[0]["Best-of-4"] == 0.5
 
 
 def test_the_help_of_each_form_shows_its_flags(capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -207,7 +208,7 @@ def test_from_the_command_line(files, tmp_path, capsys):
     assert main(["evaluate", *words, "--procedure", "best_of_n", "--n", "4", "--output", str(output)]) == 0
     told = capsys.readouterr().out
     exact = win_rate(OURS, THEIRS, BestOfN(4), seed=42)
-    assert f"* BestOfN(4)        {exact.mean:.3f}" in told and f"[{exact.low:.3f}, {exact.high:.3f}]" in told
+    assert re.search(rf"\* Best-of-4 +{exact.mean:.3f} +\[{exact.low:.3f}, {exact.high:.3f}\]", told)
     assert json.loads(output.read_text())["win_rates"][0]["mean"] == exact.mean
     assert main(["evaluate", "--base", files["base"]]) == 2
     assert "--policy FILE is needed" in capsys.readouterr().err
