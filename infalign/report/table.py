@@ -47,6 +47,7 @@ def _cells(row: DecoderRow) -> tuple[str, ...]:
     length = ABSENT if math.isnan(controlled.mean) else number(controlled.mean, 3)
     if not math.isnan(controlled.low):
         length += f" [{controlled.low:.3f}, {controlled.high:.3f}]"
+    rewards = f"{number(row.base_reward, 3)} \N{RIGHTWARDS ARROW} {number(row.policy_reward, 3)}"
     return (
         procedure_name(row.label),
         row.judge,
@@ -55,9 +56,7 @@ def _cells(row: DecoderRow) -> tuple[str, ...]:
         number(row.limit, 3),
         number(row.attainment, 2),
         number(row.regret_ratio, 1),
-        ABSENT
-        if math.isnan(row.base_reward)
-        else f"{row.base_reward:.3f} \N{RIGHTWARDS ARROW} {row.policy_reward:.3f}",
+        ABSENT if math.isnan(row.base_reward) else rewards,
         length,
     )
 

@@ -67,9 +67,8 @@ def test_text_and_markdown_say_the_same():
 
 
 def test_what_json_lacks_is_not_known():
-    row = row_from_json(
-        {"label": "BestOfN(1)", "kind": "best_of_n", "n": 1, "judge": "reward", "mean": 0.6, "low": None}
-    )
+    given = {"label": "BestOfN(1)", "kind": "best_of_n", "n": 1, "judge": "reward", "mean": 0.6, "low": None}
+    row = row_from_json(given)
     assert row.mean == 0.6
     assert all(map(math.isnan, (row.low, row.high, row.limit, row.base_reward, row.length_controlled.mean)))
     table = win_rate_table([row], "BestOfN(1)", 0.95)
