@@ -10,7 +10,7 @@ PYTEST := OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n 2 --dist loadfil
 .PHONY: help setup quickstart test test-slow bench lint format clean
 
 help:
-	@echo "make quickstart   install, then the whole method on a small real model (6 to 25 minutes on 2 CPU cores)"
+	@echo "make quickstart   install, then the whole method on a small real model (5 to 25 minutes on 2 CPU cores)"
 	@echo "make test         install, then the fast tests (5 to 15 minutes); THREADS=2 gives each test process two"
 	@echo "make test-slow    the tests that take minutes (9 to 20 in all)"
 	@echo "make bench        speed beside TRL and transformers, one thread (about half an hour)"
