@@ -17,10 +17,6 @@ A continuous reward is the limit of many levels. On a cut that follows the solut
 c/J^2 + O(1/J^4), so J levels and each of them halved extrapolate (Richardson) to some 1e-9 (`continuous_optimum`).
 """
 
-# scipy ships no type stubs: what it returns is unknown to pyright.
-# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
-# pyright: reportUnknownArgumentType=false, reportUnknownLambdaType=false
-
 from __future__ import annotations
 
 import math
@@ -305,7 +301,7 @@ class _Levels:
             high += 1.0
         if low == high or excess(low) < 0:  # hardly any KL: Newton at this beta gets there from the smallest
             return math.exp(low)
-        return math.exp(float(optimize.brentq(excess, low, high, xtol=tolerance)))  # pyright: ignore[reportArgumentType]
+        return math.exp(float(optimize.brentq(excess, low, high, xtol=tolerance)))
 
     def near(self, kl: float, log_beta: float | None) -> _Policy:
         """The optimum at a KL or, where log beta is given, the one at it, whose KL is about `kl`."""
@@ -332,7 +328,7 @@ class _Levels:
         moved = self.base_J + policy.mass_J + 0.1 * np.abs(np.diff(x))
         moved = moved + _widths(cdf(self.below), mirror(self.above)) + _widths(cdf(Q), mirror(survival))
         total = np.concatenate([[0.0], np.cumsum(moved)])
-        wanted = np.linspace(0.0, total[-1], count + 1)[1:-1]
+        wanted = np.linspace(0.0, float(total[-1]), count + 1)[1:-1]
         level = np.searchsorted(total, wanted, side="right") - 1
         part = (wanted - total[level]) / moved[level]
         below = self.below[level] + part * self.base_J[level]
@@ -471,7 +467,7 @@ class _Levels:
         diagonal[0::2], diagonal[1::2] = -mass_J, -coupling * slope
         right = np.zeros((size, 2))  # the residual, and what a change of log beta adds
         right[1::2, 0], right[1::2, 1] = pull - np.diff(log_ratio_J), -pull
-        solution, info = lapack.dgtsv(sub, diagonal, sup, right)[3:]  # pyright: ignore[reportAttributeAccessIssue]
+        solution, info = lapack.dgtsv(sub, diagonal, sup, right)[3:]
         if info != 0:
             return np.full_like(mass_J, np.nan), math.nan
         plain_J, along_J = solution[0::2, 0], solution[0::2, 1]

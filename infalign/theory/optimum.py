@@ -6,10 +6,6 @@ on the procedure and on beta. `levels` finds Q; here it becomes curves.
 Theory: InfAlign (arXiv:2412.19792), the coupled equations; the derivation is in infalign/theory/README.md.
 """
 
-# scipy ships no type stubs: what it returns is unknown to pyright.
-# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
-# pyright: reportUnknownArgumentType=false
-
 from __future__ import annotations
 
 import math

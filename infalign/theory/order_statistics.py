@@ -3,10 +3,6 @@
 Theory: a rank-r pick of n uniforms is Beta(r, n-r+1); soft weights sum to a closed form (README.md).
 """
 
-# scipy ships no type stubs: what it returns is unknown to pyright.
-# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
-# pyright: reportUnknownArgumentType=false
-
 from __future__ import annotations
 
 import numpy as np

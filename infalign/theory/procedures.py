@@ -7,12 +7,9 @@ weights a of any m >= n; the frequencies of `select` equal the weights. Add a pr
 Theory: InfAlign (arXiv:2412.19792), calibrated procedures; the polynomial form is equation 2 of README.md.
 """
 
-# scipy ships no type stubs: what it returns is unknown to pyright.
-# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
-# pyright: reportUnknownArgumentType=false, reportUnknownLambdaType=false
-
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -270,9 +267,13 @@ def check_procedure(value: object) -> Procedure:
 
 def _whole(name: str, value: Any) -> int:
     """`value` as an int >= 1; True, 4.5 and "4" are mistakes."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+    try:
+        whole = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        whole = 0
+    if whole < 1:
         raise InputError(f"{name} must be a whole number >= 1; got {value!r}")
-    return int(value)
+    return whole
 
 
 def _check_component(component: Component) -> None:

@@ -6,10 +6,6 @@ Without ties, KL and win rates depend on neither the reward, the base policy nor
 Theory: InfAlign (arXiv:2412.19792); equation 3 and the closed forms of README.md.
 """
 
-# scipy ships no type stubs: what it returns is unknown to pyright.
-# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
-# pyright: reportUnknownArgumentType=false, reportUnknownLambdaType=false
-
 from __future__ import annotations
 
 import math
@@ -151,7 +147,7 @@ def _reaching(transform: Callable[[ArrayLike], Floats], kl: float) -> TiltedPoli
         raise InputError(f"transform {transform!r} reaches no KL of {kl:g} nats: {error}; lower kl") from error
     if high <= low:
         return policy(low)
-    return policy(float(optimize.brentq(excess, low, high, xtol=1e-14, rtol=1e-14)))  # pyright: ignore[reportArgumentType]
+    return policy(float(optimize.brentq(excess, low, high, xtol=1e-14, rtol=1e-14)))
 
 
 def _identity(l: float) -> tuple[float, float, Function, Function]:  # noqa: E741

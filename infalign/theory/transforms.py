@@ -7,8 +7,6 @@ transformed reward stays in [-1, 1]. The transformation that is optimal for a pr
 Theory: InfAlign-CTRL (arXiv:2412.19792).
 """
 
-# pyright: reportMissingTypeStubs=false
-
 from __future__ import annotations
 
 from collections.abc import Callable
