@@ -24,14 +24,13 @@ from transformers import (
 )
 
 from infalign.generation.plan import Request
+from infalign.runtime.captured import decoding_for
 from infalign.runtime.console import notice
 from infalign.runtime.distributed import any_rank
 from infalign.runtime.seeds import uniforms
 from infalign.runtime.shared_prefix import Decoding, pad_left, positions, why_plain, without_router_logits
 from infalign.types import Sample, SamplingSettings
 
-KEPT = 7 / 8
-"""Finished rows leave when at most this share goes on: leaving copies the cache of those that do."""
 BLOCK = 128
 """Tokens of the vocabulary whose probabilities are summed before one of them is looked for."""
 
@@ -128,7 +127,7 @@ def decode_rows(
     ends = torch.tensor(list(end_ids), device=device)
     count = uniforms.shape[1]
     shared = share and not in_step and _shares(model)
-    rows = Decoding(model, prompts, room=count) if shared else _Plainly(model, prompts)
+    rows = decoding_for(model, prompts, room=count) if shared else _Plainly(model, prompts)
     active = torch.arange(len(prompts), device=device)
     tokens_BT = torch.zeros(uniforms.shape, dtype=torch.long, device=device)
     logps_BT = torch.zeros(uniforms.shape, dtype=torch.float32, device=device)
@@ -151,7 +150,7 @@ def decode_rows(
         if not (any_rank(unfinished) if in_step else unfinished):
             break
         keep = going.nonzero()[:, 0]
-        if unfinished and isinstance(rows, Decoding) and len(keep) <= KEPT * len(active):
+        if unfinished and isinstance(rows, Decoding) and len(keep) <= rows.KEPT * len(active):
             rows.keep(keep)
             active, chosen = active[keep], chosen[keep]
     return [

@@ -28,9 +28,9 @@ from infalign.rewards.classifier_loading import (
 from infalign.rewards.contract import Text
 from infalign.rewards.encoding import as_chat as wrapped
 from infalign.rewards.encoding import encode_as_pair, encode_pair, last_index
-from infalign.rewards.shared_scoring import groups_of, shared_states
+from infalign.rewards.shared_scoring import groups_of, shared_states, worth_sharing
 from infalign.runtime.console import notice, say
-from infalign.runtime.shared_prefix import buckets, why_plain
+from infalign.runtime.shared_prefix import buckets, pass_cost, why_plain
 from infalign.types import TEMPLATE_COLUMNS, InputError, RewardError, template_variables
 
 TooLong = Literal["error", "truncate", "mask"]
@@ -46,7 +46,7 @@ class ClassifierReward:
         model_or_path: folder, Hub id, or a model (evaluation mode is set, gradients are switched off).
         tokenizer: the reward model's own; None loads it from the same place.
         label: index or name of the logit that is the reward; needed unless the model has one label.
-        batch_tokens: padded tokens per forward pass, at least one sequence.
+        batch_tokens: padded tokens per forward pass, at least one sequence; None is 16,384, on a GPU 65,536.
         max_length: tokens of prompt and completion; None takes the model's context.
         too_long: a longer sequence is an `error`, loses tokens at the left (`truncate`; a leading special token
             stays), or gets no score (`mask`). The last two are counted.
@@ -76,7 +76,7 @@ class ClassifierReward:
         *,
         tokenizer: Any = None,
         label: int | str | None = None,
-        batch_tokens: int = 16384,
+        batch_tokens: int | None = None,
         max_length: int | None = None,
         too_long: TooLong = "error",
         device: str | torch.device | None = None,
@@ -94,7 +94,8 @@ class ClassifierReward:
         self.model, self.tokenizer, self.name = loaded.model, loaded.tokenizer, loaded.name
         self.__name__ = self.name.rstrip("/").split("/")[-1]
         self.label = choose_label(self.model.config, label, self.name)
-        self.batch_tokens, self.too_long = batch_tokens, too_long
+        on_gpu = next(self.model.parameters()).device.type == "cuda"
+        self.batch_tokens, self.too_long = batch_tokens or (65_536 if on_gpu else 16_384), too_long
         self.chat_template = chat_template or getattr(self.tokenizer, "chat_template", None)
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
         self.pair, self.as_chat = pair, as_chat
@@ -218,13 +219,14 @@ class ClassifierReward:
         scores = np.empty(len(sequences))
         groups = groups_of(sequences, names) if names is not None and self._shares else []
         last = [last_index(ids, self._skipped_id) for ids in sequences]
-        shared = [g for g in groups if g.shared and all(last[row] >= g.shared - 1 for row in g.rows)]
+        whole = [group for group in groups if all(last[row] >= group.shared - 1 for row in group.rows)]
+        shared = worth_sharing(whole, pass_cost(self.model))
         with torch.inference_mode():
             for rows, states in shared_states(self.model, sequences, shared, last, self._pad_id, self.batch_tokens):
                 scores[rows] = self.model.score(states)[:, self.label].double().cpu().numpy()
         done = {row for group in shared for row in group.rows}
         rest = [row for row in range(len(sequences)) if row not in done]
-        for bucket in buckets([len(sequences[row]) for row in rest], self.batch_tokens):
+        for bucket in buckets([len(sequences[row]) for row in rest], self.batch_tokens, cost=pass_cost(self.model)):
             rows = [rest[index] for index in bucket]
             of_rows = None if types is None else [types[row] for row in rows]
             scores[rows] = self._forward([sequences[row] for row in rows], of_rows)
@@ -296,9 +298,10 @@ class ClassifierReward:
             )
 
 
-def _check_options(batch_tokens: int, max_length: int | None, too_long: str, **switches: Any) -> None:
-    if batch_tokens < 1 or (max_length is not None and max_length < 1):
-        raise InputError(f"batch_tokens and max_length are at least 1 token, got {batch_tokens} and {max_length}")
+def _check_options(batch_tokens: int | None, max_length: int | None, too_long: str, **switches: Any) -> None:
+    for name, value in (("batch_tokens", batch_tokens), ("max_length", max_length)):
+        if value is not None and value < 1:
+            raise InputError(f"{name} is at least 1 token, got {value}")
     if too_long not in TOO_LONG:
         raise InputError(f"too_long is one of {', '.join(TOO_LONG)}, got {too_long!r}")
     for name, value in switches.items():

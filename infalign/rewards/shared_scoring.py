@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from infalign.runtime.shared_prefix import buckets, continuation, encode_prefixes, pad_left, pad_right
+from infalign.runtime.shared_prefix import buckets, continuation, encode_prefixes, pad_left, pad_right, pass_cost
 
 Reader = Callable[[dict[str, Any], tuple[Tensor, Tensor]], Tensor]
 
@@ -55,6 +55,12 @@ def _common(sequences: Sequence[list[int]]) -> int:
     )
 
 
+def worth_sharing(groups: Sequence[Group], cost: int) -> list[Group]:
+    """The groups that share something, if that saves more tokens than the pass over what is shared costs."""
+    shared = [group for group in groups if group.shared]
+    return shared if sum((len(group.rows) - 1) * group.shared for group in shared) > cost else []
+
+
 def shared_states(
     model: Any,
     sequences: Sequence[list[int]],
@@ -79,14 +85,14 @@ def shared_states(
         read: what is taken from a forward pass, by the model's inputs and (rows, places); the last layer's states.
     """
     read = read or (lambda inputs, places: model.base_model(**inputs).last_hidden_state[places])
-    device = next(model.parameters()).device
-    for chosen in buckets([group.shared for group in groups], tokens):
+    device, cost = next(model.parameters()).device, pass_cost(model)
+    for chosen in buckets([group.shared for group in groups], tokens, cost=cost):
         batch = [groups[number] for number in chosen]
         beginnings = [sequences[group.rows[0]][: group.shared] for group in batch]
         prefix = encode_prefixes(model, *pad_left(beginnings, pad_id, device))
         members = [(number, row) for number, group in enumerate(batch) for row in group.rows]
         lengths = [last[row] - batch[number].shared + 2 for number, row in members]
-        for bucket in buckets(lengths, tokens, beside=prefix.mask_UP.shape[1]):
+        for bucket in buckets(lengths, tokens, beside=prefix.mask_UP.shape[1], cost=cost):
             rows = [members[place] for place in bucket]
             tails = [sequences[row][batch[number].shared - 1 : last[row] + 1] for number, row in rows]
             ids_BT, mask_BT = pad_right(tails, pad_id, device)

@@ -45,6 +45,17 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def leave() -> None:
+    """Part from the other processes at the end of a run that all of them finish.
+
+    Their connections have threads of their own. Left to the interpreter's end they may outlive what they use, and a run
+    that is done and saved ends with "terminate called without an active exception" and exit code -6.
+    """
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def is_main() -> bool:
     """True on the one process that prints and writes."""
     return rank() == 0

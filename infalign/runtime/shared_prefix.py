@@ -26,7 +26,18 @@ from transformers import AttentionInterface, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 PASS_COST = 64
-"""What one more forward pass costs, in tokens: `buckets` weighs it against padding."""
+"""What one more forward pass costs on a CPU, in tokens: `buckets` weighs it against padding."""
+LAUNCH_SECONDS = 0.8e-3
+"""How long a host takes to start the kernels of one layer on a GPU (0.8 ms on an H200's host, recipes/LOG.md)."""
+
+
+def pass_cost(model: Any) -> int:
+    """What one more forward pass of `model` costs, in tokens: on a GPU, those it could compute while kernels start."""
+    weight = next(model.parameters())
+    if weight.device.type != "cuda":
+        return PASS_COST
+    tokens_per_second = min(4e5, 2e14 / sum(p.numel() for p in model.parameters()))
+    return round(model.config.get_text_config().num_hidden_layers * LAUNCH_SECONDS * tokens_per_second)
 
 
 # --- rows and their padding -------------------------------------------------------------------------------------------
@@ -70,13 +81,14 @@ def unique_rows(ids_BP: Tensor, mask_BP: Tensor) -> tuple[Tensor, Tensor]:
     return torch.tensor(first, device=ids_BP.device), torch.tensor(of_row, device=ids_BP.device)
 
 
-def buckets(lengths: Sequence[int], tokens: int, beside: int = 0) -> list[list[int]]:
-    """Rows of like length together: the cut into batches with the least padding, a pass counting as `PASS_COST` tokens.
+def buckets(lengths: Sequence[int], tokens: int, beside: int = 0, cost: int = PASS_COST) -> list[list[int]]:
+    """Rows of like length together: the cut into batches with the least padding, a pass counting as `cost` tokens.
 
     Args:
         lengths: by row, in tokens.
         tokens: most tokens of a batch, padding included; a batch has one row at least.
         beside: tokens that every row also takes of that budget, at no cost (its prompt's repeated cache).
+        cost: of a pass, in tokens (`pass_cost`).
 
     Returns:
         The rows of each batch, longest first.
@@ -90,7 +102,7 @@ def buckets(lengths: Sequence[int], tokens: int, beside: int = 0) -> list[list[i
     for end in range(1, len(order) + 1):
         sizes = end - np.arange(end)
         fits = (sizes == 1) | (sizes * (width[:end] + beside) <= tokens)
-        costs = np.where(fits, best[:end] + sizes * width[:end] + PASS_COST, np.inf)
+        costs = np.where(fits, best[:end] + sizes * width[:end] + cost, np.inf)
         cut[end] = int(costs.argmin())
         best[end] = costs[cut[end]]
     found = []
@@ -182,8 +194,12 @@ class Decoding:
         room: most tokens that will be decoded.
     """
 
+    KEPT = 7 / 8
+    """Finished rows leave when at most this share goes on: leaving copies the cache of those that do."""
+
     def __init__(self, model: Any, prompts: Sequence[Sequence[int]], room: int) -> None:
-        self.model = model
+        self.model, self.room = model, room
+        self.own_bias: Tensor | None = None  # added to the scores of a row's own tokens
         ids, mask = pad_left(prompts, 0, model.device)
         first, self.prompt_of_row = unique_rows(ids, mask)
         prefix = encode_prefixes(model, ids[first], mask[first])
@@ -193,11 +209,19 @@ class Decoding:
         self.positions = mask.sum(1, keepdim=True) - 1
         self.own = new_cache(model)
         layers: list[Any] = self.own.layers
-        layers[:] = [_OwnLayer(len(prompts), room) for _ in layers]
+        layers[:] = [self._layer(len(prompts)) for _ in layers]
         self._arrange()
+
+    def _layer(self, rows: int) -> OwnLayer:
+        return OwnLayer(rows, self.room)
 
     def logits(self, ids_B: Tensor) -> Tensor:
         """(B, V) logits of the next token after one more input token a row (at first: the prompts' last tokens)."""
+        logits = self._forward(ids_B)
+        self.positions = self.positions + 1
+        return logits
+
+    def _forward(self, ids_B: Tensor) -> Tensor:
         with _attending(self):
             output = self.model(
                 input_ids=ids_B[:, None],
@@ -207,7 +231,6 @@ class Decoding:
                 logits_to_keep=1,
                 **without_router_logits(self.model),
             )
-        self.positions = self.positions + 1
         return output.logits[:, -1]
 
     def keep(self, rows: Tensor) -> None:
@@ -249,7 +272,7 @@ class Decoding:
         return x if self._regular else x.index_select(0, self._slot_of_row)
 
 
-class _OwnLayer(DynamicLayer):
+class OwnLayer(DynamicLayer):
     """One layer's keys and values of the decoded tokens, written in place into room for all of them."""
 
     def __init__(self, rows: int, room: int) -> None:
@@ -259,25 +282,29 @@ class _OwnLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append one token's keys and values (B, heads, 1, width); returns all of the row's own so far."""
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self._keys, self._values = (
-                part.new_empty(self.rows, part.shape[1], self.room, part.shape[3])
-                for part in (key_states, value_states)
-            )
+            self.make_room(key_states, value_states)
         self._keys[:, :, self.length] = key_states[:, :, 0]
         self._values[:, :, self.length] = value_states[:, :, 0]
         self.length += 1
-        return self._show()
+        return self.show(self.length)
+
+    def make_room(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate all places, like the keys and values of the first token."""
+        self.lazy_initialization(key_states, value_states)
+        self._keys, self._values = (
+            part.new_zeros(self.rows, part.shape[1], self.room, part.shape[3]) for part in (key_states, value_states)
+        )
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows."""
         self.rows = len(indices)
         kept = [part[indices, :, : self.length] for part in (self._keys, self._values)]
         self._keys, self._values = (torch.nn.functional.pad(part, (0, 0, 0, self.room - self.length)) for part in kept)
-        self._show()
+        self.show(self.length)
 
-    def _show(self) -> tuple[Tensor, Tensor]:
-        keys, values = self._keys[:, :, : self.length], self._values[:, :, : self.length]
+    def show(self, places: int) -> tuple[Tensor, Tensor]:
+        """The keys and values at the first places."""
+        keys, values = self._keys[:, :, :places], self._values[:, :, :places]
         self.keys, self.values = keys, values
         return keys, values
 
@@ -301,6 +328,8 @@ def _attend(
     rows, heads, _, width = query.shape
     query = (query * (width**-0.5 if scaling is None else scaling)).view(rows, key.shape[1], -1, width)
     scores = query @ key.transpose(-1, -2)
+    if decoding.own_bias is not None:
+        scores += decoding.own_bias
     if not decoding.prefixes:
         return (scores.softmax(-1, dtype=torch.float32).to(query.dtype) @ value).view(rows, 1, heads, -1), None
     prefix_keys, prefix_values = decoding.prefixes[module.layer_idx]
@@ -354,12 +383,17 @@ def why_plain(model: Any) -> str | None:
     """
     if keeps_no_cache(model):
         return "gradient checkpointing keeps no cache"
-    kind = next(model.parameters()).device.type
-    precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     verdicts = _verdicts.setdefault(model, {})
-    if precision not in verdicts:
-        verdicts[precision] = _verdict(model)
-    return verdicts[precision]
+    key = precision(model)
+    if key not in verdicts:
+        verdicts[key] = _verdict(model)
+    return verdicts[key]
+
+
+def precision(model: Any) -> torch.dtype | None:
+    """The type that autocast would compute `model` in here and now; None without autocast."""
+    kind = next(model.parameters()).device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
 def keeps_no_cache(model: Any) -> bool:
@@ -404,8 +438,8 @@ def _compared(model: Any) -> str | None:
         padded = run(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False)
         alone = [run(input_ids=torch.tensor([row], device=device), use_cache=False) for row in whole]
         given = getattr(padded, read)[:, -5:]
-        noise = _apart(torch.cat([getattr(one, read)[:, -5:] for one in alone]), given)
-        return given, max(_rounding(given), 4 * noise)
+        noise = apart(torch.cat([getattr(one, read)[:, -5:] for one in alone]), given)
+        return given, max(rounding(given), 4 * noise)
 
     ids_BP, mask_BP = pad_left(prompts, 0, device)
     first, of_row = unique_rows(ids_BP, mask_BP)
@@ -413,8 +447,8 @@ def _compared(model: Any) -> str | None:
     inputs = torch.cat([ids_BP[:, -1:], torch.tensor(tails, device=device)], dim=1)
     shared = model.base_model(**continuation(prefix, of_row, inputs, torch.ones_like(inputs))).last_hidden_state
     plain, limit = plainly(model.base_model, "last_hidden_state")
-    if not (apart := _apart(shared, plain)) <= limit:
-        return f"shared prefixes change its results by {apart:.2g}"
+    if not (difference := apart(shared, plain)) <= limit:
+        return f"shared prefixes change its results by {difference:.2g}"
     if model.get_output_embeddings() is None:
         return None
     plain, limit = plainly(model, "logits")
@@ -424,21 +458,21 @@ def _compared(model: Any) -> str | None:
         if place == 4:
             rows = torch.tensor([1, 2], device=device)
             decoding.keep(rows)
-        if not (apart := _apart(decoding.logits(inputs[rows, place]), plain[rows, place])) <= limit:
-            return f"decoding with shared prefixes changes its results by {apart:.2g}"
+        if not (difference := apart(decoding.logits(inputs[rows, place]), plain[rows, place])) <= limit:
+            return f"decoding with shared prefixes changes its results by {difference:.2g}"
     return (
         None if decoding.attended == 5 * len(decoding.own.layers) else "some of its layers have attention of their own"
     )
 
 
-def _apart(a: Tensor, b: Tensor) -> float:
+def apart(a: Tensor, b: Tensor) -> float:
     """The largest root mean square difference of two vectors (..., H), over the typical size of a number in `b`."""
     differences = (a.double() - b.double()).square().mean(-1).sqrt()
     return float(differences.max() / b.double().abs().median().clamp(min=1e-12))
 
 
-def _rounding(values: Tensor) -> float:
-    """How far apart, in the sense of `_apart`, results may be by the precision that `values` were computed in.
+def rounding(values: Tensor) -> float:
+    """How far apart, in the sense of `apart`, results may be by the precision that `values` were computed in.
 
     That shows in the values: mixed precision hands out float32 tensors that hold bfloat16 numbers. SmolLM2-135M in
     bfloat16 is 0.05 apart between two kernels of attention, and 0.94 with positions off by one.

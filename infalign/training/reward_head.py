@@ -19,9 +19,9 @@ from scipy import linalg, special
 from torch import Tensor
 
 from infalign.rewards.encoding import last_index
-from infalign.rewards.shared_scoring import groups_of, shared_states
+from infalign.rewards.shared_scoring import groups_of, shared_states, worth_sharing
 from infalign.runtime.console import Progress
-from infalign.runtime.shared_prefix import buckets, pad_right, why_plain
+from infalign.runtime.shared_prefix import buckets, pad_right, pass_cost, why_plain
 from infalign.types import InputError
 
 Array = NDArray[np.float64]
@@ -70,7 +70,7 @@ def features(
     sequences = [ids[: last_index(ids, skipped) + 1] for ids in sequences]
     last = [len(ids) - 1 for ids in sequences]
     pad_id = skipped or 0
-    groups = [] if why_plain(model) else [group for group in groups_of(sequences, names) if group.shared]
+    groups = [] if why_plain(model) else worth_sharing(groups_of(sequences, names), pass_cost(model))
     read = _reader(model, depths)
     with torch.inference_mode(), Progress("reward model: features", len(sequences), "sequences") as progress:
         for rows, states in shared_states(model, sequences, groups, last, pad_id, tokens, read=read):
@@ -88,7 +88,7 @@ def _plainly(
     model: Any, sequences: Sequence[list[int]], rest: list[int], pad_id: int, tokens: int, read: Any
 ) -> Iterator[tuple[list[int], Tensor]]:
     device = next(model.parameters()).device
-    for bucket in buckets([len(sequences[row]) for row in rest], tokens):
+    for bucket in buckets([len(sequences[row]) for row in rest], tokens, cost=pass_cost(model)):
         rows = [rest[place] for place in bucket]
         ids, mask = pad_right([sequences[row] for row in rows], pad_id, device)
         places = torch.arange(len(rows), device=device), mask.sum(1) - 1

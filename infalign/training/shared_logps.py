@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from infalign.runtime.shared_prefix import buckets, continuation, encode_prefixes, unique_rows, without_router_logits
+from infalign.runtime.shared_prefix import (
+    buckets,
+    continuation,
+    encode_prefixes,
+    pass_cost,
+    unique_rows,
+    without_router_logits,
+)
 
 
 def shared_logps(
@@ -33,7 +40,7 @@ def shared_logps(
         parts = list(of_row.argsort(stable=True).split(rows_at_once))
         widths = [kept] * len(parts)
     else:
-        cut = buckets(lengths, rows_at_once * (prompt + kept), beside=prompt)
+        cut = buckets(lengths, rows_at_once * (prompt + kept), beside=prompt, cost=pass_cost(inner))
         parts = [torch.tensor(rows, device=input_ids.device) for rows in cut]
         widths = [max(1, *(lengths[row] for row in rows)) for rows in cut]
     logps, entropies = [], []

@@ -49,7 +49,7 @@ from infalign.runtime.distributed import any_rank, barrier, is_main, together, w
 from infalign.runtime.launch import check_started
 from infalign.runtime.layout import columnwise
 from infalign.runtime.models import keep_four_bits_plain
-from infalign.runtime.shared_prefix import keeps_no_cache, positions, why_plain, without_router_logits
+from infalign.runtime.shared_prefix import keeps_no_cache, pass_cost, positions, why_plain, without_router_logits
 from infalign.training.callbacks import (
     ContinueLoss,
     KLBudget,
@@ -467,7 +467,8 @@ class CTRLTrainer(RLOOTrainer):
                 f"the experts' load-balancing loss (router_aux_loss_coef {self.router_aux_loss_coef:g}) counts whole "
                 "rows; router_aux_loss_coef: 0 leaves it out"
             )
-        if compute_aux_loss or not text_only or not self._can_share(model):
+        prompt = input_ids.shape[1] - logits_to_keep
+        if compute_aux_loss or not text_only or not (self._can_share(model) and self._sharing_pays(model, prompt)):
             found = super()._get_per_token_logps_and_entropies(
                 self._called_plainly(model) if self._fast and text_only else model,
                 input_ids,
@@ -538,6 +539,18 @@ class CTRLTrainer(RLOOTrainer):
             if not self._shares[id(inner)]:
                 self._warn_of_plain_passes(why or "another rank can't share them")
         return self._shares[id(inner)]
+
+    def _sharing_pays(self, model: Any, prompt: int) -> bool:
+        """Whether the tokens saved on prompts of `prompt` tokens are worth a second pass; every rank finds the same.
+
+        On a GPU a small model computes a short prompt for all its rollouts sooner than another pass is launched. What
+        decides is a step's batch, not this pass's: the old log-probabilities must take the path of the gradients.
+        """
+        inner = _causal_model(self.accelerator.unwrap_model(model))
+        if inner.device.type != "cuda":
+            return True
+        saved = self.args.per_device_train_batch_size * (1 - 1 / self.num_generations) * prompt
+        return any_rank(saved > pass_cost(inner))
 
     def _warn_of_plain_passes(self, why: str) -> None:
         if "prefix" not in self._warned:

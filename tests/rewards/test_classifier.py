@@ -184,8 +184,8 @@ def test_long_sequences(tmp_path):
 
 def test_options_are_checked(tmp_path):
     for options, message in [
-        ({"batch_tokens": 0}, "batch_tokens and max_length are at least 1 token, got 0"),
-        ({"max_length": 0}, "at least 1 token, got 16384 and 0"),
+        ({"batch_tokens": 0}, "batch_tokens is at least 1 token, got 0"),
+        ({"max_length": 0}, "max_length is at least 1 token, got 0"),
         ({"too_long": "cut"}, "too_long is one of error, truncate, mask, got 'cut'"),
     ]:
         with pytest.raises(InputError, match=message):
