@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from infalign import __version__
-from infalign.runtime.distributed import PeerError, first_to_say, is_main, leave
+from infalign.runtime.distributed import PeerError, first_to_say, is_main
 from infalign.types import InputError, Interrupted, RewardError, TrainingError
 
 VERBS = {
@@ -59,9 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     try:
-        code = _dispatch(words, debug)
-        leave()
-        return code
+        return _dispatch(words, debug)
     except (InputError, RewardError) as error:
         return _told(error, 2, debug)
     except TrainingError as error:
@@ -70,7 +68,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         from infalign.runtime.console import say  # noqa: PLC0415 - keeps --help fast
 
         say(f"infalign: {error}")
-        leave()
         return 143
     except PeerError:
         return 1

@@ -5,6 +5,7 @@ Reads the launcher's environment, so it costs no torch import by itself.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import hashlib
@@ -45,12 +46,18 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def leave() -> None:
-    """Part from the other processes at the end of a run that all of them finish.
+def leave_at_exit() -> None:
+    """Part from the other processes before the interpreter ends.
 
-    Their connections have threads of their own. Left to the interpreter's end they may outlive what they use, and a run
-    that is done and saved ends with "terminate called without an active exception" and exit code -6.
+    Their connections have threads of their own, which must not outlive what they use. (A rank that is done and saved
+    still ends with "terminate called without an active exception" once in a long while: recipes/LOG.md, 2026-11-26.)
     """
+    if world_size() > 1:
+        atexit.unregister(_leave)
+        atexit.register(_leave)
+
+
+def _leave() -> None:
     torch = sys.modules.get("torch")
     if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
