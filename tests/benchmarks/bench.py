@@ -14,7 +14,6 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,16 @@ from infalign.stages.calibrate import calibrate
 from infalign.stages.experiment import Experiment
 from infalign.stages.recipe import load_recipe
 from infalign.types import SamplingSettings
-from tests.benchmarks.subjects import decoding_bounds, interleaved, policy, prompts, rates_of, reward_model
+from tests.benchmarks.subjects import (
+    decoding_bounds,
+    interleaved,
+    policy,
+    prompts,
+    rates_of,
+    ready_for_steps,
+    reward_model,
+    stepper,
+)
 from tests.e2e.experiment import tiny_experiment
 
 K, NEW = 8, 64
@@ -65,7 +73,7 @@ def step(folder: Path) -> None:
     for length in (64, 256):
         theirs, ours = _trainers(folder, length, rows=8 * K)
         _assert_same_gradients(theirs, ours)
-        seconds = interleaved({"trl": _stepper(theirs), "infalign": _stepper(ours)}, repeats=3)
+        seconds = interleaved({"trl": stepper(theirs), "infalign": stepper(ours)}, repeats=3)
         share = _calibration_seconds(rows=8 * K) / seconds["infalign"]
         told("step", seconds, prompt=length, k=K, new_tokens=NEW, rows=8 * K, calibration_share=round(share, 5))
 
@@ -108,12 +116,8 @@ def _trainers(folder: Path, length: int, rows: int, k: int = K, new: int = NEW) 
     )
     reward = CTRLReward(load_reward(judge), optimal_transform(BestOfN(4), beta=0.1))
     ours = CTRLTrainer(path, reward, CTRLConfig(**settings), train_dataset=data)
-    for trainer in (theirs, ours):  # every completion has all its tokens, on either side
-        trainer.eos_token_ids = []
-        if getattr(trainer, "generation_config", None) is not None:
-            trainer.generation_config.eos_token_id = None
-        trainer.create_optimizer()
-        trainer.current_gradient_accumulation_steps = 1
+    for trainer in (theirs, ours):
+        ready_for_steps(trainer)
     return theirs, ours
 
 
@@ -129,24 +133,6 @@ def _assert_same_gradients(theirs: RLOOTrainer, ours: CTRLTrainer) -> None:
         trainer.model.zero_grad()
     torch.testing.assert_close(gradients[1], gradients[0], atol=1e-5, rtol=1e-3)
     ours._buffered_inputs, ours._step = None, 0
-
-
-def _stepper(trainer: Any) -> Callable[[], None]:
-    """One whole step: rollouts, rewards, reference, loss, backward, optimizer."""
-    batches = iter([])
-
-    def run() -> None:
-        nonlocal batches
-        batch = next(batches, None)
-        if batch is None:
-            batches = iter(trainer.get_train_dataloader())
-            batch = next(batches)
-        trainer.training_step(trainer.model, batch, None)
-        trainer.optimizer.step()
-        trainer.optimizer.zero_grad()
-        trainer.state.global_step += 1
-
-    return run
 
 
 # --- (b) sampling -----------------------------------------------------------------------------------------------------
@@ -381,7 +367,7 @@ def growth(folder: Path) -> None:
     sizes = [(8, 128, 64), (4, 128, 64), (16, 128, 64), (8, 32, 64), (8, 512, 64), (8, 128, 32), (8, 128, 128)]
     for k, length, new in sizes:
         theirs, ours = _trainers(folder, length, rows=4 * k, k=k, new=new)
-        seconds = interleaved({"trl": _stepper(theirs), "infalign": _stepper(ours)}, repeats=1)
+        seconds = interleaved({"trl": stepper(theirs), "infalign": stepper(ours)}, repeats=1)
         told("growth", seconds, k=k, prompt=length, new_tokens=new, rows=4 * k)
 
 

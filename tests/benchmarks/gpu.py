@@ -36,6 +36,7 @@ from infalign.rewards.loader import load_reward
 from infalign.runtime.models import load_policy
 from infalign.runtime.shared_prefix import why_plain
 from infalign.types import SamplingSettings
+from tests.benchmarks.subjects import ready_for_steps, stepper
 from tests.tiny import tiny_tokenizer
 
 K = 8
@@ -229,8 +230,8 @@ def step(bench: Bench) -> None:
     """A CTRL step against TRL's RLOO step: 8 prompts x 8 completions, the same classifier as reward, bf16 autocast."""
     for shape, length, new in [(shape, *sizes) for shape in bench.shapes for sizes in ((64, 64), (512, 128))]:
         theirs, ours = _trainers(bench, shape, length, new)
-        seconds = bench.seconds({"trl": _stepper(theirs), "infalign": _stepper(ours)}, repeats=2)
-        memory = {"trl": bench.peak_mib(_stepper(theirs)), "infalign": bench.peak_mib(_stepper(ours))}
+        seconds = bench.seconds({"trl": stepper(theirs), "infalign": stepper(ours)}, repeats=2)
+        memory = {"trl": bench.peak_mib(stepper(theirs)), "infalign": bench.peak_mib(stepper(ours))}
         metrics = {name: round(float(np.mean(values)), 4) for name, values in ours._metrics["train"].items() if values}
         kept = {name: metrics[name] for name in ("kl_seq", "reward/calibrated") if name in metrics}
         bench.say("step", seconds, model=shape, prompt=length, k=K, new_tokens=new, rows=8 * K, MiB=memory, **kept)
@@ -266,31 +267,9 @@ def _trainers(bench: Bench, shape: str, length: int, new: int) -> tuple[RLOOTrai
     )
     reward = CTRLReward(load_reward(judge), optimal_transform(BestOfN(4), beta=0.1))
     ours = CTRLTrainer(path, reward, CTRLConfig(**settings), train_dataset=data)
-    for trainer in (theirs, ours):  # every completion has all its tokens, on either side
-        trainer.eos_token_ids = []
-        if getattr(trainer, "generation_config", None) is not None:
-            trainer.generation_config.eos_token_id = None
-        trainer.create_optimizer()
-        trainer.current_gradient_accumulation_steps = 1
+    for trainer in (theirs, ours):
+        ready_for_steps(trainer)
     return theirs, ours
-
-
-def _stepper(trainer: Any) -> Callable[[], None]:
-    """One whole step: rollouts, rewards, reference, loss, backward, optimizer."""
-    batches = iter([])
-
-    def run() -> None:
-        nonlocal batches
-        batch = next(batches, None)
-        if batch is None:
-            batches = iter(trainer.get_train_dataloader())
-            batch = next(batches)
-        trainer.training_step(trainer.model, batch, None)
-        trainer.optimizer.step()
-        trainer.optimizer.zero_grad()
-        trainer.state.global_step += 1
-
-    return run
 
 
 def passes(bench: Bench) -> None:

@@ -64,6 +64,33 @@ def rates_of(subjects: dict[str, Callable[[], int]], repeats: int) -> dict[str, 
     return {name: max(values) for name, values in rates.items()}
 
 
+def ready_for_steps(trainer: Any) -> None:
+    """Let `stepper` step a trainer: an optimizer, and completions that all have all their tokens."""
+    trainer.eos_token_ids = []
+    if getattr(trainer, "generation_config", None) is not None:
+        trainer.generation_config.eos_token_id = None
+    trainer.create_optimizer()
+    trainer.current_gradient_accumulation_steps = 1
+
+
+def stepper(trainer: Any) -> Callable[[], None]:
+    """One whole step: rollouts, rewards, reference, loss, backward, optimizer."""
+    batches = iter([])
+
+    def run() -> None:
+        nonlocal batches
+        batch = next(batches, None)
+        if batch is None:
+            batches = iter(trainer.get_train_dataloader())
+            batch = next(batches)
+        trainer.training_step(trainer.model, batch, None)
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad()
+        trainer.state.global_step += 1
+
+    return run
+
+
 def decoding_bounds(model: Any, rows: int, cached: int) -> dict[str, float]:
     """Tokens a second that one decoding step for `rows` rows can't exceed on all cores, measured on the spot.
 
