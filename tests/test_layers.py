@@ -16,6 +16,7 @@ ORDER = [
     "types",
     "theory",
     "runtime",
+    "models",
     "calibration",
     "data",
     "rewards",
@@ -31,6 +32,7 @@ ORDER = [
 BEYOND = {  # what a room may import beyond the standard library, infalign and numpy
     "types": set(),
     "theory": {"scipy"},
+    "runtime": {"accelerate", "httpx", "psutil", "tqdm", "yaml"},
     "calibration": {"scipy", "pyarrow"},
     "data": {"datasets", "pyarrow"},
     "decoding": {"scipy"},

@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from infalign.rewards.calls import own_copy
+from infalign.runtime.calls import own_copy
 from infalign.types import InputError, Prompt, Sample
 
 Floats = NDArray[np.float64]

@@ -1,7 +1,7 @@
 """Generation: prompts in, samples out. One random stream per sample, every sampling field explicit.
 
 `plan.py` cuts work into batches, `hf.py` samples with a transformers model (each prompt computed and kept once:
-`runtime/shared_prefix.py`), `likelihood.py` reads log-probabilities and KL off one. `openai.py` samples from a server:
+`models/shared_prefix.py`), `likelihood.py` reads log-probabilities and KL off one. `openai.py` samples from a server:
 `address.py` and `server.py` reach it, `wire.py` knows what it is asked and answers, `served_model.py` whether it is the
 model that it should be.
 """

@@ -24,11 +24,11 @@ from transformers import (
 )
 
 from infalign.generation.plan import Request
-from infalign.runtime.captured import decoding_for
+from infalign.models.captured import decoding_for
+from infalign.models.shared_prefix import Decoding, pad_left, positions, why_plain, without_router_logits
 from infalign.runtime.console import notice
 from infalign.runtime.distributed import any_rank
 from infalign.runtime.seeds import uniforms
-from infalign.runtime.shared_prefix import Decoding, pad_left, positions, why_plain, without_router_logits
 from infalign.types import Sample, SamplingSettings
 
 BLOCK = 128

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from infalign.runtime.head import head_of, pieces
-from infalign.runtime.shared_prefix import (
+from infalign.models.head import head_of, pieces
+from infalign.models.shared_prefix import (
     continuation,
     encode_prefixes,
     pad_left,

@@ -21,7 +21,7 @@ from infalign.generation.plan import Request
 from infalign.generation.served_model import Agreement, check, compare
 from infalign.generation.server import Refused, Server
 from infalign.generation.wire import DIALECTS, Answer, Dialect, body, read_answer
-from infalign.rewards.calls import CoroutineRunner
+from infalign.runtime.calls import CoroutineRunner
 from infalign.runtime.console import notice, say
 from infalign.runtime.http import at_a_time
 from infalign.runtime.seeds import stream

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from infalign.rewards.lookup import one_line
+from infalign.runtime.plugins import one_line
 from infalign.types import InputError
 
 CONFIG = "adapter_config.json"

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from infalign.models.shared_prefix import buckets, pass_cost, why_plain
 from infalign.rewards.classifier_loading import (
     choose_label,
     keep_head_in_float32,
@@ -30,7 +31,6 @@ from infalign.rewards.encoding import as_chat as wrapped
 from infalign.rewards.encoding import encode_as_pair, encode_pair, last_index
 from infalign.rewards.shared_scoring import groups_of, shared_states, worth_sharing
 from infalign.runtime.console import notice, say
-from infalign.runtime.shared_prefix import buckets, pass_cost, why_plain
 from infalign.types import TEMPLATE_COLUMNS, InputError, RewardError, template_variables
 
 TooLong = Literal["error", "truncate", "mask"]

@@ -16,8 +16,8 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from infalign.rewards.adapters import adapter_config, base_of, load_merged, unwrapped
-from infalign.rewards.lookup import one_line
 from infalign.runtime.console import notice
+from infalign.runtime.plugins import one_line
 from infalign.types import InputError
 
 _WATCHED = 3  # tokens

@@ -1,7 +1,7 @@
 """Short hashes of where a reward comes from, so that a changed reward never passes for the old one.
 
 They cover the source file (or the package version, or the source text of a function), the local modules that a source
-file imports (`rewards.imports`), the name, the keyword arguments, and the plain values (numbers, text, lists of them)
+file imports (`runtime.imports`), the name, the keyword arguments, and the plain values (numbers, text, lists of them)
 that a function's closure or an object holds; not data files that the source reads, nor other objects it holds, nor
 secrets (`runtime.artifacts.without_secrets`): another key to the same server is the same reward. An object with a
 `fingerprint` attribute speaks for itself.
@@ -10,16 +10,14 @@ secrets (`runtime.artifacts.without_secrets`): another key to the same server is
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import inspect
 import json
 from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from infalign.rewards.imports import IMPORTED, digests, file_digest
 from infalign.runtime.artifacts import without_secrets
+from infalign.runtime.imports import IMPORTED, digests
 
 
 def digest(*parts: Any) -> str:
@@ -30,13 +28,6 @@ def digest(*parts: Any) -> str:
     """
     text = json.dumps(parts, sort_keys=True, default=repr)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-
-
-def module_digest(module: Any) -> list[str]:
-    """Name, version of the distribution, and source hash of an imported module, as far as they can be found."""
-    source = getattr(module, "__file__", None)
-    content = file_digest(Path(source)) if source and Path(source).is_file() else ""
-    return [module.__name__, _version(module.__name__.partition(".")[0]), content]
 
 
 def callable_digest(function: Callable[..., Any]) -> list[Any]:
@@ -77,10 +68,3 @@ def _is_plain(value: Any) -> bool:
 
 def _plain(values: Mapping[str, Any]) -> dict[str, str]:
     return {name: repr(value) for name, value in sorted(without_secrets(values).items())}
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""

@@ -19,9 +19,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from infalign.rewards.calls import CoroutineRunner, in_thread, is_async, own_copy
 from infalign.rewards.contract import TRAINERS, Text, as_rewards
 from infalign.rewards.reasoning import strip_reasoning as strip
+from infalign.runtime.calls import CoroutineRunner, in_thread, is_async, own_copy
 from infalign.types import InputError, RewardError
 
 logger = logging.getLogger(__name__)

@@ -172,7 +172,7 @@ class HTTPReward:
         """What renders chats, loaded when first needed."""
         if self._tokenizer is None:
             return None
-        from infalign.runtime.models import load_tokenizer, local_path  # noqa: PLC0415 - imports transformers, seconds
+        from infalign.models.loading import load_tokenizer, local_path  # noqa: PLC0415 - imports transformers, seconds
 
         name = str(self._tokenizer)
         return load_tokenizer(str(local_path(name, self._recipe_dir) or name))

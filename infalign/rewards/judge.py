@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from infalign.rewards.contract import Text, as_rewards
 from infalign.rewards.guard import GuardedReward
 from infalign.rewards.loader import built_callable
-from infalign.rewards.lookup import find_object
+from infalign.runtime.plugins import find_object
 from infalign.types import InputError, RewardError
 
 _LISTS = {"prompts", "firsts", "seconds"}

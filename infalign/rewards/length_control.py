@@ -25,10 +25,10 @@ from infalign.data.completions import read_completions
 from infalign.data.pairing import prompts_of
 from infalign.rewards.contract import Text, completion_text, shape_completions
 from infalign.rewards.fingerprint import digest
-from infalign.rewards.imports import file_digest
 from infalign.rewards.loader import load_reward
-from infalign.rewards.lookup import find_file
 from infalign.rewards.members import Load
+from infalign.runtime.imports import file_digest
+from infalign.runtime.plugins import find_file
 from infalign.types import InputError
 
 UNITS = ("words", "characters", "tokens")

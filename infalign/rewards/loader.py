@@ -25,13 +25,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from infalign.rewards.calls import own_copy
 from infalign.rewards.contract import Text
 from infalign.rewards.fingerprint import callable_digest, digest
 from infalign.rewards.guard import GuardedReward, OnError
-from infalign.rewards.imports import digests, import_path, modules_behind, remember
-from infalign.rewards.lookup import Found, find_object, one_line
 from infalign.runtime.artifacts import without_secrets
+from infalign.runtime.calls import own_copy
+from infalign.runtime.imports import digests, import_path, modules_behind, remember
+from infalign.runtime.plugins import Found, find_object, one_line
 from infalign.types import InputError
 
 _LISTS = {"prompts", "completions", "completion_ids"}

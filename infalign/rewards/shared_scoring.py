@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from infalign.runtime.shared_prefix import buckets, continuation, encode_prefixes, pad_left, pad_right, pass_cost
+from infalign.models.shared_prefix import buckets, continuation, encode_prefixes, pad_left, pad_right, pass_cost
 
 Reader = Callable[[dict[str, Any], tuple[Tensor, Tensor]], Tensor]
 

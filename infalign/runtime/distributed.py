@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import ctypes
 import hashlib
 import os
-import signal
 import sys
 import tempfile
 import time
@@ -28,7 +26,6 @@ _TOLD = {kind.__name__: kind for kind in (InputError, RewardError, TrainingError
 
 
 _SAID = "infalign-said-"
-_PR_SET_PDEATHSIG = 1  # of Linux' prctl
 _KNOWN = "_infalign_known_to_all_ranks"
 
 
@@ -100,24 +97,6 @@ def my_share(items: Sequence[Item]) -> list[Item]:
     [1, 2, 3]
     """
     return list(items[rank() :: world_size()])
-
-
-def join(use_cpu: bool = False) -> None:
-    """Under a launcher, set up the process group (once) so that ranks can wait for each other.
-
-    On Linux a rank is told to end (SIGTERM) when its launcher is killed, which could not tell it. A lock that a killed
-    run left on DeepSpeed's compiled ops goes first: everyone would wait for it.
-    """
-    if world_size() > 1:
-        if sys.platform == "linux":
-            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and os.environ.get("LOCAL_RANK", "0") == "0":
-            from infalign.runtime.builds import clear_abandoned_locks  # noqa: PLC0415 - its messages import this module
-
-            clear_abandoned_locks()
-        from accelerate import PartialState  # noqa: PLC0415 - imports torch
-
-        PartialState(cpu=use_cpu)
 
 
 def even_share(items: Sequence[Item]) -> list[Item | None]:

@@ -16,9 +16,11 @@ This module imports neither torch nor accelerate.
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 import re
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ from typing import Any, Literal
 
 import psutil
 
+from infalign.runtime.builds import clear_abandoned_locks
 from infalign.runtime.config import nearest, read_yaml
 from infalign.runtime.console import notice
 from infalign.runtime.distributed import leave_at_exit, world_size
@@ -45,6 +48,7 @@ FLAGS = {
 EXPECTED = "INFALIGN_EXPECTED_PROCESSES"
 _LEAST = {"num_processes": 1, "num_machines": 1, "machine_rank": 0, "main_process_port": 0}
 
+_PR_SET_PDEATHSIG = 1  # of Linux' prctl
 _STAGES: dict[str, Literal["zero1", "zero2", "zero3"]] = {"1": "zero1", "2": "zero2", "3": "zero3"}
 
 
@@ -255,6 +259,22 @@ def check_started() -> None:
             f"{asked} processes were asked for and 1 started: `accelerate launch` starts one with --cpu, MULTI_CPU or "
             "NO, whatever --num_processes says; on CPUs: infalign VERB --accelerate_config cpu_ddp --num_processes N"
         )
+
+
+def join(use_cpu: bool = False) -> None:
+    """Under a launcher, set up the process group (once) so that ranks can wait for each other.
+
+    On Linux a rank is told to end (SIGTERM) when its launcher is killed, which could not tell it. A lock that a killed
+    run left on DeepSpeed's compiled ops goes first: everyone would wait for it.
+    """
+    if world_size() > 1:
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and os.environ.get("LOCAL_RANK", "0") == "0":
+            clear_abandoned_locks()
+        from accelerate import PartialState  # noqa: PLC0415 - imports torch
+
+        PartialState(cpu=use_cpu)
 
 
 def _asked_of_accelerate() -> str | None:

@@ -10,9 +10,9 @@ import torch
 import trl
 from packaging.version import Version
 
+from infalign.models.loading import cache_folder
 from infalign.runtime.artifacts import versions
 from infalign.runtime.console import say
-from infalign.runtime.models import cache_folder
 from infalign.training.trainer import TESTED_TRL
 
 

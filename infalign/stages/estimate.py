@@ -10,10 +10,10 @@ import psutil
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from infalign.models.loading import choose_device, replicated
 from infalign.runtime.console import clock, say
 from infalign.runtime.distributed import world_size
 from infalign.runtime.launch import sharding
-from infalign.runtime.models import choose_device, replicated
 from infalign.stages.calibrate import calibration_prompts
 from infalign.stages.experiment import Experiment
 from infalign.stages.train import training_arguments

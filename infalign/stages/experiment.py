@@ -24,13 +24,8 @@ from infalign.data.templates import check_lengths, render, with_system
 from infalign.generation.hf import HFSampler
 from infalign.generation.openai import OpenAISampler
 from infalign.generation.plan import Sampler
-from infalign.rewards.calibrated_sum import sums_in
-from infalign.rewards.loader import Reward, load_reward
-from infalign.runtime.artifacts import differences, fingerprint, read_json, without_secrets, write_json
-from infalign.runtime.console import notice, say
-from infalign.runtime.distributed import barrier, is_main, join, together
-from infalign.runtime.layout import lay_columnwise
-from infalign.runtime.models import (
+from infalign.models.layout import lay_columnwise
+from infalign.models.loading import (
     choose_device,
     context_length,
     end_token_ids,
@@ -40,6 +35,12 @@ from infalign.runtime.models import (
     model_fingerprint,
     resolve_model,
 )
+from infalign.rewards.calibrated_sum import sums_in
+from infalign.rewards.loader import Reward, load_reward
+from infalign.runtime.artifacts import differences, fingerprint, read_json, without_secrets, write_json
+from infalign.runtime.console import notice, say
+from infalign.runtime.distributed import barrier, is_main, together
+from infalign.runtime.launch import join
 from infalign.stages.member_scores import bind_sums
 from infalign.stages.objective import load_objective, load_procedure
 from infalign.stages.recipe import Recipe, require

@@ -24,11 +24,11 @@ from infalign.data.templates import check_lengths
 from infalign.decoding.course import Strategy
 from infalign.decoding.decode import Decoded, decode, plan_decoding
 from infalign.generation.plan import Request
+from infalign.models.loading import context_length
 from infalign.rewards.scoring import score_samples
 from infalign.runtime.artifacts import fingerprint, write_json
 from infalign.runtime.console import Progress, notice, say
 from infalign.runtime.distributed import barrier, is_main, my_share, together, world_size
-from infalign.runtime.models import context_length
 from infalign.stages.experiment import Experiment, tell_how_read
 from infalign.stages.generated_file import (
     claim_parts,

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from infalign.rewards.fingerprint import callable_digest, digest
-from infalign.rewards.lookup import find_object
 from infalign.runtime.config import nearest
+from infalign.runtime.plugins import find_object
 from infalign.stages.recipe import Recipe
 from infalign.theory.objective import Objective, objective
 from infalign.theory.procedures import BUILT_IN, Procedure

@@ -17,9 +17,9 @@ from accelerate.utils import is_peft_model
 from huggingface_hub import upload_folder
 from trl.trainer.utils import create_model_from_path
 
+from infalign.models.loading import load_policy
 from infalign.runtime.artifacts import disk_errors
 from infalign.runtime.distributed import barrier, is_main
-from infalign.runtime.models import load_policy
 from infalign.stages.experiment import Experiment
 from infalign.training.config import CTRLConfig
 from infalign.training.trainer import CTRLTrainer

@@ -25,12 +25,13 @@ from infalign.data.preferences import LoadedPreferences, Preference, preferences
 from infalign.data.sources import read_rows
 from infalign.data.splits import split_prompts
 from infalign.data.templates import last_tokens
+from infalign.models.loading import choose_device, load_tokenizer, model_fingerprint, replicated, resolve_model
 from infalign.rewards.classifier import ClassifierReward
 from infalign.rewards.encoding import encode_pair
 from infalign.runtime.artifacts import disk_errors, fingerprint, whole_folder, write_manifest
 from infalign.runtime.console import notice, say
-from infalign.runtime.distributed import barrier, is_main, join, together
-from infalign.runtime.models import choose_device, load_tokenizer, model_fingerprint, replicated, resolve_model
+from infalign.runtime.distributed import barrier, is_main, together
+from infalign.runtime.launch import join
 from infalign.stages.output import leaves_nothing, reusable
 from infalign.stages.reward_model_recipe import RewardModelRecipe
 from infalign.stages.reward_quality import measure

@@ -19,11 +19,11 @@ from typing import Any, Literal
 from infalign.decoding.course import Strategy
 from infalign.decoding.early_rejection import EarlyRejection
 from infalign.generation.plan import Request
+from infalign.models.loading import context_length
 from infalign.rewards.scoring import score_samples
 from infalign.runtime.artifacts import fingerprint
 from infalign.runtime.config import check, field_hints
 from infalign.runtime.console import say
-from infalign.runtime.models import context_length
 from infalign.stages.experiment import Experiment
 from infalign.stages.objective import load_procedure
 from infalign.stages.recipe import Recipe

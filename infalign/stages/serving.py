@@ -8,9 +8,9 @@ from typing import Any
 from transformers import AutoConfig, GenerationConfig
 
 from infalign.generation.server import Server
+from infalign.models.loading import end_token_ids
 from infalign.runtime.address import exposes_key, key_in_environment
 from infalign.runtime.console import notice
-from infalign.runtime.models import end_token_ids
 from infalign.stages.recipe import Recipe
 
 

@@ -7,8 +7,8 @@ from typing import Any
 from infalign.decoding.answers import EXTRACTORS
 from infalign.decoding.course import Strategy
 from infalign.decoding.strategies import BUILT_IN, TAKES_PROCEDURE
-from infalign.rewards.lookup import find_object
 from infalign.runtime.config import nearest
+from infalign.runtime.plugins import find_object
 from infalign.stages.recipe import Recipe
 from infalign.theory.procedures import Procedure
 from infalign.types import InputError

@@ -1,4 +1,4 @@
-"""TRL's fused head, computed by `runtime/head.py` where TRL has no kernel for it.
+"""TRL's fused head, computed by `models/head.py` where TRL has no kernel for it.
 
 On a GPU TRL's Triton kernel stays. Elsewhere TRL makes the logits of all tokens for 32,768 candidates at a time; this
 makes those of a few tokens that count, which takes a fraction of the memory and of the time.
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from trl.trainer.utils import FusedCausalLMOutput
 
-from infalign.runtime.head import head_of
+from infalign.models.head import head_of
 
 
 def add_chunked_head(model: Any, temperature: float, *, entropy: bool) -> None:

@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from scipy import linalg, special
 from torch import Tensor
 
+from infalign.models.shared_prefix import buckets, pad_right, pass_cost, why_plain
 from infalign.rewards.encoding import last_index
 from infalign.rewards.shared_scoring import groups_of, shared_states, worth_sharing
 from infalign.runtime.console import Progress
-from infalign.runtime.shared_prefix import buckets, pad_right, pass_cost, why_plain
 from infalign.types import InputError
 
 Array = NDArray[np.float64]

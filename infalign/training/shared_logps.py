@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from infalign.runtime.shared_prefix import (
+from infalign.models.shared_prefix import (
     buckets,
     continuation,
     encode_prefixes,

@@ -5,7 +5,7 @@ The algorithm stays TRL's: leave-one-out advantages of `Phi(C(x, y)) - beta * su
 - `_generate`: remembers how long completions are, for the KL where `mask_truncated_completions` takes them out.
 - `_generate_single_turn`: the sampler that calibration used, one random stream per rollout; its log-probabilities are
   kept, so the exactly on-policy "old" pass costs nothing (in float32; under autocast it is recomputed).
-- `_get_per_token_logps_and_entropies`: each distinct prompt once (`runtime/shared_prefix.py`), the head in pieces.
+- `_get_per_token_logps_and_entropies`: each distinct prompt once (`models/shared_prefix.py`), the head in pieces.
 - `_prepare_inputs`: whole prompt groups stay together when a generation is cut into steps.
 - `_generate_and_score_completions`: logs `kl_seq`, and at step 0 checks KL ~ 0 and mean calibrated reward ~ 1/2.
 - `training_step`, `_compute_loss`: a loss that is not finite is never propagated, on any rank.
@@ -43,13 +43,13 @@ from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import get_config_model_id
 
 from infalign.generation.hf import decode_rows
+from infalign.models.layout import columnwise
+from infalign.models.loading import keep_four_bits_plain
+from infalign.models.shared_prefix import keeps_no_cache, pass_cost, positions, why_plain, without_router_logits
 from infalign.runtime.artifacts import disk_errors, write_whole
 from infalign.runtime.console import notice, say
 from infalign.runtime.distributed import any_rank, barrier, is_main, together, world_size
 from infalign.runtime.launch import check_started
-from infalign.runtime.layout import columnwise
-from infalign.runtime.models import keep_four_bits_plain
-from infalign.runtime.shared_prefix import keeps_no_cache, pass_cost, positions, why_plain, without_router_logits
 from infalign.training.callbacks import (
     ContinueLoss,
     KLBudget,

@@ -28,9 +28,9 @@ from trl import RLOOConfig, RLOOTrainer
 from infalign import BestOfN, CTRLConfig, CTRLReward, CTRLTrainer, optimal_transform, win_rate
 from infalign.generation.hf import decode_rows
 from infalign.generation.plan import Request, plan_batches
+from infalign.models.loading import load_policy
+from infalign.models.shared_prefix import pad_left
 from infalign.rewards.loader import load_reward
-from infalign.runtime.models import load_policy
-from infalign.runtime.shared_prefix import pad_left
 from infalign.stages.calibrate import calibrate
 from infalign.stages.experiment import Experiment
 from infalign.stages.recipe import load_recipe

@@ -32,9 +32,9 @@ from trl import RLOOConfig, RLOOTrainer
 
 from infalign import BestOfN, CTRLConfig, CTRLReward, CTRLTrainer, optimal_transform
 from infalign.generation.hf import decode_rows
+from infalign.models.loading import load_policy
+from infalign.models.shared_prefix import why_plain
 from infalign.rewards.loader import load_reward
-from infalign.runtime.models import load_policy
-from infalign.runtime.shared_prefix import why_plain
 from infalign.types import SamplingSettings
 from tests.benchmarks.subjects import ready_for_steps, stepper
 from tests.tiny import tiny_tokenizer

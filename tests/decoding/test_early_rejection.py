@@ -10,7 +10,7 @@ from infalign import BestOfN, RandomN, SoftBestOfN, WorstOfN
 from infalign.decoding.early_rejection import EarlyRejection
 from infalign.generation.hf import HFSampler
 from infalign.generation.plan import Request
-from infalign.runtime.models import end_token_ids, load_policy, load_tokenizer
+from infalign.models.loading import end_token_ids, load_policy, load_tokenizer
 from infalign.types import InputError, SamplingSettings
 from tests.decoding.toys import Digits, Levels, prompts, run
 from tests.tiny import CLOSE, tiny_causal

@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from infalign.rewards.loader import load_reward
-from infalign.runtime.distributed import barrier, gathered, is_main, join, rank, world_size
+from infalign.runtime.distributed import barrier, gathered, is_main, rank, world_size
+from infalign.runtime.launch import join
 from infalign.theory.procedures import BestOfN
 from infalign.theory.transforms import identity
 from infalign.training.config import CTRLConfig

@@ -15,9 +15,9 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 from trl import RLOOTrainer
 
 from infalign.cli import main
+from infalign.models.loading import end_token_ids, load_policy, load_tokenizer
 from infalign.rewards.classifier import ClassifierReward
 from infalign.rewards.loader import load_reward
-from infalign.runtime.models import end_token_ids, load_policy, load_tokenizer
 from infalign.theory.transforms import identity
 from infalign.training.checks import check_kl_at_start
 from infalign.training.config import CTRLConfig

@@ -8,7 +8,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from infalign.cli import main
-from infalign.runtime.models import end_token_ids, load_policy, load_tokenizer
+from infalign.models.loading import end_token_ids, load_policy, load_tokenizer
 from infalign.stages.experiment import Experiment
 from infalign.stages.recipe import load_recipe
 from infalign.training.config import CTRLConfig

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from infalign.runtime.distributed import barrier, gathered, is_main, join, rank
+from infalign.runtime.distributed import barrier, gathered, is_main, rank
+from infalign.runtime.launch import join
 from infalign.training.checkpoints import newest_whole
 from tests.faults.test_rewards import BROKEN, FAILURES, SILENT, STEPS, make
 from tests.training.test_trainer import token_sum

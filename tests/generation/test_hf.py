@@ -11,10 +11,10 @@ from infalign.generation import likelihood
 from infalign.generation.hf import HFSampler, decode_rows
 from infalign.generation.likelihood import completion_states, sequence_kl
 from infalign.generation.plan import Request, plan_batches
-from infalign.runtime.head import head_of
-from infalign.runtime.models import end_token_ids, load_policy, load_tokenizer
+from infalign.models.head import head_of
+from infalign.models.loading import end_token_ids, load_policy, load_tokenizer
+from infalign.models.shared_prefix import why_plain
 from infalign.runtime.seeds import uniforms
-from infalign.runtime.shared_prefix import why_plain
 from infalign.types import SamplingSettings
 from tests.tiny import CLOSE, tiny_causal
 

@@ -26,7 +26,7 @@ from infalign.cli import main
 from infalign.generation.openai import OpenAISampler
 from infalign.generation.plan import Request
 from infalign.generation.server import Server
-from infalign.runtime.models import end_token_ids, load_policy, load_tokenizer
+from infalign.models.loading import end_token_ids, load_policy, load_tokenizer
 from infalign.stages.experiment import CALIBRATION, Experiment
 from infalign.stages.recipe import load_recipe
 from infalign.types import InputError, SamplingSettings

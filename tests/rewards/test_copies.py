@@ -12,12 +12,12 @@ import torch
 
 from infalign.calibration.table import SampleTable
 from infalign.decoding.course import Choose, Draw
-from infalign.rewards.calls import own_copy
 from infalign.rewards.combine import mean, minimum, weighted_sum
 from infalign.rewards.judge import both_orders
 from infalign.rewards.length_control import LengthControlled
 from infalign.rewards.loader import load_reward
 from infalign.rewards.scoring import score_samples
+from infalign.runtime.calls import own_copy
 from infalign.stages.calibrate import calibrate
 from infalign.stages.recipe import load_recipe
 from infalign.training.reward import CTRLReward

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from infalign.rewards.loader import load_reward
-from infalign.rewards.lookup import find_object
+from infalign.runtime.plugins import find_object
 from infalign.types import InputError, RewardError
 from tests.tiny import CLOSE, tiny_classifier
 

@@ -13,8 +13,8 @@ from openai import AsyncOpenAI
 
 from infalign.decoding.decode import decode, plan_decoding
 from infalign.generation.hf import HFSampler
+from infalign.models.loading import end_token_ids, load_policy
 from infalign.rewards.scoring import score_samples
-from infalign.runtime.models import end_token_ids, load_policy
 from infalign.serving.answer import pieces
 from infalign.stages.experiment import Experiment
 from infalign.stages.generate import generate

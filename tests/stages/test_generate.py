@@ -18,7 +18,7 @@ import yaml
 
 from infalign.cli import main
 from infalign.generation.hf import HFSampler
-from infalign.runtime.models import end_token_ids, load_policy, load_tokenizer
+from infalign.models.loading import end_token_ids, load_policy, load_tokenizer
 from infalign.stages.generate import generate
 from infalign.stages.recipe import load_recipe
 from infalign.types import InputError

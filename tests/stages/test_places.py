@@ -12,9 +12,9 @@ import pytest
 import yaml
 
 from infalign.cli import main
+from infalign.models.loading import resolve_model
 from infalign.rewards.http import HTTPReward
 from infalign.rewards.loader import load_reward
-from infalign.runtime.models import resolve_model
 from infalign.stages.calibrate import calibrate
 from infalign.stages.compare import compare
 from infalign.stages.comparison import load_comparison

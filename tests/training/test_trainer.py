@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, TrainerState
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
-from infalign.runtime.shared_prefix import positions
+from infalign.models.shared_prefix import positions
 from infalign.theory.procedures import BestOfN
 from infalign.theory.transforms import identity
 from infalign.training.callbacks import GRPOCheck, NegativeKL

@@ -15,8 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from infalign.rewards.fingerprint import module_digest
-from infalign.rewards.imports import (
+from infalign.runtime.imports import (
     IMPORTED,
     PREFIX,
     Modules,
@@ -24,6 +23,7 @@ from infalign.rewards.imports import (
     import_path,
     local_modules,
     module_and_imports,
+    module_digest,
     remember,
     renew,
 )

@@ -18,8 +18,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from infalign.models.shared_prefix import Decoding, OwnLayer, apart, precision, rounding
 from infalign.runtime.console import notice
-from infalign.runtime.shared_prefix import Decoding, OwnLayer, apart, precision, rounding
 
 Step = Callable[[], Tensor]
 

@@ -7,7 +7,7 @@ import copy
 import torch
 from transformers import AutoModelForCausalLM
 
-from infalign.runtime.layout import columnwise, lay_columnwise
+from infalign.models.layout import columnwise, lay_columnwise
 from tests.tiny import CLOSE, tiny_causal
 
 IDS = torch.tensor([[5, 6, 7, 8]])

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from infalign.generation import hf
 from infalign.generation.hf import decode_rows
-from infalign.runtime import captured
-from infalign.runtime.captured import CapturedDecoding, why_not_captured
-from infalign.runtime.shared_prefix import Decoding
+from infalign.models import captured
+from infalign.models.captured import CapturedDecoding, why_not_captured
+from infalign.models.shared_prefix import Decoding
 from infalign.types import SamplingSettings
 from tests.tiny import CLOSE, tiny_causal
 

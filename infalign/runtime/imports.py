@@ -15,6 +15,7 @@ import ast
 import contextlib
 import hashlib
 import importlib
+import importlib.metadata
 import importlib.util
 import pkgutil
 import sys
@@ -51,6 +52,17 @@ def file_digest(path: Path) -> str:
 def digests(modules: Modules) -> list[str]:
     """`name=digest` of each module, in order of their names: what tells their contents apart, wherever they lie."""
     return [f"{name}={file_digest(path)}" for name, path in sorted(modules.items())]
+
+
+def module_digest(module: Any) -> list[str]:
+    """Name, version of the distribution, and source hash of an imported module, as far as they can be found."""
+    source = getattr(module, "__file__", None)
+    content = file_digest(Path(source)) if source and Path(source).is_file() else ""
+    try:
+        version = importlib.metadata.version(module.__name__.partition(".")[0])
+    except importlib.metadata.PackageNotFoundError:
+        version = ""
+    return [module.__name__, version, content]
 
 
 @contextlib.contextmanager

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from infalign.runtime import head as head_module
-from infalign.runtime.head import Head, head_of, pieces
+from infalign.models import head as head_module
+from infalign.models.head import Head, head_of, pieces
 from tests.tiny import tiny_causal
 
 

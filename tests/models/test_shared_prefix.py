@@ -11,8 +11,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from infalign.generation.hf import decode_rows
-from infalign.runtime import shared_prefix
-from infalign.runtime.shared_prefix import (
+from infalign.models import shared_prefix
+from infalign.models.shared_prefix import (
     PASS_COST,
     Decoding,
     buckets,

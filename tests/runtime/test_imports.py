@@ -12,9 +12,9 @@ import pytest
 
 from infalign.calibration.table import SampleTable
 from infalign.rewards.fingerprint import callable_digest
-from infalign.rewards.imports import local_modules
 from infalign.rewards.loader import load_reward
-from infalign.rewards.lookup import find_object
+from infalign.runtime.imports import local_modules
+from infalign.runtime.plugins import find_object
 from infalign.stages.calibrate import calibrate
 from infalign.stages.recipe import load_recipe
 from infalign.types import InputError

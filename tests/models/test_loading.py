@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from infalign.runtime.models import (
+from infalign.models.loading import (
     context_length,
     end_token_ids,
     load_policy,
