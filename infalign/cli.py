@@ -136,7 +136,7 @@ def _dispatch(words: list[str], debug: bool) -> int:
 
 def _compare(flags: dict[str, Any]) -> int:
     """Two files of samples: `infalign compare`, or `evaluate` with --base and --policy."""
-    asked = _stage("comparison", "load_comparison")(flags)
+    asked = _stage("compare", "load_comparison")(flags)
     _stage("compare", "tell")(asked, _stage("compare", "compare")(asked))
     return 0
 
@@ -186,7 +186,7 @@ def _call(verb: str, recipe: Any, options: dict[str, Any]) -> None:
     from infalign.runtime.console import say  # noqa: PLC0415 - keeps --help fast
 
     name = verb.replace("-", "_")
-    stage = _stage(name, name)
+    stage = _stage("reward_model.train" if name == "reward_model" else name, name)
     if verb == "run":
         stage(recipe, dry=_as_bool("dry_run", options.get("dry_run", False)))
     elif verb == "generate":
@@ -199,13 +199,13 @@ def _call(verb: str, recipe: Any, options: dict[str, Any]) -> None:
     elif verb == "reward-model":
         result = stage(recipe)
         if is_main():
-            _stage("reward_quality", "tell")(result)
+            _stage("reward_model.quality", "tell")(result)
     elif verb == "report":
         say(f"report: {stage(recipe)}")
     else:
         result = stage(recipe)
         if verb == "evaluate":
-            _stage("evaluation_table", "tell")(result)
+            _stage("evaluate", "tell")(result)
         if verb == "train" and result["trained"]:
             say(f"policy: {result['folder']} ({result['steps']} steps)")
 
@@ -235,7 +235,7 @@ def _stage(module: str, name: str) -> Callable[..., Any]:
 def _reader(verb: str) -> Callable[..., Any]:
     """What reads the verb's recipe."""
     if verb == "reward-model":
-        return _stage("reward_model_recipe", "load_reward_model_recipe")
+        return _stage("reward_model.recipe", "load_reward_model_recipe")
     return _stage("recipe", "load_recipe")
 
 
@@ -249,7 +249,7 @@ def _verb_help(verb: str) -> str:
     """The keys that a recipe may set, by heading, with their defaults."""
     from infalign.runtime import launch  # noqa: PLC0415 - keeps --help fast
     from infalign.stages.recipe import Recipe, own_keys  # noqa: PLC0415
-    from infalign.stages.reward_model_recipe import RewardModelRecipe  # noqa: PLC0415
+    from infalign.stages.reward_model.recipe import RewardModelRecipe  # noqa: PLC0415
 
     defaults, config = (RewardModelRecipe(), "RewardConfig") if verb == "reward-model" else (Recipe(), "RLOOConfig")
     lines = [f"usage: infalign {verb} --config RECIPE.yaml [--KEY VALUE ...]", "", VERBS[verb], ""]
@@ -269,7 +269,7 @@ def _verb_help(verb: str) -> str:
 
 def _compare_help(verb: str) -> str:
     """The keys of a comparison of two files, by heading, with their defaults."""
-    from infalign.stages.comparison import Comparison  # noqa: PLC0415 - keeps --help fast
+    from infalign.stages.compare import Comparison  # noqa: PLC0415 - keeps --help fast
 
     lines = [f"usage: infalign {verb} --base FILE --policy FILE [--KEY VALUE ...]", "", VERBS["compare"]]
     return "\n".join(lines + _key_lines(Comparison(), dataclasses.fields(Comparison)))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from infalign.decoding.course import Choose, Draw, Seen, Step, Strategy
+from infalign.decoding.strategy import Choose, Draw, Seen, Step, Strategy
 from infalign.theory.procedures import Procedure, check_procedure
 
 

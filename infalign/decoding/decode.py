@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infalign.decoding.by_procedure import as_strategy
-from infalign.decoding.course import Choose, Course, Draw, Finish, Spent, Step, Strategy
+from infalign.decoding.strategy import Choose, Course, Draw, Finish, Spent, Step, Strategy
 from infalign.generation.plan import Request, Sampler, plan_batches
 from infalign.runtime.seeds import stream
 from infalign.theory.procedures import Procedure

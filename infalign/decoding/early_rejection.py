@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from infalign.decoding.by_procedure import selected
-from infalign.decoding.course import Choose, Draw, Finish, Seen, Step
-from infalign.decoding.options import fraction, whole
+from infalign.decoding.strategy import Choose, Draw, Finish, Seen, Step, fraction, whole
 from infalign.theory.procedures import Procedure, check_procedure
 from infalign.types import InputError
 

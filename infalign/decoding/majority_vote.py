@@ -9,8 +9,7 @@ from numpy.typing import NDArray
 
 from infalign.decoding.answers import Extractor, extractor, normal_form
 from infalign.decoding.by_procedure import selected
-from infalign.decoding.course import Choose, Draw, Seen, Step
-from infalign.decoding.options import whole
+from infalign.decoding.strategy import Choose, Draw, Seen, Step, whole
 from infalign.theory.procedures import BestOfN
 from infalign.types import InputError
 

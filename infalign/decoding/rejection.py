@@ -10,8 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from infalign.calibration.quantile import calibrate
 from infalign.decoding.by_procedure import selected
-from infalign.decoding.course import Choose, Draw, Seen, Step
-from infalign.decoding.options import fraction, whole
+from infalign.decoding.strategy import Choose, Draw, Seen, Step, fraction, whole
 from infalign.theory.procedures import BestOfN
 from infalign.types import InputError
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from infalign.decoding.course import Choose, Course, Draw, Finish, Spent, Strategy
+from infalign.decoding.strategy import Choose, Course, Draw, Finish, Spent, Strategy
 from infalign.types import InputError, Prompt, Sample
 
 Floats = NDArray[np.float64]

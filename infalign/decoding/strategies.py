@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 from infalign.decoding.adaptive import Adaptive
 from infalign.decoding.by_procedure import ByProcedure
-from infalign.decoding.course import Strategy
 from infalign.decoding.early_rejection import EarlyRejection
 from infalign.decoding.majority_vote import MajorityVote
 from infalign.decoding.rejection import Rejection
+from infalign.decoding.strategy import Strategy
 
 BUILT_IN: dict[str, Callable[..., Strategy]] = {
     "procedure": ByProcedure,

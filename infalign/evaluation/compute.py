@@ -18,15 +18,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from infalign.decoding.by_procedure import ByProcedure
-from infalign.decoding.course import Strategy
 from infalign.decoding.replay import Table, replay
-from infalign.evaluation.winrate import RESAMPLES, WinRate, summarise
+from infalign.decoding.strategy import Strategy
+from infalign.evaluation.winrate import RESAMPLES, summarise
 from infalign.theory.procedures import BestOfN, Procedure
 from infalign.types import InputError, Prompt
 
@@ -61,42 +60,65 @@ class Contest:
 
 @dataclass(frozen=True)
 class Point:
-    """A decoder's win rate against one base sample, and what it spends on a prompt on average."""
+    """A decoder's win rate against one base sample with its interval, and what it spends on a prompt on average."""
 
     side: str
     label: str
     n: int
-    win: WinRate
+    mean: float
+    low: float
+    high: float
     tokens: float
     reward_calls: float
 
-    def as_dict(self) -> dict[str, Any]:
-        """For evaluation.json."""
-        win = {"mean": self.win.mean, "low": self.win.low, "high": self.win.high}
-        return {
-            "side": self.side,
-            "label": self.label,
-            "n": self.n,
-            **win,
-            "tokens": self.tokens,
-            "reward_calls": self.reward_calls,
-        }
+
+@dataclass(frozen=True)
+class Match:
+    """What the base needs, by Best-of-N, to win as often as one plain sample of the policy does.
+
+    Attributes:
+        n, low, high: N with its interval; None: more than `largest`, 1: no more than one sample.
+        largest: the most that the samples can tell.
+        win: the policy's win rate.
+        base_tokens, policy_tokens: of one sample.
+        tokens: what the base spends at `n`.
+    """
+
+    n: float | None
+    low: float | None
+    high: float | None
+    largest: int
+    win: float
+    base_tokens: float
+    policy_tokens: float
+    tokens: float | None = None
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Everything that the plot of win rate against compute shows.
+
+    Attributes:
+        curves: Best-of-1, 2, 3, 4, 6, 8, ... of base and policy, up to half of the samples.
+        decoder: the recipe's own on both sides; empty where the samples do not suffice, and `problem` says why.
+        match: None when there are too few samples.
+    """
+
+    curves: tuple[Point, ...] = ()
+    decoder: tuple[Point, ...] = ()
+    problem: str = ""
+    match: Match | None = None
 
 
 def measure_compute(
     contests: Sequence[Contest], strategy: Strategy, *, confidence: float = 0.95, seed: int = 0
-) -> dict[str, Any]:
-    """Everything that the plot of win rate against compute shows, ready for JSON.
+) -> Compute:
+    """Measure base and policy.
 
     Args:
         contests: the prompts.
         strategy: the recipe's decoder, marked in the plot.
         confidence, seed: of the intervals; seed also orders the replays.
-
-    Returns:
-        `curves`: Best-of-1, 2, 3, 4, 6, 8, ... of base and policy, up to half of the samples; `decoder`: the recipe's
-        own on both sides (empty where the samples do not suffice: `problem` says why); `match`: what the base needs to
-        match one policy sample (None when there are too few samples).
     """
     fewest = min(int(_scored(table).size) for one in contests for table in (one.base, one.policy))
     counts = _counts(fewest // 2) if fewest > 1 else []
@@ -109,12 +131,7 @@ def measure_compute(
         decoder = [strategy_point(contests, side, strategy, confidence, seed) for side in ("base", "policy")]
     except InputError as error:  # too few samples for this decoder: the curves stand without it
         problem = str(error)
-    return {
-        "curves": [point.as_dict() for point in points],
-        "decoder": [point.as_dict() for point in decoder],
-        "problem": problem,
-        "match": match(contests, confidence, seed) if counts else None,
-    }
+    return Compute(tuple(points), tuple(decoder), problem, match(contests, confidence, seed) if counts else None)
 
 
 def _counts(most: int) -> list[int]:
@@ -134,7 +151,7 @@ def procedure_point(
     tokens = procedure.n * float(np.mean([_tokens(one.table(side)) for one in contests]))
     calls = float(procedure.n) if procedure.n > 1 else 0.0
     win = summarise(np.array(wins), confidence, seed)
-    return Point(side, repr(procedure), procedure.n, win, tokens, calls)
+    return Point(side, repr(procedure), procedure.n, win.mean, win.low, win.high, tokens, calls)
 
 
 def order_wins(base_M: Array, policy_M: Array | None = None) -> Array:
@@ -170,14 +187,9 @@ def strategy_point(
     orders = max(FEWEST, -(-REPLAYS // len(contests)))
     rows = [_replayed(one, side, strategy, orders, seed) for one in contests]
     wins, tokens, calls = np.array(rows).T
-    return Point(
-        side,
-        repr(strategy),
-        strategy.n,
-        summarise(wins, confidence, seed),
-        float(tokens.mean()),
-        float(calls.mean()),
-    )
+    win = summarise(wins, confidence, seed)
+    spent = float(tokens.mean()), float(calls.mean())
+    return Point(side, repr(strategy), strategy.n, win.mean, win.low, win.high, *spent)
 
 
 def _replayed(one: Contest, side: str, strategy: Strategy, orders: int, seed: int) -> tuple[float, float, float]:
@@ -207,15 +219,10 @@ def _replayed(one: Contest, side: str, strategy: Strategy, orders: int, seed: in
     return float(np.mean(wins)), float(np.mean(tokens)), float(np.mean(calls))
 
 
-def match(contests: Sequence[Contest], confidence: float = 0.95, seed: int = 0) -> dict[str, Any]:
-    """What the base needs, by Best-of-N, to win as often as one plain sample of the policy does.
+def match(contests: Sequence[Contest], confidence: float = 0.95, seed: int = 0) -> Match:
+    """What the base needs to match one policy sample.
 
     The base's win rate is taken at every whole N and interpolated linearly. The interval resamples prompts.
-
-    Returns:
-        `n` with `low` and `high` (None: more than `largest`, the most that the samples can tell; 1: no more than one
-        sample), `base_tokens` and `policy_tokens` of one sample, `tokens`: those that the base spends at `n`, and
-        `win`, the policy's win rate.
     """
     largest = min(one.order_wins("base").size for one in contests)
     wins = [one.order_wins("base") for one in contests]
@@ -231,16 +238,16 @@ def match(contests: Sequence[Contest], confidence: float = 0.95, seed: int = 0) 
     found = _crossing(base_PN.mean(0), float(policy_P.mean()))
     base_tokens, policy_tokens = (float(np.mean([_tokens(c.table(s)) for c in contests])) for s in ("base", "policy"))
     alone = len(contests) == 1
-    return {
-        "n": _finite(found),
-        "low": None if alone else _finite(low),
-        "high": None if alone else _finite(high),
-        "largest": largest,
-        "win": float(policy_P.mean()),
-        "base_tokens": base_tokens,
-        "policy_tokens": policy_tokens,
-        "tokens": None if found == np.inf else found * base_tokens,
-    }
+    return Match(
+        n=_finite(found),
+        low=None if alone else _finite(low),
+        high=None if alone else _finite(high),
+        largest=largest,
+        win=float(policy_P.mean()),
+        base_tokens=base_tokens,
+        policy_tokens=policy_tokens,
+        tokens=None if found == np.inf else found * base_tokens,
+    )
 
 
 def _crossing(curve_N: Array, level: float) -> float:

@@ -7,19 +7,20 @@ without replacement. So the mean over pairs is an unbiased estimate of the judge
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from infalign.evaluation.pairs import clustered_mean
-from infalign.evaluation.winrate import WinRate, tied_weights
-from infalign.types import InputError
-
-if TYPE_CHECKING:
-    from infalign.theory.procedures import Procedure
+from infalign.evaluation.winrate import Interval, tied_weights
+from infalign.rewards.contract import shape_completions
+from infalign.theory.procedures import Procedure
+from infalign.types import InputError, Prompt
 
 Array = NDArray[np.float64]
 
@@ -43,14 +44,26 @@ class JudgedWins:
         disagreement: share of judged pairs whose two orders name different winners.
         first_preferred: how often the answer shown first wins; 1/2 without position bias.
         proxy_agreement: share of pairs on which judge and decoding reward name the same winner, ties left out.
+        judge: which one, as a recipe names it.
     """
 
-    win_rate: WinRate
+    win_rate: Interval
     pairs: int
     unjudged: int
     disagreement: float
     first_preferred: float
     proxy_agreement: float
+    judge: str = ""
+
+    def __str__(self) -> str:
+        rate, agreement = self.win_rate, self.proxy_agreement
+        agrees = "" if math.isnan(agreement) else f"; it agrees with the reward on {agreement:.0%}"
+        unjudged = f", {self.unjudged} without a verdict" if self.unjudged else ""
+        return (
+            f"judge {self.judge}: win rate {rate.mean:.3f} [{rate.low:.3f}, {rate.high:.3f}] over "
+            f"{self.pairs} decoded pairs{unjudged}; its two orders disagree on {self.disagreement:.0%}, the answer "
+            f"shown first wins {self.first_preferred:.0%}{agrees}"
+        )
 
 
 def draw_pairs(
@@ -86,6 +99,7 @@ def judged_wins(
     *,
     confidence: float = 0.95,
     seed: int = 0,
+    judge: str = "",
     unread: str = "",
 ) -> JudgedWins:
     """What the verdicts on decoded pairs say.
@@ -97,6 +111,7 @@ def judged_wins(
         margins_B: decoding reward of the policy's answer minus the base's.
         confidence: of the interval.
         seed: of the bootstrap.
+        judge: its name.
         unread: one of the judge's answers that gave no verdict, to be shown if none did.
 
     Raises:
@@ -112,10 +127,61 @@ def judged_wins(
     told = (wins != 0.5) & (margins_B[judged] != 0.0)
     agree = (wins > 0.5) == (margins_B[judged] > 0.0)
     return JudgedWins(
-        win_rate=clustered_mean(wins, prompts, confidence, seed),
+        win_rate=clustered_mean(wins, prompts, confidence, seed).interval,
         pairs=int(judged.sum()),
         unjudged=int((~judged).sum()),
         disagreement=float(((first - 0.5) * (second - 0.5) < 0.0).mean()),
         first_preferred=float(((first + (1.0 - second)) / 2.0).mean()),
         proxy_agreement=float(agree[told].mean()) if told.any() else float("nan"),
+        judge=judge,
+    )
+
+
+def judge_decoded(
+    spec: str,
+    kwargs: Mapping[str, Any],
+    prompts: Sequence[Prompt],
+    texts: tuple[Sequence[Sequence[str]], Sequence[Sequence[str]]],
+    rewards: tuple[Sequence[Array], Sequence[Array]],
+    procedure: Procedure,
+    *,
+    count: int,
+    confidence: float,
+    seed: int,
+    base_dir: Path | None = None,
+) -> JudgedWins:
+    """Judge `count` decoded pairs of every prompt, each in both orders.
+
+    Args:
+        spec, kwargs: the judge, as `rewards.judge.load_judge` takes it.
+        prompts: P prompts.
+        texts: (policy, base) samples of every prompt.
+        rewards: (policy, base) rewards of these samples: what decodes.
+        procedure: decodes both sides.
+        count: pairs a prompt.
+        confidence, seed: of the interval and of the draws.
+        base_dir: folder of the recipe.
+
+    Raises:
+        InputError: no such judge, or no verdict at all.
+        RewardError: the judge fails, or answers what is no verdict.
+    """
+    from infalign.rewards.judge import both_orders, load_judge  # noqa: PLC0415 - files without a judge load no HTTP
+
+    judge = load_judge(spec, kwargs, base_dir=base_dir or Path())
+    pairs = draw_pairs(rewards[0], rewards[1], procedure, count, seed)
+    contents = [prompts[pair.prompt].content for pair in pairs]
+    ours = shape_completions(contents, [texts[0][pair.prompt][pair.policy] for pair in pairs])
+    theirs = shape_completions(contents, [texts[1][pair.prompt][pair.base] for pair in pairs])
+    verdicts = both_orders(judge, contents, ours, theirs)
+    margins = np.array([rewards[0][p.prompt][p.policy] - rewards[1][p.prompt][p.base] for p in pairs])
+    return judged_wins(
+        pairs,
+        verdicts.shown_first_B,
+        verdicts.shown_second_B,
+        margins,
+        confidence=confidence,
+        seed=seed,
+        judge=spec,
+        unread=getattr(judge.function, "unread", ""),
     )

@@ -1,18 +1,21 @@
-"""What is said of a decoder: its win rate beside the limit, at equal length, and the rewards that it picks.
+"""What an evaluation says: a row for each decoder and judge, and everything beside it.
 
-One row a decoder and judge, which evaluate, compare and the report share; JSON is written from it and read into it.
+Evaluate, compare and the report share these; JSON is written from them and read into them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from infalign.evaluation.compute import Compute
+from infalign.evaluation.judging import JudgedWins
 from infalign.evaluation.length import LengthControlled, Side, decoded_reward, length_controlled_win_rate
 from infalign.evaluation.limits import attainment, regret_ratio
 from infalign.evaluation.winrate import judged_win_rate, win_rate
+from infalign.runtime.artifacts import from_plain, without_nan
 from infalign.theory.optimum import win_rate_limit
 from infalign.theory.procedures import BestOfN, WorstOfN
 
@@ -104,15 +107,122 @@ def ordered_labels(rows: Sequence[DecoderRow]) -> list[str]:
     return sorted(found, key=lambda label: found[label])
 
 
-def row_from_json(given: Mapping[str, Any]) -> DecoderRow:
-    """A row of evaluation.json, which says null for NaN; what an older version did not measure is NaN."""
-    controlled = given.get("length_controlled") or {}
-    length = LengthControlled(**{one.name: _number(controlled.get(one.name)) for one in fields(LengthControlled)})
-    words: dict[str, Any] = {name: given[name] for name in ("label", "kind", "n", "judge")}
-    others = [one.name for one in fields(DecoderRow) if one.name not in (*words, "length_controlled")]
-    numbers: dict[str, Any] = {name: _number(given.get(name)) for name in others}
-    return DecoderRow(**words, **numbers, length_controlled=length)
+@dataclass(frozen=True)
+class SequenceKL:
+    """KL of policy against base in nats, summed over tokens: (mean, standard error over prompts) by two estimators.
+
+    `mean` sums the exact KL of each next token; `k1` is the plain log-ratio.
+    """
+
+    mean: float
+    error: float
+    k1: float
+    k1_error: float
 
 
-def _number(value: Any) -> float:
-    return math.nan if value is None else float(value)
+@dataclass(frozen=True)
+class Ties:
+    """The limit with the reward's ties, attainment of it, and how often two base samples of a prompt tie."""
+
+    tie_limit: float
+    tie_attainment: float
+    tie_rate: float
+
+
+@dataclass(frozen=True)
+class SampleFacts:
+    """Of one model's samples: mean reward and length, and the shares cut at the limit and equal to an earlier one."""
+
+    reward: float
+    tokens: float
+    clipped: float
+    duplicates: float
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A completion and its reward."""
+
+    text: str
+    reward: float
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What one model drew for a prompt, and what the decoder picks of it."""
+
+    decoded: Scored
+    samples: tuple[Scored, ...]
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt with the answers of both models."""
+
+    prompt: Any
+    base: Drawn
+    policy: Drawn
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Everything that `infalign evaluate` measures.
+
+    Attributes:
+        procedure, transform, beta, target_kl: what the policy was trained for.
+        reward, gold_reward: what decodes, and what else judges.
+        prompts, samples: held-out prompts, samples for each and side.
+        confidence, seed: of the intervals.
+        kl: measured.
+        win_rates: a row for each decoder and judge.
+        ties: of the recipe's decoder.
+        pairwise: a pairwise judge's word.
+        base, policy: what their samples look like.
+        examples: a few prompts with their answers.
+        compute: win rate against compute.
+        drawn: samples drawn now, in place of found on disk; not part of the file.
+    """
+
+    procedure: str
+    transform: str
+    beta: float
+    reward: str
+    prompts: int
+    samples: int
+    confidence: float
+    kl: SequenceKL
+    win_rates: tuple[DecoderRow, ...]
+    ties: Ties
+    base: SampleFacts
+    policy: SampleFacts
+    examples: tuple[Example, ...] = ()
+    compute: Compute | None = None
+    pairwise: JudgedWins | None = None
+    target_kl: float | None = None
+    gold_reward: str | None = None
+    seed: int = 0
+    drawn: int = 0
+
+    @property
+    def main(self) -> DecoderRow:
+        """The recipe's own decoder, judged by the reward that decodes."""
+        return next(row for row in self.win_rates if row.label == self.procedure and row.judge == PROXY)
+
+    def record(self) -> dict[str, Any]:
+        """What the policy was trained for, as `Objective.record` has it."""
+        return {"procedure": self.procedure, "transform": self.transform, "beta": self.beta}
+
+    def as_json(self) -> dict[str, Any]:
+        """The content of evaluation.json: `main` holds the recipe's decoder with its ties."""
+        content = asdict(self)
+        del content["drawn"], content["ties"]
+        return without_nan({**content, "main": {**asdict(self.main), **asdict(self.ties)}})
+
+
+def evaluation_from_json(content: dict[str, Any]) -> Evaluation:
+    """What `Evaluation.as_json` wrote.
+
+    Raises:
+        InputError: a field is missing.
+    """
+    return from_plain(Evaluation, {**content, "ties": content.get("main")})

@@ -28,6 +28,15 @@ RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
+class Interval:
+    """A mean over prompts with its confidence interval, NaN for a single prompt."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
 class WinRate:
     """A win rate with its interval: `mean` over prompts, `low`, `high` (NaN for a single prompt), `per_prompt` (P,)."""
 
@@ -38,6 +47,11 @@ class WinRate:
 
     def __str__(self) -> str:
         return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+    @property
+    def interval(self) -> Interval:
+        """The three numbers alone."""
+        return Interval(self.mean, self.low, self.high)
 
 
 def win_rate(

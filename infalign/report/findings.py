@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infalign.calibration.table import SampleTable
-from infalign.evaluation.summary import row_from_json
+from infalign.evaluation.summary import Evaluation, evaluation_from_json
 from infalign.runtime.artifacts import read_json, read_manifest
 from infalign.theory.objective import differing
 
@@ -31,7 +30,7 @@ class Findings:
     calibration: Mapping[str, Any] | None
     policy: Mapping[str, Any] | None
     log: list[dict[str, Any]] | None
-    evaluation: Mapping[str, Any] | None
+    evaluation: Evaluation | None
     references: list[Floats] | None
     rewards: Mapping[str, Floats] | None
 
@@ -58,7 +57,8 @@ class Findings:
 
     def contradictions(self) -> list[str]:
         """Where artifacts tell of different experiments: the reader must not take them for one."""
-        trained, evaluated = (self.policy or {}).get("parts", {}), self.evaluation or {}
+        trained = (self.policy or {}).get("parts", {})
+        evaluated = {} if self.evaluation is None else self.evaluation.record()
         return [
             f"The policy was trained with {name} {trained[name]}, but evaluation.json says {evaluated[name]}: "
             "run infalign evaluate again (unless it judged another policy)."
@@ -74,7 +74,8 @@ def read_findings(folder: Path) -> Findings:
     """
     recipe = _json(folder / "recipe.json", "the recipe record")
     calibration = read_manifest(folder / "calibration", "calibration")
-    evaluation = _numbers(_json(folder / "evaluation.json", "the evaluation"))
+    written = _json(folder / "evaluation.json", "the evaluation")
+    evaluation = None if written is None else evaluation_from_json(written)
     return Findings(
         recipe=None if recipe is None else recipe.get("recipe"),
         calibration=calibration,
@@ -84,15 +85,6 @@ def read_findings(folder: Path) -> Findings:
         references=None if calibration is None else _references(folder / "calibration", calibration),
         rewards=None if evaluation is None else _evaluation_rewards(folder / "evaluation", evaluation, calibration),
     )
-
-
-def _numbers(evaluation: Any) -> Any:
-    """The evaluation with NaN where JSON, which has none, says null."""
-    if evaluation is None:
-        return None
-    rows = [row_from_json(row) for row in evaluation["win_rates"]]
-    parts = {part: {n: math.nan if v is None else v for n, v in evaluation[part].items()} for part in ("main", "kl")}
-    return {**evaluation, "win_rates": rows, **parts}
 
 
 def _json(path: Path, what: str) -> Any:
@@ -106,16 +98,16 @@ def _references(folder: Path, manifest: Mapping[str, Any]) -> list[Floats] | Non
 
 
 def _evaluation_rewards(
-    folder: Path, evaluation: Mapping[str, Any], calibration: Mapping[str, Any] | None
+    folder: Path, evaluation: Evaluation, calibration: Mapping[str, Any] | None
 ) -> dict[str, Floats] | None:
     """Rewards of base and policy by the evaluation's reward; None when it cannot be told which scores are its."""
     both = _scored_by(folder / "base") & _scored_by(folder / "policy")
-    known = calibration is not None and calibration["parts"]["reward"].rpartition(" ")[0] == evaluation["reward"]
+    known = calibration is not None and calibration["parts"]["reward"].rpartition(" ")[0] == evaluation.reward
     fingerprint = _fingerprint(calibration) if calibration is not None and known else next(iter(both), "")
     if fingerprint not in both or (len(both) > 1 and not known):
         return None
     rows = {side: _rewards(folder / side, fingerprint) for side in ("base", "policy")}
-    flat = {side: _flat(found, evaluation["samples"]) for side, found in rows.items()}
+    flat = {side: _flat(found, evaluation.samples) for side, found in rows.items()}
     return flat if all(values.size for values in flat.values()) else None
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from statistics import NormalDist
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from infalign.evaluation.summary import Evaluation
 from infalign.report.calibration_plot import COVERAGE, draw_calibration, held_out_ranks
 from infalign.report.compute_plot import COMPUTE_CAPTION, draw_compute
 from infalign.report.evaluation_plot import draw_rewards, draw_win_rates
@@ -39,12 +39,12 @@ def draw_all(found: Findings, objective: Objective | None, seed: int = 0) -> lis
     ]
 
 
-def measured_point(evaluation: Mapping[str, Any], aim: tuple[float, float] | None = None) -> Point:
-    """The point of the limit plot, from evaluation.json; both of its intervals have the evaluation's confidence."""
-    main, kl = evaluation["main"], evaluation["kl"]
-    width = NormalDist().inv_cdf(0.5 + evaluation["confidence"] / 2) * kl["error"]
-    tied = main["tie_limit"] if main["tie_rate"] >= 0.005 else None
-    return Point(max(kl["mean"], 0.0), width, main["mean"], main["low"], main["high"], tied, aim)
+def measured_point(evaluation: Evaluation, aim: tuple[float, float] | None = None) -> Point:
+    """The point of the limit plot, from what was measured; both of its intervals have the evaluation's confidence."""
+    main, kl, ties = evaluation.main, evaluation.kl, evaluation.ties
+    width = NormalDist().inv_cdf(0.5 + evaluation.confidence / 2) * kl.error
+    tied = ties.tie_limit if ties.tie_rate >= 0.005 else None
+    return Point(max(kl.mean, 0.0), width, main.mean, main.low, main.high, tied, aim)
 
 
 def _of_evaluation(found: Findings, objective: Objective | None) -> Iterator[Plot]:
@@ -60,17 +60,17 @@ def _of_evaluation(found: Findings, objective: Objective | None) -> Iterator[Plo
         "evaluation",
         "Dots are win rates with their intervals, upright ticks the limit at the measured KL; the decoder in bold was "
         "trained for. Left of the dashed line the base is better.",
-        to_png(draw_win_rates(evaluation["win_rates"], evaluation["procedure"])),
+        to_png(draw_win_rates(evaluation.win_rates, evaluation.procedure)),
     )
-    if evaluation.get("compute", {}).get("curves"):
-        yield Plot("compute", "evaluation", COMPUTE_CAPTION, to_png(draw_compute(evaluation["compute"])))
+    if evaluation.compute is not None and evaluation.compute.curves:
+        yield Plot("compute", "evaluation", COMPUTE_CAPTION, to_png(draw_compute(evaluation.compute)))
     if found.rewards:
         yield Plot(
             "rewards",
             "evaluation",
             "Rewards of single samples on the test prompts, before any decoding; dashed lines are means. "
             "Decoding decides which samples count: a small shift here can be a large win rate, or the reverse.",
-            to_png(draw_rewards(found.rewards["base"], found.rewards["policy"], evaluation["reward"])),
+            to_png(draw_rewards(found.rewards["base"], found.rewards["policy"], evaluation.reward)),
         )
 
 

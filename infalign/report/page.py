@@ -12,6 +12,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from infalign.calibration.diagnostics import Diagnostics
+from infalign.evaluation.summary import Evaluation
 from infalign.report.compute_plot import compute_table, saving
 from infalign.report.findings import Findings
 from infalign.report.names import short_transform
@@ -76,15 +77,14 @@ def render_page(page: Page) -> str:
 def _results(findings: Findings) -> dict[str, Any]:
     """The page's sentences and tables."""
     evaluation, calibration = findings.evaluation, findings.calibration
-    main = (evaluation or {}).get("main", {})
     described = (calibration or {}).get("diagnostics")
-    table = None
+    table = compute = None
     if evaluation is not None:
-        table = win_rate_table(evaluation["win_rates"], evaluation["procedure"], evaluation["confidence"])
-    compute = (evaluation or {}).get("compute")
+        table = win_rate_table(evaluation.win_rates, evaluation.procedure, evaluation.confidence)
+        compute = evaluation.compute
     return {
         "found": findings,
-        "outcome": outcome(main["low"], main["high"]) if main else "unknown",
+        "outcome": outcome(evaluation.main.low, evaluation.main.high) if evaluation else "unknown",
         "headline": headline(evaluation) if evaluation else "Not evaluated yet: there are no win rates to show.",
         "remarks": remarks(evaluation) if evaluation else [],
         "win_rates": table,
@@ -99,31 +99,30 @@ def _results(findings: Findings) -> dict[str, Any]:
         "training": training_table(findings.log) if findings.log else None,
         "training_line": training_line(findings),
         "versions": package_versions(findings),
-        "examples": (evaluation or {}).get("examples", []),
+        "examples": evaluation.examples if evaluation else (),
     }
 
 
-def kl_line(evaluation: Mapping[str, Any]) -> str:
+def kl_line(evaluation: Evaluation) -> str:
     """Measured KL by both estimators, beside what was aimed for."""
-    kl = evaluation["kl"]
-    target = evaluation.get("target_kl")
+    kl, target = evaluation.kl, evaluation.target_kl
     aimed = "" if target is None else f" target_kl was {target:g}."
     return (
-        f"Sequence KL {number(kl['mean'], 3)} ± {number(kl['error'], 3)} nats (summed over tokens; the plain log-ratio "
-        f"gives {number(kl['k1'], 3)} ± {number(kl['k1_error'], 3)}; ± is one standard error over prompts).{aimed}"
+        f"Sequence KL {number(kl.mean, 3)} ± {number(kl.error, 3)} nats (summed over tokens; the plain log-ratio "
+        f"gives {number(kl.k1, 3)} ± {number(kl.k1_error, 3)}; ± is one standard error over prompts).{aimed}"
     )
 
 
-def judge_line(evaluation: Mapping[str, Any]) -> str:
+def judge_line(evaluation: Evaluation) -> str:
     """What a pairwise judge said of decoded answers, and how far its two orders agree; empty without one."""
-    found = evaluation.get("pairwise")
-    if not found:
+    found = evaluation.pairwise
+    if found is None:
         return ""
-    rate = found["win_rate"]
+    rate = found.win_rate
     return (
-        f"A pairwise judge ({found['judge']}) prefers the policy's decoded answer in {number(rate['mean'], 3)} "
-        f"[{number(rate['low'], 3)}, {number(rate['high'], 3)}] of {found['pairs']} pairs; its two orders name other "
-        f"winners in {100 * found['disagreement']:.0f} % of them."
+        f"A pairwise judge ({found.judge}) prefers the policy's decoded answer in {number(rate.mean, 3)} "
+        f"[{number(rate.low, 3)}, {number(rate.high, 3)}] of {found.pairs} pairs; its two orders name other "
+        f"winners in {100 * found.disagreement:.0f} % of them."
     )
 
 

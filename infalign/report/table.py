@@ -101,7 +101,7 @@ def number(value: float | None, digits: int) -> str:
     >>> number(0.71234, 3), number(float("nan"), 3), number(None, 1), number(2.5e11, 1)
     ('0.712', '\N{EN DASH}', '\N{EN DASH}', '2.5e+11')
     """
-    if value is None or math.isnan(value):
+    if value is None or not math.isfinite(value):
         return ABSENT
     return f"{value:.{digits}f}" if abs(value) < _LARGE else f"{value:.{digits}e}"
 

@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from infalign.evaluation.summary import Evaluation
 from infalign.report.table import ABSENT, Table, number, share
 from infalign.report.training_plot import Log, series
 
 
-def sample_table(evaluation: Mapping[str, Any]) -> Table:
+def sample_table(evaluation: Evaluation) -> Table:
     """What the samples of base and policy look like."""
     rows = []
     for name, label, show in (
@@ -21,7 +22,7 @@ def sample_table(evaluation: Mapping[str, Any]) -> Table:
         ("clipped", "cut at the length limit", share),
         ("duplicates", "duplicates of an earlier sample", share),
     ):
-        rows.append((label, *(show(evaluation[side][name]) for side in ("base", "policy"))))
+        rows.append((label, *(show(getattr(side, name)) for side in (evaluation.base, evaluation.policy))))
     return Table(("one sample", "base", "policy"), tuple(rows))
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
-from infalign.evaluation.summary import GOLD, DecoderRow
+from infalign.evaluation.summary import GOLD, DecoderRow, Evaluation
 
 Outcome = Literal["better", "unclear", "worse", "unknown"]
 
@@ -24,56 +23,56 @@ def outcome(low: float, high: float) -> Outcome:
     return "worse" if high < 0.5 else "unclear"
 
 
-def headline(evaluation: Mapping[str, Any]) -> str:
+def headline(evaluation: Evaluation) -> str:
     """The main result as one or two sentences.
 
     Args:
-        evaluation: the content of evaluation.json.
+        evaluation: what was measured.
     """
-    main = evaluation["main"]
-    share = f"{_percent(main['mean'])} % of the time {interval(main['low'], main['high'])}"
-    cost = f"at {evaluation['kl']['mean']:.2f} nats"
+    main = evaluation.main
+    share = f"{_percent(main.mean)} % of the time {interval(main.low, main.high)}"
+    cost = f"at {evaluation.kl.mean:.2f} nats"
     verb, rest = {
         "better": ("beats its base", ""),
         "worse": ("loses to its base: it wins", ""),
         "unclear": ("wins", ": the interval includes 50 %, so this is no evidence that it is better or worse"),
         "unknown": ("wins", ": there is no interval (too few prompts), so this is no evidence either way"),
-    }[outcome(main["low"], main["high"])]
-    subject = f"Decoded by {evaluation['procedure']}, the policy {verb} {share} {cost}{rest}"
+    }[outcome(main.low, main.high)]
+    subject = f"Decoded by {evaluation.procedure}, the policy {verb} {share} {cost}{rest}"
     return f"{subject}. {_against_limit(evaluation)}"
 
 
-def _against_limit(evaluation: Mapping[str, Any]) -> str:
-    main = evaluation["main"]
-    if math.isnan(main["attainment"]):
+def _against_limit(evaluation: Evaluation) -> str:
+    main = evaluation.main
+    if math.isnan(main.attainment):
         return "This KL is too small to compare with the limit."
-    limit = _percent(main["limit"])
-    text = f"The most that any method reaches there is {limit} %: attainment {main['attainment']:.2f}."
-    if main["attainment"] > 1.0:
+    limit = _percent(main.limit)
+    text = f"The most that any method reaches there is {limit} %: attainment {main.attainment:.2f}."
+    if main.attainment > 1.0:
         text += " Above 1 is sampling error: of the win rate, or of the KL."
     return text
 
 
-def remarks(evaluation: Mapping[str, Any]) -> list[str]:
+def remarks(evaluation: Evaluation) -> list[str]:
     """Further sentences that a reader of the headline needs: confidence, ties, regret, the gold judge."""
-    main = evaluation["main"]
+    main, ties = evaluation.main, evaluation.ties
     found = [
-        f"{100 * evaluation['confidence']:g} % intervals over {evaluation['prompts']} held-out prompts, "
-        f"{evaluation['samples']} samples a prompt and side; "
+        f"{100 * evaluation.confidence:g} % intervals over {evaluation.prompts} held-out prompts, "
+        f"{evaluation.samples} samples a prompt and side; "
         "both sides are decoded by the same procedure and ties count one half."
     ]
-    if main["tie_rate"] >= 0.005 and not math.isnan(main["tie_attainment"]):
+    if ties.tie_rate >= 0.005 and not math.isnan(ties.tie_attainment):
         found.append(
-            f"Two base samples of a prompt have equal rewards with probability {_percent(main['tie_rate'])} %. "
-            f"With these ties the limit is {_percent(main['tie_limit'])} %: attainment {main['tie_attainment']:.2f}."
+            f"Two base samples of a prompt have equal rewards with probability {_percent(ties.tie_rate)} %. "
+            f"With these ties the limit is {_percent(ties.tie_limit)} %: attainment {ties.tie_attainment:.2f}."
         )
-    if main["kind"] == "worst_of_n" and not math.isnan(main["regret_ratio"]):
+    if main.kind == "worst_of_n" and not math.isnan(main.regret_ratio):
         found.append(
             f"Worst-of-N win rates crowd at 100 %, so look at the regret ratio: the policy loses "
-            f"{main['regret_ratio']:.2f} times as often as the best possible one."
+            f"{main.regret_ratio:.2f} times as often as the best possible one."
         )
-    gold = [row for row in evaluation["win_rates"] if row.judge == GOLD and row.label == main["label"]]
-    found += [_gold(row, evaluation["gold_reward"]) for row in gold]
+    gold = [row for row in evaluation.win_rates if row.judge == GOLD and row.label == main.label]
+    found += [_gold(row, evaluation.gold_reward) for row in gold]
     return found
 
 

@@ -23,10 +23,15 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from infalign.types import InputError
+
+Record = TypeVar("Record")
+"""A dataclass."""
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -148,6 +153,41 @@ def without_nan(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [without_nan(one) for one in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def from_plain(kind: Callable[..., Record], given: Mapping[str, Any]) -> Record:
+    """A dataclass from what `dataclasses.asdict` and `without_nan` made of it.
+
+    Where a number stands, null is NaN. A field that is missing (an older version wrote the file) has its default, a
+    number without a default is NaN; keys that are no fields are ignored.
+
+    Raises:
+        InputError: a field is missing that has neither.
+    """
+    values: dict[str, Any] = {}
+    hints = get_type_hints(kind)
+    for one in fields(cast("Any", kind)):
+        if one.name in given:
+            values[one.name] = _typed(hints[one.name], given[one.name])
+        elif one.default is MISSING and one.default_factory is MISSING:
+            if hints[one.name] is not float and not is_dataclass(hints[one.name]):
+                raise InputError(f"{one.name!r} is missing: the file was not written by infalign, or was changed")
+            values[one.name] = _typed(hints[one.name], None)
+    return kind(**values)
+
+
+def _typed(hint: Any, value: Any) -> Any:
+    """A JSON value as its type hint says: dataclasses in tuples, mappings and optionals are built, null is NaN."""
+    arguments = get_args(hint)
+    if get_origin(hint) is UnionType:  # of one type and None: fields that may be absent
+        return None if value is None else _typed(arguments[0], value)
+    if get_origin(hint) is tuple:
+        return tuple(_typed(arguments[0], one) for one in value)
+    if get_origin(hint) is dict:
+        return {name: _typed(arguments[1], one) for name, one in value.items()}
+    if is_dataclass(hint):
+        return from_plain(cast("type", hint), value or {})
+    return (math.nan if value is None else float(value)) if hint is float else value
 
 
 def read_json(path: Path, what: str) -> Any:

@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infalign.decoding.by_procedure import as_strategy
-from infalign.decoding.course import Strategy
 from infalign.decoding.decode import Decoded, Scorer, decode, plan_decoding
+from infalign.decoding.strategy import Strategy
 from infalign.generation.plan import Request
 from infalign.theory.procedures import Procedure
 from infalign.types import Prompt, Sample, SamplingSettings

@@ -10,15 +10,15 @@ from numpy.typing import NDArray
 
 from infalign.calibration.diagnostics import Diagnostics, duplicate_rate, expected_cost, tie_rate, uniformity
 from infalign.calibration.table import SampleTable, Wanted
+from infalign.rewards.calibrated_sum import members_to_score
 from infalign.rewards.scoring import columns_digest
 from infalign.runtime.artifacts import fingerprint, write_manifest
 from infalign.runtime.console import notice, say
 from infalign.runtime.distributed import is_main
 from infalign.stages.experiment import CALIBRATION, Experiment
-from infalign.stages.filling import fill, table_rewards
-from infalign.stages.member_scores import members_to_score
 from infalign.stages.output import SAMPLES, clear_if_stale, forget_scores, leaves_nothing
 from infalign.stages.recipe import Recipe, require_plain
+from infalign.stages.sampling import fill, table_rewards
 from infalign.theory.objective import Objective
 from infalign.types import InputError, Prompt
 

@@ -8,25 +8,264 @@ stand beside it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from infalign.data.columns import parse_columns
+from infalign.data.completions import Completions, read_completions
+from infalign.data.pairing import Pair, paired
+from infalign.evaluation.judging import JudgedWins, judge_decoded
 from infalign.evaluation.length import Side
-from infalign.evaluation.summary import GOLD, PROXY, decoder_row, decoders, row_from_json
+from infalign.evaluation.summary import GOLD, PROXY, DecoderRow, decoder_row, decoders
 from infalign.report.table import plain_text, win_rate_table
-from infalign.runtime.artifacts import without_nan, write_json
-from infalign.runtime.console import say
-from infalign.stages.comparison import Comparison, Table, choose_n, load_table, read_pairs
-from infalign.stages.judging import judge_decoded, judge_line
+from infalign.rewards.contract import shape_completions
+from infalign.runtime.artifacts import write_json
+from infalign.runtime.config import check, field_hints
+from infalign.runtime.console import notice, say
 from infalign.stages.objective import find_procedure
+from infalign.stages.recipe import key
 from infalign.theory.procedures import Procedure
 from infalign.types import InputError
 
+Floats = NDArray[np.float64]
 
-def compare(asked: Comparison) -> dict[str, Any]:
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """What is compared, and how."""
+
+    base: str = key("", "file of the base's samples: prompt, completions[], rewards[], or another tool's", "files")
+    policy: str = key("", "file of the policy's samples of the same prompts", "files")
+    columns: dict | list[str] | str = key({}, "other names of columns, e.g. prompt=question,rewards=score", "files")
+    match: list[str] = key([], "columns that tell equal prompts apart, e.g. answer; unset: they are found", "files")
+    split: str | None = key(None, "split of a folder that has several", "files")
+    requests: list[str] = key([], "request files of OpenAI batches, which hold the prompts", "files")
+    output: str | None = key(None, "JSON file to write the result to", "files")
+
+    procedure: str = key(
+        "best_of_n", "best_of_n, worst_of_n, kth_of_n, random_n, soft_best_of_n, path.py:name", "decoder"
+    )
+    n: int | None = key(None, "candidates that the procedure draws; unset: 4, or as many as there are", "decoder")
+    procedure_kwargs: dict = key({}, "{k: 2}, {tilt: 8}, {pmf: [...]}", "decoder")
+    eval_n: list[int] = key(
+        [], "further N of Best-of-N and Worst-of-N; unset: 1, 2, 4, ... up to the samples", "decoder"
+    )
+    kl: float | None = key(None, "sequence KL in nats, if known: prints the exact limit beside", "decoder")
+
+    reward: str | None = key(None, "scores the samples where the files have no rewards: file.py:name, ...", "reward")
+    reward_kwargs: dict = key({}, "its keyword arguments", "reward")
+    gold_reward: str | None = key(None, "judges what the reward decodes; unset: the files' gold_rewards", "reward")
+    gold_reward_kwargs: dict = key({}, "its keyword arguments", "reward")
+    judge: str | None = key(None, "pairwise judge, file.py:name: asked in both orders", "reward")
+    judge_kwargs: dict = key({}, "its keyword arguments", "reward")
+    judge_samples: int = key(4, "decoded pairs a prompt that the judge sees", "reward")
+
+    confidence: float = key(0.95, "of the intervals", "other")
+    seed: int = key(42, "of the bootstrap and of the judged pairs", "other")
+
+
+@dataclasses.dataclass(frozen=True)
+class PairedSamples:
+    """The samples of the prompts that both files have, in one order, with the rewards that decode and judge."""
+
+    keys: tuple[str, ...]
+    samples: tuple[Pair, ...]  # (policy, base) of each prompt
+    rewards: tuple[list[Floats], list[Floats]]
+    gold: tuple[list[Floats], list[Floats]] | None
+
+    def lengths(self, side: int) -> list[Floats]:
+        """Characters of every completion."""
+        return [pair[side].lengths_M.astype(np.float64) for pair in self.samples]
+
+
+def load_comparison(flags: Mapping[str, Any]) -> Comparison:
+    """A checked comparison from flags.
+
+    Raises:
+        InputError: everything that is wrong with them, at once.
+    """
+    asked = Comparison(**check({}, flags, field_hints(Comparison)))
+    problems = [f"--{name} FILE is needed: samples as JSONL" for name in ("base", "policy") if not getattr(asked, name)]
+    for name in ("n", "judge_samples"):
+        if getattr(asked, name) is not None and getattr(asked, name) < 1:
+            problems.append(f"{name} must be at least 1, got {getattr(asked, name)}")
+    if any(one < 1 for one in asked.eval_n):
+        problems.append(f"eval_n must be positive integers, got {asked.eval_n}")
+    if not 0 < asked.confidence < 1:
+        problems.append(f"confidence must be between 0 and 1, got {asked.confidence}")
+    if asked.kl is not None and not asked.kl >= 0:
+        problems.append(f"kl must be nats of at least 0, got {asked.kl}")
+    if not 0 <= asked.seed < 2**32:
+        problems.append(f"seed must be between 0 and 2**32 - 1, got {asked.seed}")
+    for name in ("base", "policy"):
+        file, written = Path(getattr(asked, name)), Path(asked.output or "")
+        if asked.output and file.exists() and written.exists() and file.samefile(written):
+            problems.append(f"--output {asked.output} is --{name}'s file, which would be lost: name another one")
+    if problems:
+        raise InputError("; ".join(problems))
+    return asked
+
+
+def read_pairs(asked: Comparison) -> list[Pair]:
+    """The samples of the prompts that both files have.
+
+    Raises:
+        InputError: a file that can't be read, or no prompt in common.
+    """
+    keep = bool(asked.reward or asked.gold_reward or asked.judge)
+    renamed = parse_columns(asked.columns)
+    policy, base = (
+        read_completions(name, columns=renamed, split=asked.split, requests=asked.requests, keep_texts=keep)
+        for name in (asked.policy, asked.base)
+    )
+    for file in (policy, base):
+        for note in file.notes:
+            say(f"{file.name}: {note}")
+    found = paired(policy, base, asked.match)
+    for file, count in zip((policy, base), found.alone, strict=True):
+        if count:
+            total = count + len(found.pairs)
+            notice(f"{count} of {total} prompts in {file.name} are not in the other file and are left out")
+    if found.told_apart:
+        say(f"rows of equal prompts are told apart by {', '.join(map(repr, found.told_apart))}")
+    if found.unclear:
+        names = " ".join(found.unclear)
+        notice(f"rows of equal prompts are taken as samples of one prompt; if not: --match {names} tells them apart")
+    elif found.joined and not found.told_apart and not (policy.single and base.single):
+        say(f"{found.joined} rows have the prompt of another row: they are taken as further samples of it")
+    return found.pairs
+
+
+def choose_n(asked: Comparison, pairs: Sequence[Pair]) -> int:
+    """How many candidates are decoded: as asked, else 4, or as many scored samples as half of the prompts have."""
+    if asked.n is not None:
+        return asked.n
+    counts = [min(_scored_count(side) for side in pair) for pair in pairs]
+    least = max(1, int(np.median(counts)))
+    if least == 1:
+        notice("one completion a prompt: only N = 1, the plain win rate, can be measured")
+    return min(4, least)
+
+
+def _scored_count(side: Completions) -> int:
+    return len(side) if side.rewards_M is None else int(np.count_nonzero(~np.isnan(side.rewards_M)))
+
+
+def load_table(asked: Comparison, pairs: Sequence[Pair], procedure: Procedure) -> PairedSamples:
+    """The samples of the prompts that both files have and the procedure can decode.
+
+    Raises:
+        InputError: no rewards and nothing to score with, or too few samples everywhere.
+    """
+    keys = [pair[0].prompt.key for pair in pairs]
+    rewards = [_scores(asked, [pair[side] for pair in pairs], side) for side in (0, 1)]
+    gold = _gold(asked, pairs)
+    if gold is not None:  # a sample that one of the two does not score is left out
+        for proxy, judge in (
+            (row, other) for side in (0, 1) for row, other in zip(rewards[side], gold[side], strict=True)
+        ):
+            unscored = np.isnan(proxy) | np.isnan(judge)
+            proxy[unscored] = judge[unscored] = np.nan
+    return _with_enough(PairedSamples(tuple(keys), tuple(pairs), (rewards[0], rewards[1]), gold), procedure)
+
+
+def _with_enough(table: PairedSamples, procedure: Procedure) -> PairedSamples:
+    """The prompts with `procedure.n` scored samples on both sides."""
+    counts = np.array([[(~np.isnan(row)).sum() for row in side] for side in table.rewards]).min(0)
+    kept = np.flatnonzero(counts >= procedure.n).tolist()
+    if not any(row.size and not np.isnan(row).all() for side in table.rewards for row in side):
+        raise InputError("no sample has a score: look at the rewards, or at what --reward returns")
+    if not kept:
+        raise InputError(
+            f"no prompt has the {procedure.n} scored samples a side that {procedure!r} needs: draw more, or lower n"
+        )
+    if len(kept) == len(counts):
+        return table
+    notice(f"{len(counts) - len(kept)} of {len(counts)} prompts have fewer than {procedure.n} scored samples: left out")
+
+    def picked(sides: tuple[list[Floats], list[Floats]]) -> tuple[list[Floats], list[Floats]]:
+        return [sides[0][number] for number in kept], [sides[1][number] for number in kept]
+
+    return PairedSamples(
+        keys=tuple(table.keys[number] for number in kept),
+        samples=tuple(table.samples[number] for number in kept),
+        rewards=picked(table.rewards),
+        gold=None if table.gold is None else picked(table.gold),
+    )
+
+
+def _scores(asked: Comparison, samples: Sequence[Completions], side: int) -> list[Floats]:
+    """The rewards of one side: the file's, or those of the reward that was named."""
+    if asked.reward is not None:
+        return _scored(asked.reward, asked.reward_kwargs, samples)
+    rows = [one.rewards_M for one in samples if one.rewards_M is not None]
+    if len(rows) < len(samples):
+        file = (asked.policy, asked.base)[side]
+        raise InputError(
+            f"{len(samples) - len(rows)} of {len(samples)} prompts in {file} have no rewards: add them (rewards, "
+            "scores), name their column (--columns rewards=NAME), or score with --reward"
+        )
+    return rows
+
+
+def _gold(asked: Comparison, pairs: Sequence[Pair]) -> tuple[list[Floats], list[Floats]] | None:
+    """The gold rewards of both sides, None when nobody gave any."""
+    sides = ([pair[0] for pair in pairs], [pair[1] for pair in pairs])
+    if asked.gold_reward is not None:
+        spec, kwargs = asked.gold_reward, asked.gold_reward_kwargs
+        return _scored(spec, kwargs, sides[0]), _scored(spec, kwargs, sides[1])
+    given = tuple([one.gold_M for one in side if one.gold_M is not None] for side in sides)
+    missing = 2 * len(pairs) - sum(map(len, given))
+    if missing == 2 * len(pairs):
+        return None
+    if missing:
+        raise InputError(f"{missing} rows have no gold_rewards and others have: give them all, or none")
+    return given[0], given[1]
+
+
+def _scored(spec: str, kwargs: Mapping[str, Any], samples: Sequence[Completions]) -> list[Floats]:
+    """Rewards of all samples, prompt by prompt."""
+    from infalign.rewards.loader import load_reward  # noqa: PLC0415 - files with rewards load none
+
+    reward = load_reward(spec, kwargs, base_dir=Path())
+    found: list[Floats] = []
+    for one in samples:
+        assert one.texts is not None  # kept where something scores them
+        prompts = [one.prompt.content] * len(one.texts)
+        columns = {name: [value] * len(prompts) for name, value in one.prompt.columns.items()}
+        ids = [[] for _ in prompts]  # made elsewhere: token ids are not known
+        found.append(reward(prompts, shape_completions(prompts, list(one.texts)), ids, **columns))
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Compared:
+    """What two files of samples say; the content of the JSON that is written.
+
+    Attributes:
+        procedure: the one asked for; `win_rates` has a row for every decoder.
+        prompts, samples: prompts of both files; mean samples of each side, and the `least` scored ones of any prompt.
+        judged_by: `PROXY` or `GOLD`.
+        confidence, seed, kl: as asked for.
+        judge: a pairwise judge's word.
+    """
+
+    procedure: str
+    prompts: int
+    samples: dict[str, float]
+    judged_by: str
+    confidence: float
+    seed: int
+    kl: float | None
+    win_rates: list[DecoderRow]
+    judge: JudgedWins | None
+
+
+def compare(asked: Comparison) -> Compared:
     """Win rates of the policy's samples against the base's under the procedure and every N that they allow.
 
     Returns:
@@ -45,23 +284,22 @@ def compare(asked: Comparison) -> dict[str, Any]:
         Side(table.rewards[side], (table.gold or table.rewards)[side], table.lengths(side)) for side in (0, 1)
     )
     judge, level, seed = GOLD if table.gold else PROXY, asked.confidence, asked.seed
-    rows = [
-        decoder_row(policy, base, decoder, judge, kl=asked.kl or None, confidence=level, seed=seed)
-        for decoder in _decoders(asked, procedure, least)
-    ]
-    result: dict[str, Any] = {
-        "procedure": repr(procedure),
-        "prompts": len(table.keys),
-        "samples": {"policy": _counts(table, 0), "base": _counts(table, 1), "least": least},
-        "judged_by": judge,
-        "confidence": asked.confidence,
-        "seed": asked.seed,
-        "kl": asked.kl,
-        "win_rates": [dataclasses.asdict(row) for row in rows],
-        "judge": _judged(asked, table, procedure),
-    }
+    result = Compared(
+        procedure=repr(procedure),
+        prompts=len(table.keys),
+        samples={"policy": _counts(table, 0), "base": _counts(table, 1), "least": least},
+        judged_by=judge,
+        confidence=level,
+        seed=seed,
+        kl=asked.kl,
+        win_rates=[
+            decoder_row(policy, base, decoder, judge, kl=asked.kl or None, confidence=level, seed=seed)
+            for decoder in _decoders(asked, procedure, least)
+        ],
+        judge=_judged(asked, table, procedure),
+    )
     if output is not None:
-        write_json(output, without_nan(result))
+        write_json(output, dataclasses.asdict(result))
     return result
 
 
@@ -73,7 +311,7 @@ def _decoders(asked: Comparison, procedure: Procedure, least: int) -> list[Proce
     return decoders(procedure, sizes)
 
 
-def _judged(asked: Comparison, table: Table, procedure: Procedure) -> dict[str, Any] | None:
+def _judged(asked: Comparison, table: PairedSamples, procedure: Procedure) -> JudgedWins | None:
     if asked.judge is None:
         return None
     return judge_decoded(
@@ -89,28 +327,27 @@ def _judged(asked: Comparison, table: Table, procedure: Procedure) -> dict[str, 
     )
 
 
-def _counts(table: Table, side: int) -> float:
+def _counts(table: PairedSamples, side: int) -> float:
     return float(np.mean([len(pair[side]) for pair in table.samples]))
 
 
-def tell(asked: Comparison, result: Mapping[str, Any]) -> None:
+def tell(asked: Comparison, result: Compared) -> None:
     """Print what was measured: a line for every decoder."""
     say(
-        f"{result['procedure']}, {asked.policy} against {asked.base}: {result['prompts']} prompts, at least "
-        f"{result['samples']['least']} scored samples a side"
+        f"{result.procedure}, {asked.policy} against {asked.base}: {result.prompts} prompts, at least "
+        f"{result.samples['least']} scored samples a side"
     )
     say()
-    rows = [row_from_json(row) for row in result["win_rates"]]
-    for line in plain_text(win_rate_table(rows, result["procedure"], result["confidence"])):
+    for line in plain_text(win_rate_table(result.win_rates, result.procedure, result.confidence)):
         say(line)
-    longer = rows[0].length_controlled.longer
+    longer = result.win_rates[0].length_controlled.longer
     say()
     way = "longer" if longer >= 0 else "shorter"
     say(
         f"  * the decoder asked for; its answers are {abs(longer):.0f} characters {way} than the base's. At equal "
         "length: by logistic regression on the difference."
     )
-    if result["judge"]:
-        say(f"  {judge_line(result['judge'])}")
+    if result.judge:
+        say(f"  {result.judge}")
     if asked.output:
         say(f"  written to {asked.output}")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+import dataclasses
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,18 +11,19 @@ import pyarrow.parquet as pq
 
 from infalign.calibration.diagnostics import tie_rate
 from infalign.calibration.table import SampleTable, Wanted
+from infalign.evaluation.judging import JudgedWins, judge_decoded
 from infalign.evaluation.limits import Estimate, attainment, cluster_mean, tie_limit
-from infalign.evaluation.summary import GOLD, PROXY, decoder_row, decoders
+from infalign.evaluation.summary import GOLD, PROXY, Evaluation, SequenceKL, Ties, decoder_row, decoders
 from infalign.generation.likelihood import sequence_kl
-from infalign.runtime.artifacts import fingerprint, read_manifest, without_nan, write_json, write_whole
-from infalign.runtime.console import Progress, notice
+from infalign.report.table import number, plain_text, win_rate_table
+from infalign.runtime.artifacts import fingerprint, read_manifest, write_json, write_whole
+from infalign.runtime.console import Progress, notice, say
 from infalign.runtime.distributed import barrier, is_main, my_share
 from infalign.stages.experiment import Experiment
-from infalign.stages.filling import fill, table_rewards
-from infalign.stages.judging import judge_decoded
-from infalign.stages.measured import Measured, sample_facts
 from infalign.stages.output import SAMPLES, clear_if_stale, forget_scores, leaves_nothing
 from infalign.stages.recipe import Recipe, require_plain
+from infalign.stages.sample_facts import Measured, ScoredSamples, compute_facts, examples
+from infalign.stages.sampling import fill, table_rewards
 from infalign.stages.strategy import load_strategy
 from infalign.theory.objective import differing
 from infalign.theory.procedures import Procedure
@@ -34,11 +33,8 @@ KL_PROMPTS = 16  # prompts whose completions are compared at a time
 
 
 @leaves_nothing(SAMPLES)
-def evaluate(recipe: Recipe, experiment: Experiment | None = None) -> dict[str, Any]:
+def evaluate(recipe: Recipe, experiment: Experiment | None = None) -> Evaluation:
     """Measure, and write `evaluation.json` beside the sample tables.
-
-    Returns:
-        The content of `evaluation.json`, and `drawn`, how many samples were drawn now.
 
     Raises:
         InputError: no policy, too few samples for the procedure, or a folder of another recipe.
@@ -56,13 +52,12 @@ def evaluate(recipe: Recipe, experiment: Experiment | None = None) -> dict[str, 
     kl, log_ratio = _measure_kl(experiment, policy, prompts)
     measured = _scored(experiment, base, policy, prompts)
     with np.errstate(over="ignore"):  # rewards near the largest float: their mean is infinite, and shown as absent
-        result = summarise(experiment, measured, kl, log_ratio, prompts)
-        result = without_nan(result | sample_facts(experiment, prompts, measured))
+        result = summarise(experiment, measured, kl, log_ratio)
     if is_main():
-        write_json(recipe.output / "evaluation.json", result)
+        write_json(recipe.output / "evaluation.json", result.as_json())
         experiment.record()
     barrier()
-    return {**result, "drawn": drawn_base + drawn_policy}
+    return dataclasses.replace(result, drawn=drawn_base + drawn_policy)
 
 
 def _check_trained_for(experiment: Experiment) -> None:
@@ -165,37 +160,34 @@ def _write_kl(experiment: Experiment, samples: list[Sample], path: Path) -> None
 def _scored(experiment: Experiment, base: SampleTable, policy: SampleTable, prompts: list[Prompt]) -> Measured:
     """The first M rewards of every prompt with enough scores; the others are counted and left out."""
     count = experiment.recipe.eval_samples
-    tables = {"base": base, "policy": policy}
-    judges = {"": experiment.reward, "_gold": experiment.gold}
-    found: dict[str, Any] = {}
-    for side, table in tables.items():
-        for suffix, judge in judges.items():
-            rows = None if judge is None else table_rewards(table, judge, prompts)
-            found[side + suffix] = None if rows is None else {p.key: rows[p.key][:count] for p in prompts}
+    sides = [_scored_samples(experiment, table, prompts, count) for table in (base, policy)]
     needed = max([experiment.procedure.n, *experiment.recipe.eval_n])
-    given = [rows for rows in found.values() if rows is not None]
-    keys = tuple(p.key for p in prompts if all(np.isfinite(rows[p.key]).sum() >= needed for rows in given))
-    if not keys:
+    given = [rows for side in sides for rows in (side.rewards, side.gold) if rows is not None]
+    kept = [p for p in prompts if all(np.isfinite(rows[p.key]).sum() >= needed for rows in given)]
+    if not kept:
         raise InputError(f"no test prompt has {needed} scored samples on both sides: look at the reward")
-    if len(keys) < len(prompts):
-        notice(f"{len(prompts) - len(keys)} of {len(prompts)} test prompts have too few scores and are left out")
-    samples = {side: _first(table.samples(), keys, count) for side, table in tables.items()}
-    return Measured(keys=keys, **found, base_samples=samples["base"], policy_samples=samples["policy"])
+    if len(kept) < len(prompts):
+        notice(f"{len(prompts) - len(kept)} of {len(prompts)} test prompts have too few scores and are left out")
+    return Measured(kept, *sides)
 
 
-def _first(samples: Mapping[str, list[Sample]], keys: Sequence[str], count: int) -> dict[str, list[Sample]]:
-    return {key: samples[key][:count] for key in keys}
+def _scored_samples(experiment: Experiment, table: SampleTable, prompts: list[Prompt], count: int) -> ScoredSamples:
+    samples = table.samples()
+    scores = [
+        None if judge is None else {key: row[:count] for key, row in table_rewards(table, judge, prompts).items()}
+        for judge in (experiment.reward, experiment.gold)
+    ]
+    assert scores[0] is not None  # every recipe has a reward
+    return ScoredSamples({prompt.key: samples[prompt.key][:count] for prompt in prompts}, scores[0], scores[1])
 
 
-def summarise(
-    experiment: Experiment, measured: Measured, kl: Estimate, log_ratio: Estimate, prompts: list[Prompt]
-) -> dict[str, Any]:
+def summarise(experiment: Experiment, measured: Measured, kl: Estimate, log_ratio: Estimate) -> Evaluation:
     """Win rates under the recipe's procedure and every N asked for, with limits at the measured KL."""
-    recipe, procedure = experiment.recipe, experiment.procedure
+    recipe, procedure, keys = experiment.recipe, experiment.procedure, measured.keys
     rows = [
         decoder_row(
-            measured.side("policy", judge),
-            measured.side("base", judge),
+            measured.policy.side(keys, judge),
+            measured.base.side(keys, judge),
             decoder,
             judge,
             kl=kl.mean,
@@ -206,48 +198,62 @@ def summarise(
         for decoder in decoders(procedure, recipe.eval_n)
     ]
     main = next(row for row in rows if row.label == repr(procedure) and row.judge == PROXY)
-    base_rewards = [measured.base[key] for key in measured.keys]
+    base_rewards = [measured.base.rewards[key] for key in keys]
     tied = tie_limit(procedure, base_rewards, kl.mean)
-    return {
+    return Evaluation(
         **experiment.objective.record(),
-        "target_kl": recipe.target_kl,
-        "reward": experiment.reward.name,
-        "gold_reward": experiment.gold.name if experiment.gold else None,
-        "prompts": len(measured.keys),
-        "samples": recipe.eval_samples,
-        "confidence": recipe.confidence,
-        "seed": recipe.seed,
-        "kl": {"mean": kl.mean, "error": kl.error, "k1": log_ratio.mean, "k1_error": log_ratio.error},
-        "win_rates": [asdict(row) for row in rows],
-        "main": {
-            **asdict(main),
-            "tie_limit": tied,
-            "tie_attainment": attainment(main.mean, tied, kl.mean),
-            "tie_rate": tie_rate(base_rewards),
-        },
-        "pairwise": _judged(recipe, procedure, measured, prompts),
-    }
+        target_kl=recipe.target_kl,
+        reward=experiment.reward.name,
+        gold_reward=experiment.gold.name if experiment.gold else None,
+        prompts=len(keys),
+        samples=recipe.eval_samples,
+        confidence=recipe.confidence,
+        seed=recipe.seed,
+        kl=SequenceKL(kl.mean, kl.error, log_ratio.mean, log_ratio.error),
+        win_rates=tuple(rows),
+        ties=Ties(tied, attainment(main.mean, tied, kl.mean), tie_rate(base_rewards)),
+        base=measured.base.facts(keys),
+        policy=measured.policy.facts(keys),
+        examples=examples(procedure, measured),
+        compute=compute_facts(experiment, measured),
+        pairwise=_judged(recipe, procedure, measured),
+    )
 
 
-def _judged(recipe: Recipe, procedure: Procedure, measured: Measured, prompts: list[Prompt]) -> dict[str, Any] | None:
+def _judged(recipe: Recipe, procedure: Procedure, measured: Measured) -> JudgedWins | None:
     """The recipe's pairwise judge over decoded pairs (rank 0 asks it), None without one."""
     if recipe.judge is None or not is_main():
         return None
-    by_key = {prompt.key: prompt for prompt in prompts}
-    texts = [
-        [[one.text for one in samples[key]] for key in measured.keys]
-        for samples in (measured.policy_samples, measured.base_samples)
-    ]
-    rewards = [[side[key] for key in measured.keys] for side in (measured.policy, measured.base)]
+    policy, base = measured.policy, measured.base
+    ours, theirs = ([[one.text for one in side.samples[key]] for key in measured.keys] for side in (policy, base))
     return judge_decoded(
         recipe.judge,
         recipe.judge_kwargs,
-        [by_key[key] for key in measured.keys],
-        (texts[0], texts[1]),
-        (rewards[0], rewards[1]),
+        measured.prompts,
+        (ours, theirs),
+        ([policy.rewards[key] for key in measured.keys], [base.rewards[key] for key in measured.keys]),
         procedure,
         count=recipe.judge_samples,
         confidence=recipe.confidence,
         seed=recipe.seed,
         base_dir=recipe.base_dir,
     )
+
+
+def tell(result: Evaluation) -> None:
+    """Print the final table: what was measured, with intervals, the limit at the measured KL, and attainment."""
+    kl = result.kl
+    say()
+    say(f"{result.procedure}, reward {result.reward}: policy against base on {result.prompts} held-out prompts")
+    say(f"  sequence KL {kl.mean:.3f} ± {kl.error:.3f} nats (from log-ratios alone {kl.k1:.3f} ± {kl.k1_error:.3f})")
+    say()
+    for line in plain_text(win_rate_table(result.win_rates, result.procedure, result.confidence)):
+        say(line)
+    say()
+    say("  * the recipe's decoder. limit: the most that any method reaches at this KL with a reward that never ties;")
+    say(
+        f"    with this reward's ties ({result.ties.tie_rate:.0%}): {result.ties.tie_limit:.3f}, "
+        f"attainment {number(result.ties.tie_attainment, 2)}."
+    )
+    if result.pairwise:
+        say(f"  {result.pairwise}")

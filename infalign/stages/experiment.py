@@ -35,16 +35,15 @@ from infalign.models.loading import (
     model_fingerprint,
     resolve_model,
 )
-from infalign.rewards.calibrated_sum import sums_in
+from infalign.rewards.calibrated_sum import bind_sums, sums_in
 from infalign.rewards.loader import Reward, load_reward
 from infalign.runtime.artifacts import differences, fingerprint, read_json, without_secrets, write_json
 from infalign.runtime.console import notice, say
 from infalign.runtime.distributed import barrier, is_main, together
 from infalign.runtime.launch import join
-from infalign.stages.member_scores import bind_sums
 from infalign.stages.objective import load_objective, load_procedure
 from infalign.stages.recipe import Recipe, require
-from infalign.stages.serving import served_end_ids, server_of, server_url, warn_of_exposed_key
+from infalign.stages.servers import served_end_ids, server_of, server_url, warn_of_exposed_key
 from infalign.theory.objective import Objective
 from infalign.theory.procedures import Procedure
 from infalign.types import InputError, Prompt

@@ -21,8 +21,8 @@ from infalign.data.columns import parse_columns, renamed
 from infalign.data.prompts import BadRow, LoadedPrompts, prompts_or_problems
 from infalign.data.sources import COMPRESSED, iter_rows
 from infalign.data.templates import check_lengths
-from infalign.decoding.course import Strategy
 from infalign.decoding.decode import Decoded, decode, plan_decoding
+from infalign.decoding.strategy import Strategy
 from infalign.generation.plan import Request
 from infalign.models.loading import context_length
 from infalign.rewards.scoring import score_samples

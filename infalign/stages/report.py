@@ -67,7 +67,8 @@ def objective_of(recipe: Recipe, found: Findings) -> tuple[Objective | None, str
         return None, f"No limit and transform plots: {error}"
     if objective.policy is None:
         return None, "No limit and transform plots: on [0, 1] the transform has no optimal policy at this beta."
-    used, made = found.evaluation or (found.policy or {}).get("parts", {}), objective.record()
+    used = (found.policy or {}).get("parts", {}) if found.evaluation is None else found.evaluation.record()
+    made = objective.record()
     for name in differing(used, made):
         return None, f"No limit and transform plots: recipe.json gives {name} {made[name]}, but {used[name]} was used."
     return objective, ""

@@ -10,8 +10,7 @@ from infalign.runtime.console import say
 from infalign.runtime.distributed import together
 from infalign.stages.calibrate import calibrate
 from infalign.stages.estimate import dry_run
-from infalign.stages.evaluate import check_samples, evaluate
-from infalign.stages.evaluation_table import tell
+from infalign.stages.evaluate import check_samples, evaluate, tell
 from infalign.stages.experiment import Experiment
 from infalign.stages.recipe import Recipe, load_recipe, require, require_plain
 from infalign.stages.report import report
@@ -47,7 +46,8 @@ def run(config: Recipe | Mapping[str, Any] | str | Path, *, dry: bool = False, *
         flags: recipe keys that win over `config`.
 
     Returns:
-        `drawn` (samples generated now), `evaluation` (the content of evaluation.json), `report` (the page's path).
+        `drawn` (samples generated now), `trained` (whether the policy was trained now), `evaluation` (what was
+        measured, an `evaluation.summary.Evaluation`), `report` (the page's path).
 
     Raises:
         InputError: whatever is wrong with the recipe, its data, models, reward or output folder.
@@ -68,7 +68,7 @@ def run(config: Recipe | Mapping[str, Any] | str | Path, *, dry: bool = False, *
     page = report(recipe)
     say(f"\nreport: {page}")
     return {
-        "drawn": calibrated["drawn"] + evaluated["drawn"],
+        "drawn": calibrated["drawn"] + evaluated.drawn,
         "trained": trained["trained"],
         "evaluation": evaluated,
         "report": page,

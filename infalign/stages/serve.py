@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from infalign.decoding.course import Strategy
 from infalign.decoding.early_rejection import EarlyRejection
+from infalign.decoding.strategy import Strategy
 from infalign.generation.plan import Request
 from infalign.models.loading import context_length
 from infalign.rewards.scoring import score_samples
@@ -28,7 +28,7 @@ from infalign.stages.experiment import Experiment
 from infalign.stages.objective import load_procedure
 from infalign.stages.recipe import Recipe
 from infalign.stages.reference import REFERENCE, reference_sampler
-from infalign.stages.serving import server_url
+from infalign.stages.servers import server_url
 from infalign.stages.strategy import load_strategy
 from infalign.types import InputError, Interrupted, Prompt, prompt_key
 

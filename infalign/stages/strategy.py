@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from infalign.decoding.answers import EXTRACTORS
-from infalign.decoding.course import Strategy
 from infalign.decoding.strategies import BUILT_IN, TAKES_PROCEDURE
+from infalign.decoding.strategy import Strategy
 from infalign.runtime.config import nearest
 from infalign.runtime.plugins import find_object
 from infalign.stages.recipe import Recipe

@@ -18,10 +18,10 @@ from infalign.runtime.console import notice, say
 from infalign.runtime.distributed import is_main, together
 from infalign.stages.calibrate import calibration_parts, open_table, reference_rewards
 from infalign.stages.experiment import Experiment
-from infalign.stages.filling import table_rewards
 from infalign.stages.output import STARTED, leaves_nothing, refuse_stale_start, reusable
 from infalign.stages.policy_folder import initial_model, load_initial_adapter, save_policy
 from infalign.stages.recipe import Recipe, require_plain
+from infalign.stages.sampling import table_rewards
 from infalign.stages.training_keys import adapter_of, split_training
 from infalign.training.checks import best_model_settings, check_loop
 from infalign.training.config import CTRLConfig

@@ -13,7 +13,7 @@ from datasets import Dataset
 from infalign.calibration.table import SampleTable, Wanted, write_samples
 from infalign.data.prompts import load_prompts, numbered
 from infalign.rewards.loader import load_reward
-from infalign.stages.filling import fill, table_rewards
+from infalign.stages.sampling import fill, table_rewards
 from infalign.types import InputError, Sample, group_key, prompt_key
 
 OLD = Path(__file__).parent.parent / "cases" / "calibration_0_1_0"

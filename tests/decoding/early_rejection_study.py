@@ -16,18 +16,18 @@ from dataclasses import dataclass
 import numpy as np
 
 from infalign.decoding.by_procedure import ByProcedure
-from infalign.decoding.course import Strategy
 from infalign.decoding.decode import decode, plan_decoding
 from infalign.decoding.early_rejection import EarlyRejection
 from infalign.decoding.replay import Table
+from infalign.decoding.strategy import Strategy
 from infalign.evaluation.compute import Contest, Point, strategy_point
 from infalign.evaluation.winrate import difference
 from infalign.generation.hf import HFSampler
 from infalign.generation.plan import Request, plan_batches
 from infalign.rewards.scoring import score_samples
-from infalign.stages.compute import cut_short
 from infalign.stages.experiment import Experiment
 from infalign.stages.recipe import find_recipe, load_recipe
+from infalign.stages.sample_facts import cut_short
 from infalign.theory.procedures import BestOfN
 from infalign.types import Prompt, Sample
 

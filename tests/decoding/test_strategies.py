@@ -10,12 +10,12 @@ import pytest
 from infalign import BestOfN, KthOfN, SoftBestOfN, WorstOfN
 from infalign.decoding.adaptive import Adaptive
 from infalign.decoding.by_procedure import ByProcedure, as_strategy
-from infalign.decoding.course import Choose, Draw, Finish, Spent
 from infalign.decoding.decode import decode, plan_decoding
 from infalign.decoding.early_rejection import EarlyRejection
 from infalign.decoding.majority_vote import MajorityVote
 from infalign.decoding.rejection import Rejection
 from infalign.decoding.strategies import BUILT_IN, TAKES_PROCEDURE
+from infalign.decoding.strategy import Choose, Draw, Finish, Spent
 from infalign.generation.plan import Request
 from infalign.runtime.seeds import stream
 from infalign.types import InputError

@@ -46,7 +46,7 @@ def test_the_evaluation_says_what_it_measured(finished):
         (f"{kind}({n})", judge) for kind in ("BestOfN", "WorstOfN") for n in (1, 2) for judge in ("reward", "gold")
     } - {("WorstOfN(1)", judge) for judge in ("reward", "gold")}
     main_row = rows["BestOfN(2)", "reward"]
-    assert written["main"]["mean"] == main_row["mean"] == result["evaluation"]["main"]["mean"]
+    assert written["main"]["mean"] == main_row["mean"] == result["evaluation"].main.mean
     assert 0 <= main_row["low"] <= main_row["mean"] <= main_row["high"] <= 1
     assert main_row["limit"] == pytest.approx(
         float(infalign.win_rate_limit(infalign.BestOfN(2), written["kl"]["mean"]))
@@ -71,7 +71,7 @@ def test_the_win_rate_is_that_of_the_stored_rewards(finished):
             expected = [sum(s.token_ids) + 0.01 * s.token_ids[0] for s in drawn[prompt.key]]
             np.testing.assert_allclose(rewards[prompt.key], expected)
     by_hand = infalign.win_rate(sides["policy"], sides["base"], infalign.BestOfN(2))
-    assert result["evaluation"]["main"]["mean"] == pytest.approx(by_hand.mean)
+    assert result["evaluation"].main.mean == pytest.approx(by_hand.mean)
 
 
 def test_a_second_run_makes_nothing(finished, monkeypatch):
@@ -83,14 +83,14 @@ def test_a_second_run_makes_nothing(finished, monkeypatch):
     monkeypatch.setattr("infalign.stages.experiment.load_policy", refuse)
     again = infalign.run(keys)
     assert again["drawn"] == 0 and again["trained"] is False
-    assert again["evaluation"]["win_rates"] == result["evaluation"]["win_rates"]
+    assert again["evaluation"].as_json() == result["evaluation"].as_json()
 
 
 def test_the_same_recipe_elsewhere_gives_the_same_numbers(finished, tmp_path):
     _, keys, result = finished
     again = infalign.run({**keys, "output_dir": str(tmp_path / "elsewhere")})
-    assert again["evaluation"]["kl"] == result["evaluation"]["kl"]
-    assert again["evaluation"]["main"] == result["evaluation"]["main"]
+    assert again["evaluation"].kl == result["evaluation"].kl
+    assert again["evaluation"].as_json()["main"] == result["evaluation"].as_json()["main"]
 
 
 def test_more_samples_and_prompts_append(finished, tmp_path):
@@ -123,8 +123,8 @@ def test_more_evaluation_samples_append(finished, tmp_path):
     found = evaluate(
         load_recipe({**keys, "output_dir": str(tmp_path / "out"), "eval_samples": 10, "eval_n": [1, 2, 8]})
     )
-    assert found["drawn"] == 2 * 4 * 2
-    assert {row["n"] for row in found["win_rates"]} == {1, 2, 8}
+    assert found.drawn == 2 * 4 * 2
+    assert {row.n for row in found.win_rates} == {1, 2, 8}
 
 
 def test_generate_picks_the_best(finished, tmp_path):
@@ -205,4 +205,4 @@ def test_a_reward_that_sometimes_gives_none(tmp_path):
     found = infalign.run(
         {**keys, "reward": f"{tmp_path / 'score.py'}:sometimes", "reward_on_error": "mask", "eval_samples": 16}
     )
-    assert 0 < found["evaluation"]["main"]["mean"] < 1
+    assert 0 < found["evaluation"].main.mean < 1

@@ -91,7 +91,7 @@ class TestLora:
         _, result, policy = finished
         kl = logged(policy, "kl_seq")
         assert abs(kl[0]) < 1e-4 and max(map(abs, kl[1:])) > 1e-4
-        assert result["evaluation"]["kl"]["mean"] > 0
+        assert result["evaluation"].kl.mean > 0
 
     def test_the_reference_is_the_base_with_the_adapter_off(self, finished):
         keys, _, _ = finished
@@ -222,7 +222,7 @@ def test_experts_whose_config_asks_for_router_logits(tmp_path):
     result = infalign.run(keys)
     policy = tmp_path / "out" / "policy"
     assert abs(logged(policy, "kl_seq")[0]) < 1e-4 and logged(policy, "aux_loss")
-    assert result["evaluation"]["kl"]["mean"] > 0
+    assert result["evaluation"].kl.mean > 0
     assert json.loads((policy / "config.json").read_text())["output_router_logits"] is True
 
 

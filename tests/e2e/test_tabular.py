@@ -42,10 +42,10 @@ def chain(folder, **settings):
     prompts = [list(experiment.prompt_ids[prompt.key]) for prompt in experiment.splits.test]
     worst = settings["procedure"] == "worst_of_n"
     exact = exactly(experiment.policy_path, experiment.base_path, prompts, SETTINGS["n"], worst)
-    print(found["kl"], found["main"], exact)
+    print(found.kl, found.main, exact)
     # 256 samples a side on 8 prompts: up to 0.014 and 0.024 apart in seven draws
-    assert found["main"]["mean"] == pytest.approx(exact.win_rate, abs=0.04)
-    assert found["kl"]["mean"] == pytest.approx(exact.kl, abs=0.1)
+    assert found.main.mean == pytest.approx(exact.win_rate, abs=0.04)
+    assert found.kl.mean == pytest.approx(exact.kl, abs=0.1)
     return exact
 
 

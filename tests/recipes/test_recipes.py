@@ -11,8 +11,8 @@ from infalign.data.splits import split_prompts
 from infalign.rewards.loader import load_reward
 from infalign.stages.objective import load_objective, load_procedure
 from infalign.stages.recipe import find_recipe, load_recipe, require
-from infalign.stages.reward_model import load_pairs
-from infalign.stages.reward_model_recipe import load_reward_model_recipe
+from infalign.stages.reward_model.recipe import load_reward_model_recipe
+from infalign.stages.reward_model.train import load_pairs
 from tests.tiny import tiny_causal
 
 ROOT = Path(__file__).parents[2]

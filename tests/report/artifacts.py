@@ -160,9 +160,12 @@ def write_evaluation(folder: Path, shift: float = 0.9, gold: bool = False) -> di
             "judge": "judges.py:build",
             "win_rate": {"mean": 0.6251, "low": 0.5512, "high": 0.7003},
             "pairs": 160,
+            "unjudged": 0,
             "disagreement": 0.1375,
+            "first_preferred": 0.52,
+            "proxy_agreement": 0.8,
         },
-        "compute": measure_compute(_contests(base_PM, policy_PM), ByProcedure(BestOfN(4))),
+        "compute": dataclasses.asdict(measure_compute(_contests(base_PM, policy_PM), ByProcedure(BestOfN(4)))),
     }
     write_json(folder / "evaluation.json", result)
     return json.loads((folder / "evaluation.json").read_text())

@@ -8,8 +8,10 @@ import matplotlib.image
 import numpy as np
 import pytest
 
+from infalign.evaluation.compute import Compute
 from infalign.report.compute_plot import compute_table, draw_compute, saving
 from infalign.report.style import to_png
+from infalign.runtime.artifacts import from_plain
 from infalign.stages.recipe import Recipe
 from infalign.stages.report import report
 from tests.report.artifacts import write_run
@@ -41,7 +43,7 @@ ADAPTIVE = [row(side, 16, 0.8, 300.5, "Adaptive(n=16, cost=0.1)", reward_calls=5
 
 
 def compute(**changes):
-    return {"curves": CURVES, "decoder": [], "problem": "", "match": MATCH, **changes}
+    return from_plain(Compute, {"curves": CURVES, "decoder": [], "problem": "", "match": MATCH, **changes})
 
 
 def drawn(content):
@@ -104,7 +106,7 @@ def test_the_page_says_what_training_saves(tmp_path):
     folder = write_run(tmp_path)
     html = report(Recipe(output_dir=str(folder))).read_text(encoding="utf-8")
     written = json.loads((folder / "evaluation.json").read_text())
-    assert saving(written["compute"]).replace("'", "&#39;") in html
+    assert saving(from_plain(Compute, written["compute"])).replace("'", "&#39;") in html
     assert "What every decoder spends" in html
     assert matplotlib.image.imread(folder / "report" / "compute.png").shape[1] > 600
     del written["compute"]  # of an earlier infalign

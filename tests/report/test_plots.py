@@ -6,13 +6,14 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from infalign.evaluation.summary import ordered_labels, row_from_json
+from infalign.evaluation.summary import DecoderRow, ordered_labels
 from infalign.report.calibration_plot import draw_calibration, held_out_ranks
 from infalign.report.evaluation_plot import draw_rewards, draw_win_rates
 from infalign.report.limit_plot import Point, comparisons, draw_limit, kl_grid, tilted_win_rates
 from infalign.report.style import to_png
 from infalign.report.theory_plot import draw_theory
 from infalign.report.training_plot import draw_training
+from infalign.runtime.artifacts import from_plain
 from infalign.theory.optimum import optimal_transform, win_rate_limit
 from infalign.theory.procedures import BestOfN, KthOfN, WorstOfN
 from infalign.theory.tilted import tilt
@@ -82,7 +83,7 @@ def test_aim_beyond_the_plot_is_not_drawn():
 def test_win_rates_are_ordered_by_decoder_and_n():
     measured = {"judge": "reward", "mean": 0.6, "low": 0.5, "high": 0.7, "limit": 0.8}
     rows = [
-        row_from_json({"label": label, "kind": kind, "n": n, **measured})
+        from_plain(DecoderRow, {"label": label, "kind": kind, "n": n, **measured})
         for label, kind, n in (
             ("WorstOfN(2)", "worst_of_n", 2),
             ("KthOfN(2, 4)", "kth_of_n", 4),

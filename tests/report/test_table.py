@@ -7,9 +7,10 @@ import math
 import numpy as np
 
 from infalign.evaluation.length import Side
-from infalign.evaluation.summary import GOLD, PROXY, decoder_row, decoders, row_from_json
+from infalign.evaluation.summary import GOLD, PROXY, DecoderRow, decoder_row, decoders
 from infalign.evaluation.winrate import judged_win_rate, win_rate
 from infalign.report.table import ABSENT, markdown, plain_text, win_rate_table
+from infalign.runtime.artifacts import from_plain
 from infalign.theory.optimum import win_rate_limit
 from infalign.theory.procedures import BestOfN, WorstOfN
 
@@ -68,7 +69,7 @@ def test_text_and_markdown_say_the_same():
 
 def test_what_json_lacks_is_not_known():
     given = {"label": "BestOfN(1)", "kind": "best_of_n", "n": 1, "judge": "reward", "mean": 0.6, "low": None}
-    row = row_from_json(given)
+    row = from_plain(DecoderRow, given)
     assert row.mean == 0.6
     assert all(map(math.isnan, (row.low, row.high, row.limit, row.base_reward, row.length_controlled.mean)))
     table = win_rate_table([row], "BestOfN(1)", 0.95)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from infalign.calibration.table import SampleTable
-from infalign.decoding.course import Choose, Draw
+from infalign.decoding.strategy import Choose, Draw
 from infalign.rewards.combine import mean, minimum, weighted_sum
 from infalign.rewards.judge import both_orders
 from infalign.rewards.length_control import LengthControlled

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from infalign.evaluation.judging import judge_decoded
 from infalign.rewards.judge import Verdicts, both_orders, load_judge
 from infalign.rewards.judge_prompts import (
     PAIRWISE,
@@ -20,7 +21,6 @@ from infalign.rewards.judge_prompts import (
     read_verdict,
 )
 from infalign.rewards.loader import load_reward
-from infalign.stages.judging import judge_decoded
 from infalign.stages.reward_check import reward_check, tell
 from infalign.theory.procedures import BestOfN
 from infalign.types import InputError, Prompt, RewardError, prompt_key

@@ -15,8 +15,7 @@ import pytest
 from infalign import BestOfN, KthOfN, WorstOfN, win_rate
 from infalign.cli import main
 from infalign.evaluation.winrate import judged_win_rate
-from infalign.stages.compare import compare
-from infalign.stages.comparison import load_comparison
+from infalign.stages.compare import compare, load_comparison
 from infalign.types import InputError
 
 RNG = np.random.default_rng(0)
@@ -63,32 +62,32 @@ def run(files, **more):
 
 
 def by_label(found):
-    return {row["label"]: row for row in found["win_rates"]}
+    return {row.label: row for row in found.win_rates}
 
 
 def test_all_n_at_once_are_those_of_the_estimator(files):
     found = run(files, procedure="kth_of_n", n=3, procedure_kwargs={"k": 2})
     rows = by_label(found)
-    assert next(iter(rows)) == "KthOfN(2, 3)" and found["prompts"] == 20
+    assert next(iter(rows)) == "KthOfN(2, 3)" and found.prompts == 20
     wanted = [KthOfN(2, 3), *(kind(n) for kind in (BestOfN, WorstOfN) for n in (1, 2, 4, 8))]
     assert set(rows) == {repr(one) for one in dict.fromkeys(wanted)}  # the worst of one is the best of one
     for one in dict.fromkeys(wanted):
         exact = win_rate(OURS, THEIRS, one, seed=42)
         row = rows[repr(one)]
-        assert (row["mean"], row["low"], row["high"]) == (exact.mean, exact.low, exact.high)
-    assert rows["BestOfN(8)"]["policy_reward"] == pytest.approx(OURS.max(1).mean())
-    assert rows["WorstOfN(8)"]["base_reward"] == pytest.approx(THEIRS.min(1).mean())
+        assert (row.mean, row.low, row.high) == (exact.mean, exact.low, exact.high)
+    assert rows["BestOfN(8)"].policy_reward == pytest.approx(OURS.max(1).mean())
+    assert rows["WorstOfN(8)"].base_reward == pytest.approx(THEIRS.min(1).mean())
 
 
 def test_sides_swap_to_one_and_prompts_may_come_in_any_order(files, tmp_path):
     there = by_label(run(files))["BestOfN(4)"]
     back = by_label(run({"policy": files["base"], "base": files["policy"]}))["BestOfN(4)"]
-    assert there["mean"] + back["mean"] == pytest.approx(1.0)
-    assert there["length_controlled"]["mean"] + back["length_controlled"]["mean"] == pytest.approx(1.0, abs=5e-3)
+    assert there.mean + back.mean == pytest.approx(1.0)
+    assert there.length_controlled.mean + back.length_controlled.mean == pytest.approx(1.0, abs=5e-3)
     order = [3, 1, 2, 0, *range(4, 20)]
     names = [f"question {number}" for number in order]
     shuffled = write(tmp_path / "c.jsonl", THEIRS[order], BASE_LENGTHS[order], prompts=names)
-    assert by_label(run({**files, "base": shuffled}))["BestOfN(4)"]["mean"] == pytest.approx(there["mean"], abs=1e-12)
+    assert by_label(run({**files, "base": shuffled}))["BestOfN(4)"].mean == pytest.approx(there.mean, abs=1e-12)
 
 
 def test_a_gold_reward_judges_what_the_proxy_decodes(tmp_path):
@@ -98,8 +97,8 @@ def test_a_gold_reward_judges_what_the_proxy_decodes(tmp_path):
     }
     found = run(files)
     exact = judged_win_rate((OURS, GOLD), (THEIRS, BASE_GOLD), BestOfN(4), seed=42)
-    assert by_label(found)["BestOfN(4)"]["mean"] == exact.mean and found["judged_by"] == "gold"
-    assert by_label(found)["BestOfN(8)"]["policy_reward"] == pytest.approx(GOLD[np.arange(20), OURS.argmax(1)].mean())
+    assert by_label(found)["BestOfN(4)"].mean == exact.mean and found.judged_by == "gold"
+    assert by_label(found)["BestOfN(8)"].policy_reward == pytest.approx(GOLD[np.arange(20), OURS.argmax(1)].mean())
 
 
 def test_a_sample_that_either_reward_does_not_score_is_left_out(tmp_path, capsys):
@@ -111,8 +110,8 @@ def test_a_sample_that_either_reward_does_not_score_is_left_out(tmp_path, capsys
         "base": write(tmp_path / "a.jsonl", THEIRS, BASE_LENGTHS, BASE_GOLD),
     }
     found = run(files)
-    assert found["prompts"] == 19 and "1 of 20 prompts have fewer than 4 scored samples" in capsys.readouterr().err
-    assert run(files, n=3)["samples"]["least"] == 3
+    assert found.prompts == 19 and "1 of 20 prompts have fewer than 4 scored samples" in capsys.readouterr().err
+    assert run(files, n=3).samples["least"] == 3
 
 
 def test_a_reward_scores_what_has_none_with_the_files_own_columns(tmp_path):
@@ -122,8 +121,8 @@ def test_a_reward_scores_what_has_none_with_the_files_own_columns(tmp_path):
         "base": write(tmp_path / "a.jsonl", THEIRS, BASE_LENGTHS, scored=False, topic="t"),
     }
     spec = f"{tmp_path}/reward.py:build"
-    assert by_label(run(files, reward=spec))["BestOfN(4)"]["mean"] == win_rate(LENGTHS, BASE_LENGTHS, BestOfN(4)).mean
-    turned = by_label(run(files, reward=spec, reward_kwargs={"sign": -1.0}))["BestOfN(4)"]["mean"]
+    assert by_label(run(files, reward=spec))["BestOfN(4)"].mean == win_rate(LENGTHS, BASE_LENGTHS, BestOfN(4)).mean
+    turned = by_label(run(files, reward=spec, reward_kwargs={"sign": -1.0}))["BestOfN(4)"].mean
     assert turned == win_rate(-LENGTHS, -BASE_LENGTHS, BestOfN(4)).mean
     with pytest.raises(InputError, match=r"20 of 20 prompts in .*b.jsonl have no rewards: add them .*, or score with"):
         run(files)
@@ -131,19 +130,19 @@ def test_a_reward_scores_what_has_none_with_the_files_own_columns(tmp_path):
 
 def test_a_judge_is_asked_in_both_orders(files, tmp_path):
     (tmp_path / "judges.py").write_text(REWARD)
-    longer = run(files, judge=f"{tmp_path}/judges.py:judge", judge_samples=40, n=1)["judge"]
+    longer = run(files, judge=f"{tmp_path}/judges.py:judge", judge_samples=40, n=1).judge
     exact = win_rate(LENGTHS, BASE_LENGTHS, BestOfN(1)).mean
-    assert longer["win_rate"]["mean"] == pytest.approx(exact, abs=4 * 0.5 / np.sqrt(800))
-    assert (longer["pairs"], longer["disagreement"], longer["unjudged"]) == (800, 0.0, 0)
-    assert longer["first_preferred"] == pytest.approx(0.5)
-    biased = run(files, judge=f"{tmp_path}/judges.py:first")["judge"]
-    assert (biased["win_rate"]["mean"], biased["disagreement"], biased["first_preferred"]) == (0.5, 1.0, 1.0)
+    assert longer.win_rate.mean == pytest.approx(exact, abs=4 * 0.5 / np.sqrt(800))
+    assert (longer.pairs, longer.disagreement, longer.unjudged) == (800, 0.0, 0)
+    assert longer.first_preferred == pytest.approx(0.5)
+    biased = run(files, judge=f"{tmp_path}/judges.py:first").judge
+    assert (biased.win_rate.mean, biased.disagreement, biased.first_preferred) == (0.5, 1.0, 1.0)
 
 
 def test_a_known_kl_brings_the_limit(files):
     row = by_label(run(files, kl=1.0))["BestOfN(4)"]
-    assert row["limit"] == pytest.approx(0.941123, abs=1e-5)  # theory.md, section 5
-    assert row["attainment"] == pytest.approx((row["mean"] - 0.5) / 0.441123, abs=1e-4)
+    assert row.limit == pytest.approx(0.941123, abs=1e-5)  # theory.md, section 5
+    assert row.attainment == pytest.approx((row.mean - 0.5) / 0.441123, abs=1e-4)
 
 
 def test_prompts_of_one_file_and_prompts_with_few_scores_are_left_out(files, tmp_path, capsys):
@@ -153,8 +152,8 @@ def test_prompts_of_one_file_and_prompts_with_few_scores_are_left_out(files, tmp
     found = run({**files, "base": base})
     told = capsys.readouterr().err
     assert "5 of 20 prompts in" in told and "1 of 15 prompts have fewer than 4 scored samples" in told
-    assert found["prompts"] == 14
-    assert by_label(found)["BestOfN(4)"]["mean"] == win_rate(OURS[1:15], THEIRS[1:15], BestOfN(4)).mean
+    assert found.prompts == 14
+    assert by_label(found)["BestOfN(4)"].mean == win_rate(OURS[1:15], THEIRS[1:15], BestOfN(4)).mean
 
 
 @pytest.mark.parametrize(

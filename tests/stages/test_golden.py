@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from infalign.stages.compare import compare
-from infalign.stages.comparison import load_comparison
+from infalign.stages.compare import compare, load_comparison
 
 GOLDEN = Path(__file__).parents[1] / "evaluation" / "golden"
 

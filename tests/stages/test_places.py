@@ -16,13 +16,12 @@ from infalign.models.loading import resolve_model
 from infalign.rewards.http import HTTPReward
 from infalign.rewards.loader import load_reward
 from infalign.stages.calibrate import calibrate
-from infalign.stages.compare import compare
-from infalign.stages.comparison import load_comparison
+from infalign.stages.compare import compare, load_comparison
 from infalign.stages.generate import generate
 from infalign.stages.recipe import load_recipe
 from infalign.stages.reward_check import reward_check
-from infalign.stages.reward_model import reward_model
-from infalign.stages.reward_model_recipe import load_reward_model_recipe
+from infalign.stages.reward_model.recipe import load_reward_model_recipe
+from infalign.stages.reward_model.train import reward_model
 from infalign.stages.run import run
 from infalign.stages.train import train
 from infalign.types import InputError, RewardError

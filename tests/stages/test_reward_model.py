@@ -14,8 +14,8 @@ from transformers import AutoModelForSequenceClassification
 
 from infalign.cli import main
 from infalign.rewards import load_reward
-from infalign.stages.reward_model import encoded, load_pairs, reward_model
-from infalign.stages.reward_model_recipe import load_reward_model_recipe
+from infalign.stages.reward_model.recipe import load_reward_model_recipe
+from infalign.stages.reward_model.train import encoded, load_pairs, reward_model
 from infalign.types import InputError
 from tests.tiny import CLOSE, tiny_causal, tiny_classifier
 

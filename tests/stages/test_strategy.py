@@ -17,16 +17,17 @@ from infalign.decoding.rejection import Rejection
 from infalign.decoding.replay import Table
 from infalign.evaluation.compute import procedure_point, strategy_point
 from infalign.rewards.scoring import score_samples
-from infalign.stages.compute import Contest, compute_facts, cut_short
+from infalign.runtime.artifacts import without_nan
 from infalign.stages.evaluate import evaluate
 from infalign.stages.experiment import Experiment
 from infalign.stages.recipe import load_recipe
+from infalign.stages.sample_facts import Contest, Measured, ScoredSamples, compute_facts, cut_short
 from infalign.stages.strategy import load_strategy
 from infalign.types import InputError
 from tests.e2e.experiment import tiny_experiment
 
 OWN = """
-from infalign.decoding.course import Choose, Draw
+from infalign.decoding.strategy import Choose, Draw
 
 
 class First:
@@ -110,12 +111,12 @@ def evaluated(tmp_path_factory):
 def test_evaluation_holds_the_compute_of_its_own_samples(evaluated):
     recipe, result = evaluated
     written = json.loads((recipe.output / "evaluation.json").read_text())["compute"]
-    assert written == result["compute"]
+    assert written == without_nan(dataclasses.asdict(result.compute))
     assert [(row["side"], row["n"]) for row in written["curves"]] == [
         (side, n) for side in ("base", "policy") for n in (1, 2, 3, 4)
     ]
     base = [row for row in written["curves"] if row["side"] == "base"]
-    assert [row["tokens"] for row in base] == pytest.approx([n * result["base"]["tokens"] for n in (1, 2, 3, 4)])
+    assert [row["tokens"] for row in base] == pytest.approx([n * result.base.tokens for n in (1, 2, 3, 4)])
     early = {row["side"]: row for row in written["decoder"]}
     for side in ("base", "policy"):
         full = next(row for row in written["curves"] if row["side"] == side and row["n"] == 4)
@@ -131,7 +132,7 @@ def test_facts_are_those_of_the_tables(evaluated):
     prompts = list(experiment.splits.test)
     sampler = experiment.sampler(experiment.base_path, "evaluation/base")
     assert experiment.tokenizer is sampler.tokenizer
-    row = next(one for one in result["compute"]["curves"] if one["side"] == "base" and one["n"] == 2)
+    row = next(one for one in result.compute.curves if one.side == "base" and one.n == 2)
     from infalign.calibration.table import SampleTable  # noqa: PLC0415
 
     stored = {}
@@ -145,13 +146,14 @@ def test_facts_are_those_of_the_tables(evaluated):
     contests = [
         Contest(p, *(Table(drawn[side][p.key], rewards[side][p.key]) for side in ("base", "policy"))) for p in prompts
     ]
-    assert row["mean"] == pytest.approx(procedure_point(contests, "base", BestOfN(2)).win.mean)
-    assert compute_facts(experiment, prompts, drawn, rewards)["curves"] == result["compute"]["curves"]
+    assert row.mean == pytest.approx(procedure_point(contests, "base", BestOfN(2)).mean)
+    base, policy = (ScoredSamples(drawn[side], rewards[side], None) for side in ("base", "policy"))
+    assert compute_facts(experiment, Measured(prompts, base, policy)).curves == result.compute.curves
     cut_rewards = [
         Contest(one.prompt, *(_with_beginnings(table) for table in (one.base, one.policy))) for one in contests
     ]
     early = strategy_point(cut_rewards, "policy", EarlyRejection(BestOfN(4), 2, 0.5), seed=recipe.seed)
-    assert early.as_dict() == pytest.approx(result["compute"]["decoder"][1])
+    assert dataclasses.asdict(early) == pytest.approx(dataclasses.asdict(result.compute.decoder[1]))
     sample = next(one for one in drawn["base"][prompts[0].key] if len(one.token_ids) > 2)
     cut = cut_short(sample, 2, experiment.tokenizer)
     assert cut.token_ids == sample.token_ids[:2] and not cut.finished and cut.token_logps.size == 2

@@ -10,8 +10,8 @@ from transformers.training_args import OptimizerNames
 
 import infalign
 from infalign.stages.recipe import load_recipe
-from infalign.stages.reward_model import reward_model
-from infalign.stages.reward_model_recipe import load_reward_model_recipe
+from infalign.stages.reward_model.recipe import load_reward_model_recipe
+from infalign.stages.reward_model.train import reward_model
 from infalign.stages.train import train
 from infalign.theory.transforms import identity
 from infalign.training.config import CTRLConfig

@@ -17,7 +17,7 @@ from infalign.rewards.classifier import ClassifierReward
 from infalign.rewards.contract import completion_text
 from infalign.runtime.artifacts import read_json, without_nan, write_json, write_whole
 from infalign.runtime.console import say
-from infalign.stages.reward_model_recipe import RewardModelRecipe
+from infalign.stages.reward_model.recipe import RewardModelRecipe
 
 CHECKED = 16  # completions that are scored alone and together
 

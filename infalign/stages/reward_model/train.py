@@ -33,8 +33,8 @@ from infalign.runtime.console import notice, say
 from infalign.runtime.distributed import barrier, is_main, together
 from infalign.runtime.launch import join
 from infalign.stages.output import leaves_nothing, reusable
-from infalign.stages.reward_model_recipe import RewardModelRecipe
-from infalign.stages.reward_quality import measure
+from infalign.stages.reward_model.quality import measure
+from infalign.stages.reward_model.recipe import RewardModelRecipe
 from infalign.stages.training_keys import adapter_of, split_training
 from infalign.training.packages import missing_packages
 from infalign.training.reward_head import Head, candidate_depths, features, fit_head

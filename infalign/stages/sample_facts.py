@@ -1,0 +1,132 @@
+"""What an evaluation has drawn and scored, what the samples look like, and win rate against compute from them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from infalign.calibration.diagnostics import duplicate_rate
+from infalign.decoding.early_rejection import EarlyRejection
+from infalign.decoding.replay import Table
+from infalign.decoding.strategy import Strategy
+from infalign.evaluation.compute import Compute, Contest, measure_compute
+from infalign.evaluation.length import Side
+from infalign.evaluation.summary import PROXY, Drawn, Example, SampleFacts, Scored
+from infalign.rewards.scoring import score_samples
+from infalign.stages.experiment import Experiment
+from infalign.stages.strategy import load_strategy
+from infalign.theory.procedures import Procedure
+from infalign.types import Prompt, Sample
+
+EXAMPLES = 8
+
+Rewards = Mapping[str, NDArray[np.float64]]
+"""(M,) by prompt key, in sample order; NaN for no score."""
+
+
+@dataclass(frozen=True)
+class ScoredSamples:
+    """What one model drew, with the rewards that decode and, where there is one, the gold reward's; by prompt key."""
+
+    samples: Mapping[str, list[Sample]]
+    rewards: Rewards
+    gold: Rewards | None
+
+    def side(self, keys: Sequence[str], judge: str) -> Side:
+        """The prompts' rewards that decode, those that judge, and lengths in tokens."""
+        judged = self.rewards if judge == PROXY else self.gold
+        assert judged is not None  # a gold row is asked for where there is a gold reward
+        lengths = [np.array([len(one.token_ids) for one in self.samples[key]], dtype=np.float64) for key in keys]
+        return Side([self.rewards[key] for key in keys], [judged[key] for key in keys], lengths)
+
+    def facts(self, keys: Sequence[str]) -> SampleFacts:
+        """Means over all samples of the prompts."""
+        rows = [self.samples[key] for key in keys]
+        flat = [sample for row in rows for sample in row]
+        return SampleFacts(
+            reward=float(np.nanmean(np.concatenate([self.rewards[key] for key in keys]))),
+            tokens=float(np.mean([len(sample.token_ids) for sample in flat])),
+            clipped=float(np.mean([not sample.finished for sample in flat])),
+            duplicates=duplicate_rate([[sample.text for sample in row] for row in rows]),
+        )
+
+    def decoded(self, key: str, procedure: Procedure) -> Drawn:
+        """A prompt's first n samples with a score, and which of them the decoder picks."""
+        scores, samples = self.rewards[key], self.samples[key]
+        rows = np.flatnonzero(np.isfinite(scores))[: procedure.n]
+        shown = tuple(Scored(samples[row].text, float(scores[row])) for row in rows.tolist())
+        return Drawn(shown[int(procedure.select(scores[rows][None], np.random.default_rng(0))[0])], shown)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Both models on the prompts with enough scores."""
+
+    prompts: Sequence[Prompt]
+    base: ScoredSamples
+    policy: ScoredSamples
+
+    @property
+    def keys(self) -> list[str]:
+        """The prompts' keys."""
+        return [prompt.key for prompt in self.prompts]
+
+
+def examples(procedure: Procedure, measured: Measured) -> tuple[Example, ...]:
+    """A few prompts with the answers of both models."""
+    return tuple(
+        Example(prompt.content, *(side.decoded(prompt.key, procedure) for side in (measured.base, measured.policy)))
+        for prompt in measured.prompts[:EXAMPLES]
+    )
+
+
+def compute_facts(experiment: Experiment, measured: Measured) -> Compute:
+    """Win rate against compute of base and policy; the recipe's strategy is measured beside Best-of-N."""
+    strategy = load_strategy(experiment.recipe, experiment.procedure)
+    base, policy = (_tables(experiment, strategy, measured.prompts, one) for one in (measured.base, measured.policy))
+    contests = [Contest(prompt, base[prompt.key], policy[prompt.key]) for prompt in measured.prompts]
+    return measure_compute(contests, strategy, confidence=experiment.recipe.confidence, seed=experiment.recipe.seed)
+
+
+def _tables(
+    experiment: Experiment, strategy: Strategy, prompts: Sequence[Prompt], drawn: ScoredSamples
+) -> dict[str, Table]:
+    """Each prompt's table; with early rejection the rewards of beginnings as well, which are scored here."""
+    found = {}
+    for prompt in prompts:
+        row = drawn.rewards[prompt.key]
+        table = Table(drawn.samples[prompt.key][: row.size], row)
+        if isinstance(strategy, EarlyRejection):
+            length = strategy.check_tokens
+            table = dataclasses.replace(table, beginnings={length: _beginnings(experiment, prompt, table, length)})
+        found[prompt.key] = table
+    return found
+
+
+def _beginnings(experiment: Experiment, prompt: Prompt, table: Table, length: int) -> NDArray[np.float64]:
+    """Rewards of a table's completions cut after `length` tokens; those that are no longer keep their own."""
+    long = [place for place, sample in enumerate(table.samples) if len(sample.token_ids) > length]
+    found = table.rewards_M.copy()
+    if long:
+        cut = [cut_short(table.samples[place], length, experiment.tokenizer) for place in long]
+        found[long] = score_samples(experiment.reward, [prompt] * len(cut), cut)
+    return found
+
+
+def cut_short(sample: Sample, length: int, tokenizer: Any) -> Sample:
+    """A sample's first `length` tokens, as the sampler would have stopped it; a shorter one as it is."""
+    if len(sample.token_ids) <= length:
+        return sample
+    ids = sample.token_ids[:length]
+    return dataclasses.replace(
+        sample,
+        token_ids=ids,
+        token_logps=sample.token_logps[:length],
+        text=tokenizer.decode(ids, skip_special_tokens=True),
+        finished=False,
+    )
