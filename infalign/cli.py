@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from infalign import __version__
-from infalign.runtime.distributed import PeerError, first_to_say, is_main
+from infalign.runtime.distributed import PeerError, end_process, first_to_say, is_main
 from infalign.types import InputError, Interrupted, RewardError, TrainingError
 
 VERBS = {
@@ -377,4 +377,4 @@ def _quiet_libraries() -> None:
 
 
 if __name__ == "__main__":  # as `python -m infalign`
-    raise SystemExit(main())
+    end_process(main())

@@ -43,21 +43,22 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def leave_at_exit() -> None:
-    """Part from the other processes before the interpreter ends.
+def end_process(code: int) -> NoReturn:
+    """End with an exit code; one of several processes ends at once, without the interpreter's own end.
 
-    Their connections have threads of their own, which must not outlive what they use. (A rank that is done and saved
-    still ends with "terminate called without an active exception" once in a long while: recipes/LOG.md, 2026-11-26.)
+    What was registered with `atexit` has run, the process group is left and the output flushed. Taking the interpreter
+    apart while threads of PyTorch, DeepSpeed and Arrow still run aborts ("terminate called without an active
+    exception") once in a long while, and a launcher takes a rank that was done for one that failed (recipes/LOG.md,
+    2026-11-26).
     """
     if world_size() > 1:
-        atexit.unregister(_leave)
-        atexit.register(_leave)
-
-
-def _leave() -> None:
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+        if _connected():
+            sys.modules["torch"].distributed.destroy_process_group()
+        atexit._run_exitfuncs()  # what `sys.exit` would do first
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    raise SystemExit(code)
 
 
 def is_main() -> bool:

@@ -32,7 +32,7 @@ import psutil
 from infalign.runtime.builds import clear_abandoned_locks
 from infalign.runtime.config import nearest, read_yaml
 from infalign.runtime.console import notice
-from infalign.runtime.distributed import leave_at_exit, world_size
+from infalign.runtime.distributed import world_size
 from infalign.types import InputError
 
 VERBS = ("run", "calibrate", "train", "evaluate", "generate", "reward-model")
@@ -243,12 +243,9 @@ def names() -> list[str]:
 def check_started() -> None:
     """As many processes run as the command that launched them asked for, be it infalign or accelerate.
 
-    They part at exit (`leave_at_exit`).
-
     Raises:
         InputError: another number (accelerate starts one for MULTI_CPU and for `"NO"`, whatever num_processes says).
     """
-    leave_at_exit()
     expected = os.environ.get(EXPECTED, "")
     if expected.isdigit():
         _check_count(int(expected))

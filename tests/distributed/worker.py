@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from infalign.rewards.loader import load_reward
-from infalign.runtime.distributed import barrier, gathered, is_main, rank, world_size
+from infalign.runtime.distributed import barrier, end_process, gathered, is_main, rank, world_size
 from infalign.runtime.launch import join
 from infalign.theory.procedures import BestOfN
 from infalign.theory.transforms import identity
@@ -254,3 +254,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    end_process(0)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from infalign.runtime.distributed import barrier, gathered, is_main, rank
+from infalign.runtime.distributed import barrier, end_process, gathered, is_main, rank
 from infalign.runtime.launch import join
 from infalign.training.checkpoints import newest_whole
 from tests.faults.test_rewards import BROKEN, FAILURES, SILENT, STEPS, make
@@ -74,3 +74,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    end_process(0)

@@ -320,3 +320,24 @@ def test_train_on_two_processes(name, recipe, tmp_path):
         tmp_path / "model" / "model.safetensors", tmp_path / "out" / "policy" / "model.safetensors",
     ))  # fmt: skip
     assert base == policy, "the saved policy is whole"
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_one_of_several_processes_ends_without_the_interpreters_end(processes, tmp_path):
+    """What aborts while the interpreter is taken apart can't fail a rank that is done; `atexit` has run, all is out."""
+    script = tmp_path / "ends.py"
+    script.write_text(
+        "import atexit, os, sys\n"
+        "from infalign.runtime.distributed import end_process\n"
+        "class Aborts:\n"
+        "    def __del__(self):\n"
+        "        os._exit(134)\n"
+        "atexit.register(print, 'at exit')\n"
+        "sys.modules['kept to the end'] = Aborts()\n"
+        "print('done')\n"
+        "end_process(3)\n"
+    )
+    environment = {**os.environ, "RANK": "0", "WORLD_SIZE": str(processes)}
+    done = subprocess.run([sys.executable, str(script)], env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == (3 if processes == 2 else 134)
+    assert done.stdout.split("\n") == ["done", "at exit", ""]

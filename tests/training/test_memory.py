@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, TrainerCallback
 
 import infalign
-from infalign.runtime.distributed import rank
+from infalign.runtime.distributed import end_process, rank
 from infalign.stages import estimate
 from infalign.training.memory import PolicyShape, Setup, cache_bytes_per_token, rollout_bytes, table, training_bytes
 from infalign.types import InputError
@@ -257,3 +257,4 @@ def work(model: str, folder: Path, mixed: bool) -> None:
 
 if __name__ == "__main__":
     work(sys.argv[1], Path(sys.argv[2]), sys.argv[3] == "True")
+    end_process(0)
