@@ -15,8 +15,6 @@ from infalign.runtime.http import Endpoint, Refused
 from infalign.runtime.retry import RetryPolicy
 from infalign.types import InputError
 
-__all__ = ["Refused", "Server"]
-
 Answer = TypeVar("Answer")
 
 
