@@ -2,6 +2,5 @@
 
 `plan.py` cuts work into batches, `hf.py` samples with a transformers model (each prompt computed and kept once:
 `models/shared_prefix.py`), `likelihood.py` reads log-probabilities and KL off one. `openai.py` samples from a server:
-`address.py` and `server.py` reach it, `wire.py` knows what it is asked and answers, `served_model.py` whether it is the
-model that it should be.
+`server.py` reaches it, `served_model.py` knows whether it is the model that it should be.
 """

@@ -11,10 +11,9 @@ from typing import Any, TypeVar
 
 import httpx
 
-from infalign.runtime.http import Endpoint, Refused, Unanswered
+from infalign.runtime.http import Endpoint, Refused
+from infalign.runtime.retry import RetryPolicy
 from infalign.types import InputError
-
-__all__ = ["Refused", "Server"]
 
 Answer = TypeVar("Answer")
 
@@ -44,7 +43,7 @@ class Server:
     @property
     def endpoint(self) -> Endpoint:
         """Where requests go."""
-        return Endpoint(self.url, self.timeout, self.retries, self.api_key, self.backoff, "server_timeout")
+        return Endpoint(self.url, self.timeout, RetryPolicy(self.retries, self.backoff), self.api_key, "server_timeout")
 
     def client(self) -> httpx.AsyncClient:
         """A client for one event loop; a server on this machine is never asked through a proxy."""
@@ -61,10 +60,8 @@ class Server:
         """
         try:
             return await self.endpoint.ask(client, path, body, read)
-        except Unanswered as failure:
-            raise InputError(
-                f"{failure}: see that it runs, then run the same command again; what was sampled is kept"
-            ) from None
+        except ConnectionError as failure:
+            raise InputError(f"{failure}, then run the same command again; what was sampled is kept") from None
 
     async def model_name(self, client: httpx.AsyncClient) -> str:
         """The name to ask for.

@@ -1,7 +1,7 @@
 """The guard around any reward: time-outs, bounded retries, and what happens to a batch that still fails.
 
-An exception or a time-out may pass, so it is tried again; a wrong count or type will not, so it raises at once. A
-failure is never a number.
+An exception or a time-out may pass, so it is tried again (`runtime.retry`). A wrong count or type will not, so it
+raises at once. A failure is never a number.
 
 Every attempt works on its own copies: whatever a function does to prompts, completions, token ids or columns changes
 neither what is scored next, nor what is kept, nor what another function sees.
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import random
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -22,14 +21,13 @@ from numpy.typing import NDArray
 from infalign.rewards.contract import TRAINERS, Text, as_rewards
 from infalign.rewards.reasoning import strip_reasoning as strip
 from infalign.runtime.calls import CoroutineRunner, in_thread, is_async, own_copy
+from infalign.runtime.retry import RetryPolicy, times
 from infalign.types import InputError, RewardError
 
 logger = logging.getLogger(__name__)
 
 OnError = Literal["error", "mask"]
 ON_ERROR = ("error", "mask")
-LONGEST_WAIT = 60.0
-"""Seconds: no pause between two attempts is longer."""
 
 
 class GuardedReward:
@@ -76,7 +74,7 @@ class GuardedReward:
         self.on_error = on_error
         self.retries = retries
         self.timeout = timeout
-        self.backoff = backoff
+        self._retry = RetryPolicy(retries, backoff)
         self.strip_reasoning = None if strip_reasoning is None else tuple(strip_reasoning)
         self.counts: dict[str, int] = dict.fromkeys(
             ("calls", "scored", "missing", "infinite", "failures", "timeouts", "retries"), 0
@@ -140,19 +138,20 @@ class GuardedReward:
         return {p.name: arguments[p.name] for p in named if p.name in arguments}
 
     def _attempts(self, arguments: dict[str, Any]) -> Any:
-        cause: BaseException | None = None
-        for attempt in range(self.retries + 1):
+        attempt = 0
+        while True:
+            attempt += 1
             try:
                 return self._call(arguments)
             except (RewardError, InputError):
                 raise
-            except (Exception, SystemExit) as error:  # foreign code: anything it raises may be passing trouble
+            except (Exception, SystemExit) as error:  # foreign code may raise anything
                 self.counts["timeouts"] += isinstance(error, TimeoutError)
-                cause = error
-            if attempt < self.retries:
-                self.counts["retries"] += 1
-                time.sleep(min(self.backoff * 2**attempt, LONGEST_WAIT) * random.uniform(0.5, 1.5))
-        raise _AllFailed(self.retries + 1) from cause
+                pause = self._retry.pause(attempt, error)
+                if pause is None:
+                    raise _AllFailed(attempt) from error
+            self.counts["retries"] += 1
+            time.sleep(pause)
 
     def _call(self, given: dict[str, Any]) -> Any:
         # TRL's own three are its objects, not data, and a function may well want to speak to them
@@ -175,8 +174,7 @@ class GuardedReward:
         cause = failure.__cause__
         lines = str(cause).strip().splitlines()
         what = f"{type(cause).__name__}: {lines[0][:200]}" if lines else type(cause).__name__
-        times = "once" if failure.attempts == 1 else f"{failure.attempts} times in a row"
-        message = f"{self.kind} {self.name!r} failed {times} ({what})"
+        message = f"{self.kind} {self.name!r} failed {times(failure.attempts)} ({what})"
         if _is_alarm_in_thread(cause):
             raise RewardError(f"{message}: {self._without_alarm()}") from cause
         if self.on_error == "error":

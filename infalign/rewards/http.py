@@ -10,8 +10,8 @@ Two shapes of JSON, both a POST to the URL, one batch a request:
   chats need a `tokenizer`, whose template renders them. Labels are the column `label_column`, else empty texts.
 
 A failure is never a number. A wrong count, a value that is no number, NaN and an infinity are named at once, as is a
-refusal (4xx); 429, 5xx, a time-out or a lost connection is tried again, after what `Retry-After` asks for. The token
-ids of completions are not sent: they mean nothing to another model.
+refusal (4xx); what may pass (429, 5xx, a time-out, a lost connection) is tried again (`runtime.retry`). The token ids
+of completions are not sent: they mean nothing to another model.
 
 Scores are cached under the URL, the shape and `version`, not under what the server runs: raise `version` when its model
 changes, or old scores are taken for new ones.
@@ -33,7 +33,8 @@ from infalign.rewards.contract import TRAINERS, Text, completion_text
 from infalign.rewards.fingerprint import digest
 from infalign.runtime.address import address_problem, exposes_key, key_in_environment
 from infalign.runtime.console import notice
-from infalign.runtime.http import Endpoint, Refused, Unanswered, at_a_time
+from infalign.runtime.http import Endpoint, Refused, at_a_time
+from infalign.runtime.retry import RetryPolicy
 from infalign.types import InputError, RewardError
 
 Shape = Literal["infalign", "openrlhf"]
@@ -89,9 +90,8 @@ class HTTPReward:
             problems.append("tokenizer and label_column belong to shape: openrlhf")
         if problems:
             raise InputError(f"reward over HTTP: {'; '.join(problems)}")
-        self.endpoint = Endpoint(
-            url, timeout, retries, key_in_environment(api_key_env), backoff, "reward_kwargs: {timeout: ...}"
-        )
+        key, retry = key_in_environment(api_key_env), RetryPolicy(retries, backoff)
+        self.endpoint = Endpoint(url, timeout, retry, key, "reward_kwargs: {timeout: ...}")
         warn_of_key(url, api_key_env)
         self.concurrency, self.batch_size, self.shape = concurrency, batch_size, shape
         self.columns = None if columns is None else list(columns)
@@ -105,7 +105,8 @@ class HTTPReward:
         """Scores (B,), NaN where the server gave null.
 
         Raises:
-            RewardError: the server refuses, answers what is no reward, or does not answer.
+            RewardError: the server refuses, or answers what is no reward.
+            ConnectionError: it does not answer.
         """
         sent = self._sent(columns)
         starts = range(0, len(completions), self.batch_size)
@@ -125,8 +126,6 @@ class HTTPReward:
                 scores = await at_a_time(self.concurrency, range(len(parts)), ask)
             except Refused as refusal:
                 raise RewardError(f"the reward server at {self.endpoint.url} refuses: {refusal}") from None
-            except Unanswered as failure:
-                raise ConnectionError(f"{failure}: see that it runs") from None
         return np.array([score for batch in scores for score in batch])
 
     def _sent(self, columns: dict[str, Any]) -> dict[str, Any]:

@@ -32,7 +32,8 @@ from infalign.rewards.judge_prompts import (
 )
 from infalign.runtime.address import address_problem, key_in_environment
 from infalign.runtime.console import notice
-from infalign.runtime.http import Endpoint, Refused, Unanswered, at_a_time, words_of
+from infalign.runtime.http import Endpoint, Refused, at_a_time, words_of
+from infalign.runtime.retry import RetryPolicy
 from infalign.types import InputError, RewardError
 
 Mode = Literal["pointwise", "pairwise"]
@@ -127,7 +128,8 @@ class ChatModel:
         problems += option_problems(concurrency=concurrency, max_tokens=max_tokens, timeout=timeout, retries=retries)
         if problems:
             raise InputError(f"LLM judge: {'; '.join(problems)}")
-        self.endpoint = Endpoint(base_url, timeout, retries, key_in_environment(api_key_env), backoff)
+        key, retry = key_in_environment(api_key_env), RetryPolicy(retries, backoff)
+        self.endpoint = Endpoint(base_url, timeout, retry, key)
         warn_of_key(base_url, api_key_env)
         self.concurrency, self.max_tokens = concurrency, max_tokens
         self._body = {"model": model, "temperature": temperature, "max_tokens": max_tokens, **(extra or {})}
@@ -150,8 +152,6 @@ class ChatModel:
                 return await at_a_time(self.concurrency, requests, one)
             except Refused as refusal:
                 raise RewardError(f"the judge at {self.endpoint.url} refuses: {refusal}") from None
-            except Unanswered as failure:
-                raise ConnectionError(f"{failure}: see that it runs") from None
 
 
 def _said(answer: Any) -> Said:

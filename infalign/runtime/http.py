@@ -1,17 +1,14 @@
 """JSON over HTTP: bounded retries, and never a failure that passes for an answer.
 
-What may pass (no connection, a time-out, 429, 5xx, an answer that is not whole) is tried again with growing pauses;
-what will not (any other status) is `Refused` at once. No message holds the API key.
+What may pass is tried again (`runtime.retry`); a status that will not is `Refused` at once. No message holds the API
+key.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import datetime
-import email.utils
 import json
-import random
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -19,12 +16,10 @@ from typing import Any, TypeVar
 import httpx
 
 from infalign.runtime.address import is_loopback
+from infalign.runtime.retry import RetryPolicy, may_pass, times
 
 Answer = TypeVar("Answer")
 Asked = TypeVar("Asked")
-
-LONGEST_WAIT = 60.0
-"""Seconds: no pause between two attempts is longer, whatever the server asks for."""
 
 
 class Refused(Exception):
@@ -35,10 +30,6 @@ class Refused(Exception):
         self.status = status
 
 
-class Unanswered(Exception):
-    """Every attempt failed; the message names the address, the number of attempts and the last problem."""
-
-
 @dataclass(frozen=True)
 class Endpoint:
     """An address, and how it is asked.
@@ -46,17 +37,15 @@ class Endpoint:
     Args:
         url: of the API's root, or of one address.
         timeout: seconds for one request, its whole answer included.
-        retries: further attempts after the first.
+        retry: how often a request is tried again.
         api_key: sent as a bearer token; shown nowhere.
-        backoff: seconds before the first retry, doubled each time, times a random factor in [0.5, 1.5].
         timeout_name: what the user sets for a longer `timeout`, for messages.
     """
 
     url: str
-    timeout: float = 600.0
-    retries: int = 4
+    timeout: float
+    retry: RetryPolicy
     api_key: str | None = field(default=None, repr=False)
-    backoff: float = 1.0
     timeout_name: str = "timeout"
 
     def client(self) -> httpx.AsyncClient:
@@ -81,32 +70,24 @@ class Endpoint:
 
         Raises:
             Refused: a status that no further attempt will change.
-            Unanswered: every attempt failed.
+            ConnectionError: every attempt failed; the message names the address, their number and the last problem.
         """
         address = f"{self.url}/{path}" if path else self.url
-        problem = ""
-        for attempt in range(self.retries + 1):
-            pause: float | None = None
+        attempt = 0
+        while True:
+            attempt += 1
             try:
                 async with asyncio.timeout(self.timeout):
                     response = await client.request("GET" if body is None else "POST", address, json=body)
-                if response.is_success:
-                    return read(response.json())
-                problem = f"HTTP {response.status_code}: {self._words(response)}"
-                if response.status_code != 429 and response.status_code < 500:
-                    raise Refused(response.status_code, problem)
-                pause = _asked_pause(response)
-            except TimeoutError:
-                problem = f"no answer after {self.timeout:g} s ({self.timeout_name})"
-            except httpx.RequestError as error:
-                problem = self.hidden(f"{type(error).__name__}: {error}".rstrip(": "))
-            except ValueError as error:  # no JSON, or not what was asked for
-                problem = f"not a usable answer: {self.hidden(str(error))}"
-            if attempt < self.retries:
-                drawn = min(self.backoff * 2**attempt, LONGEST_WAIT) * random.uniform(0.5, 1.5)
-                await asyncio.sleep(drawn if pause is None else min(pause, LONGEST_WAIT))
-        times = "once" if not self.retries else f"{self.retries + 1} times in a row"
-        raise Unanswered(f"the server at {address} failed {times} ({problem})")
+                return read(response.raise_for_status().json())
+            except (TimeoutError, httpx.HTTPError, ValueError) as error:
+                failure, problem = error, self._problem(error)
+            if isinstance(failure, httpx.HTTPStatusError) and not may_pass(failure):
+                raise Refused(failure.response.status_code, problem)
+            pause = self.retry.pause(attempt, failure)
+            if pause is None:
+                raise ConnectionError(f"the server at {address} failed {times(attempt)} ({problem}): see that it runs")
+            await asyncio.sleep(pause)
 
     def hidden(self, text: str) -> str:
         """A text in one short line, without the API key."""
@@ -114,11 +95,18 @@ class Endpoint:
         text = text.replace(self.api_key, "<secret>") if self.api_key else text
         return text if len(text) <= 200 else f"{text[:197]}..."
 
-    def _words(self, response: httpx.Response) -> str:
-        """What the server says about a failure, in one short line."""
-        with contextlib.suppress(ValueError):
-            return self.hidden(words_of(response.json()))
-        return self.hidden(response.text)
+    def _problem(self, failure: Exception) -> str:
+        """A failed attempt, in one short line."""
+        if isinstance(failure, TimeoutError):
+            return f"no answer after {self.timeout:g} s ({self.timeout_name})"
+        if isinstance(failure, httpx.HTTPStatusError):
+            text = failure.response.text
+            with contextlib.suppress(ValueError):  # no JSON
+                text = words_of(failure.response.json())
+            return f"HTTP {failure.response.status_code}: {self.hidden(text)}"
+        if isinstance(failure, httpx.RequestError):
+            return self.hidden(f"{type(failure).__name__}: {failure}".rstrip(": "))
+        return f"not a usable answer: {self.hidden(str(failure))}"  # no JSON, or not what was asked for
 
 
 def words_of(content: Any) -> str:
@@ -152,14 +140,3 @@ async def at_a_time(
     except ExceptionGroup as failures:
         raise failures.exceptions[0] from None
     return [task.result() for task in tasks]
-
-
-def _asked_pause(response: httpx.Response) -> float | None:
-    """Seconds of `Retry-After`, which is a number or a date."""
-    asked = response.headers.get("retry-after", "")
-    with contextlib.suppress(ValueError):
-        return max(0.0, float(asked))
-    with contextlib.suppress(ValueError, TypeError):
-        moment = email.utils.parsedate_to_datetime(asked)
-        return max(0.0, (moment - datetime.datetime.now(datetime.UTC)).total_seconds())
-    return None

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 
+import httpx
 import numpy as np
 import pytest
 
@@ -75,6 +76,29 @@ def test_backoff_doubles(monkeypatch):
     guard(failing(9), on_error="mask", retries=3, backoff=1.0)(PROMPTS, COMPLETIONS)
     for pause, centre in zip(pauses, [1, 2, 4], strict=True):
         assert 0.5 * centre <= pause <= 1.5 * centre
+
+
+def http_error(status, **headers):
+    """What a reward's own client raises: httpx here, alike with requests, openai and huggingface_hub."""
+    request = httpx.Request("POST", "http://h")
+    return httpx.HTTPStatusError(f"HTTP {status}", request=request, response=httpx.Response(status, headers=headers))
+
+
+def test_a_status_that_says_no_is_not_asked_again():
+    function = failing(9, http_error(401))
+    with pytest.raises(
+        RewardError, match=r"'mine' failed once \(HTTPStatusError: HTTP 401\); mend it, or set on_error"
+    ):
+        guard(function)(PROMPTS, COMPLETIONS)
+    assert function.calls == 1
+    assert np.isnan(guard(function, on_error="mask")(PROMPTS, COMPLETIONS)).all() and function.calls == 2
+
+
+def test_a_rewards_own_server_says_how_long_to_wait(monkeypatch):
+    pauses = []
+    monkeypatch.setattr("infalign.rewards.guard.time.sleep", pauses.append)
+    assert guard(failing(1, http_error(429, **{"Retry-After": "7"})))(PROMPTS, COMPLETIONS).tolist() == [1.0, 1.0]
+    assert pauses == [7.0]
 
 
 @pytest.mark.parametrize("on_error", ["error", "mask"])
