@@ -132,6 +132,7 @@ def expected_score(tokens: list[dict[str, Any]], low: int, high: int) -> float |
     if not places:
         return None
     written = tokens[places[-1]]
+    # several tokens may stand for one digit ("4", " 4"): their probabilities are added up
     weights: dict[int, float] = {}
     for one in written["top_logprobs"]:
         if (digit := digits.get(one["token"].strip())) is not None:
@@ -147,6 +148,7 @@ def _last_line(answer: str) -> str:
 
 
 def _tag(texts: list[str]) -> str:
+    # a tag that no text contains, so that no answer can close the quotation it stands in
     number = 0
     while True:
         digest = hashlib.blake2b(repr((number, texts)).encode(), digest_size=6).hexdigest()
