@@ -283,9 +283,12 @@ class ClassifierReward:
                 f"reward model {self.name!r}: max_length is {max_length}, and the model has positions for {positions} "
                 "tokens"
             )
-        return max_length or min(
-            (one for one in (positions, _context(self.model, self.tokenizer)) if one), default=None
+        declared = (
+            getattr(self.model.config, "max_position_embeddings", None),
+            getattr(self.tokenizer, "model_max_length", None),  # 10**30 where a tokenizer knows no limit
         )
+        limits = [positions, *(one for one in declared if one is not None and 0 < one < 10**9)]
+        return max_length or min((one for one in limits if one), default=None)
 
     def _check_batching(self) -> None:
         """Scores one by one must be the scores of a padded batch; says both when they are not."""
@@ -310,11 +313,6 @@ def _check_options(batch_tokens: int | None, max_length: int | None, too_long: s
     for name, value in switches.items():
         if value not in (None, True, False):
             raise InputError(f"{name} is true or false, got {value!r}")
-
-
-def _context(model: Any, tokenizer: Any) -> int | None:
-    limits = (getattr(model.config, "max_position_embeddings", None), getattr(tokenizer, "model_max_length", None))
-    return min((limit for limit in limits if limit is not None and 0 < limit < 10**9), default=None)
 
 
 def _text_config(model: Any) -> Any:
