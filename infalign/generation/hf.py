@@ -219,7 +219,7 @@ def draw(logits_BV: Tensor, uniforms_B: Tensor) -> tuple[Tensor, Tensor]:
     if size % BLOCK:
         weights = torch.nn.functional.pad(weights, (0, BLOCK - size % BLOCK))  # of weight 0: never drawn
     weights = weights.reshape(rows, -1, BLOCK)
-    # (B, V / BLOCK) cumulative weights at the blocks' ends, in float64 because float32 loses small tokens in them
+    # (B, V / BLOCK) cumulative weights at the blocks' ends; a running sum in float32 would lose small blocks
     ends = weights.sum(-1).double().cumsum(-1)
     total = ends[:, -1:]
     if not bool(torch.isfinite(total).all()):
@@ -229,11 +229,11 @@ def draw(logits_BV: Tensor, uniforms_B: Tensor) -> tuple[Tensor, Tensor]:
     block = torch.searchsorted(ends, target, right=True).clamp(max=ends.shape[1] - 1)
     # where the block starts: the end of the one before it, 0 for block 0 (whose index there only has to be valid)
     start = torch.where(block > 0, ends.gather(1, block - 1 + (block == 0)), 0.0)
-    # The target as a share of the block: the sum inside, of float64 terms, is not exactly the block's float32 sum,
-    # and a target taken over as it is could lie beyond its end.
+    # The target as a share of its block. The block's float32 sum and the float64 sum of its tokens differ by rounding,
+    # so that the target itself could lie beyond the last token.
     share = (target - start) / (ends.gather(1, block) - start)
     inside = weights[torch.arange(rows, device=weights.device), block[:, 0]].double().cumsum(-1)
-    # below 1, so that some token's cumulative weight exceeds it; equal ones (weight 0) are skipped by right=True
+    # the share stays below 1, so that some token exceeds it; right=True skips tokens of weight 0, which add nothing
     place = torch.searchsorted(inside, share.clamp(max=1 - 2**-53) * inside[:, -1:], right=True)
     chosen = block * BLOCK + place.clamp(max=BLOCK - 1)
     weight = weights.view(rows, -1).gather(1, chosen).double()

@@ -31,7 +31,7 @@ LEAST = 8
 
 def cuda_graph(step: Step) -> Step:
     """Capture `step` without running it; what is returned replays it and gives the same tensor every time."""
-    # the default stream can't be captured; another one must wait for what is under way on it, and the other way round
+    # the default stream can't be captured: another one waits for it here, and it waits for that one below
     graph, stream, here = torch.cuda.CUDAGraph(), torch.cuda.Stream(), torch.cuda.current_stream()
     stream.wait_stream(here)
     collecting = gc.isenabled()

@@ -100,7 +100,7 @@ def buckets(lengths: Sequence[int], tokens: int, beside: int = 0, cost: int = PA
     width = np.array([lengths[row] for row in order], dtype=np.int64)
     best, cut = np.zeros(len(order) + 1), np.zeros(len(order) + 1, dtype=int)
     for end in range(1, len(order) + 1):
-        # the last batch is order[start:end] for some start (all of them at once); its longest row comes first
+        # all candidates for the last batch at once, order[start:end] for start < end; its first row is its longest
         sizes = end - np.arange(end)
         fits = (sizes == 1) | (sizes * (width[:end] + beside) <= tokens)
         costs = np.where(fits, best[:end] + sizes * width[:end] + cost, np.inf)
@@ -338,7 +338,7 @@ def _attend(
     if not decoding.prefixes:
         return (scores.softmax(-1, dtype=torch.float32).to(query.dtype) @ value).view(rows, 1, heads, -1), None
     prefix_keys, prefix_values = decoding.prefixes[module.layer_idx]
-    # (U, H, places * G, P): all rows of a prompt meet its one copy of the keys, which is why no copy a row is made
+    # (U, H, places * G, P): all rows of a prompt meet its one copy of the keys in one product
     shared = decoding.by_prompt(query) @ prefix_keys.transpose(-1, -2)
     if decoding.bias is not None:
         shared += decoding.bias
@@ -435,7 +435,7 @@ def _compared(model: Any) -> str | None:
     """Continued prefixes, and decoding, beside plain passes: as close as two plain passes are to each other."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
     numbers = np.random.default_rng(0).integers(0, vocabulary, (3, 9)).tolist()
-    # two rows share a prompt, the third is shorter: sharing, padding and the way back to rows all count
+    # rows 0 and 2 share a prompt, row 1 has a shorter one: sharing, padding and the way back to rows all show
     prompts = [numbers[0][:5], numbers[1][:3], numbers[0][:5]]
     tails = [numbers[0][5:], numbers[1][5:], numbers[2][5:]]
     device = next(model.parameters()).device
@@ -465,7 +465,7 @@ def _compared(model: Any) -> str | None:
     plain, limit = plainly(model, "logits")
     decoding = Decoding(model, prompts, room=5)
     for place in range(5):
-        # a row leaves before the last step, and with it a prompt's second use
+        # row 0 leaves before the last step: its prompt goes on with row 2 alone
         rows = torch.arange(3, device=device)
         if place == 4:
             rows = torch.tensor([1, 2], device=device)
