@@ -71,6 +71,7 @@ def tie_rate(rewards_PK: Sequence[Array]) -> float:
         scored = row[~np.isnan(row)]
         if scored.size > 1:
             counts = np.unique(scored, return_counts=True)[1]
+            # ordered pairs of two different samples that are equal, over all ordered pairs
             rates.append(float((counts * (counts - 1)).sum() / (scored.size * (scored.size - 1))))
     return float(np.mean(rates)) if rates else 0.0
 
@@ -89,8 +90,10 @@ def uniformity(rewards_PK: Sequence[Array], rounds: int = 199, seed: int = 0) ->
     observed = _split_quantiles(rows)
     shuffled = [_split_quantiles([rng.permutation(row) for row in rows]) for _ in range(rounds)]
     grid = np.linspace(0.0, 1.0, 101)
+    # (rounds, 101) distribution functions of the quantiles on a grid
     curves = np.array([np.searchsorted(np.sort(values), grid, side="right") / values.size for values in shuffled])
     observed_curve = np.searchsorted(np.sort(observed), grid, side="right") / observed.size
+    # the observed split is one of rounds + 1 exchangeable ones: it is part of the centre and of the count below
     centre = (curves.sum(0) + observed_curve) / (rounds + 1)
     distance = np.abs(observed_curve - centre).max()
     return float((1 + (np.abs(curves - centre).max(1) >= distance - 1e-12).sum()) / (rounds + 1))
@@ -116,9 +119,12 @@ def expected_cost(
     (infalign/theory/README.md, equation 12).
     """
     rng = stream(seed, "cost", count)
+    # K uniforms cut [0, 1] into K + 1 spacings, whose widths are Dirichlet(1, ..., 1); a sample that falls into
+    # spacing j beats j of the K references, so its calibrated reward is j / K.
     widths_DJ = rng.dirichlet(np.ones(count + 1), size=draws)
     levels_J = clip_to_open(np.arange(count + 1) / count, count)
     phi_J = np.asarray(transform(levels_J), dtype=np.float64)
+    # shifted and scaled to [-1, 0]: the scale goes into the rate 1/beta, which is searched for anyway
     phi_J = (phi_J - phi_J.max()) / max(float(np.ptp(phi_J)), 1e-12)
 
     def masses(log_rate: float) -> Array:
@@ -141,6 +147,7 @@ def _mean_win_rate(procedure: Procedure, widths_DJ: Array, masses_DJ: Array) -> 
     left_DJ, below_DJ = np.cumsum(widths_DJ, 1) - widths_DJ, np.cumsum(masses_DJ, 1) - masses_DJ
     total = 0.0
     for part, weight in zip(share, weights / 2.0, strict=True):
+        # within a piece both CDFs are straight: u and Q at the same share of the way through it
         u_DJ = np.clip(left_DJ + part * widths_DJ, 0.0, 1.0)
         q_DJ = np.clip(below_DJ + part * masses_DJ, 0.0, 1.0)
         total += float((weight * widths_DJ * procedure.density(u_DJ) * procedure.cdf(q_DJ)).sum(1).mean())

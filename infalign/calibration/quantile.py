@@ -73,6 +73,7 @@ def _reference(row: ArrayLike, prompt: int) -> NDArray[np.float64]:
 
 
 def _midrank(rewards_G: NDArray[np.float64], reference_K: NDArray[np.float64]) -> NDArray[np.float64]:
+    # references below, and below or equal: their mean counts a tie as one half
     below = np.searchsorted(reference_K, rewards_G, side="left")
     up_to = np.searchsorted(reference_K, rewards_G, side="right")
     return np.where(np.isnan(rewards_G), np.nan, (below + up_to) / (2.0 * reference_K.size))
@@ -83,6 +84,7 @@ def _interpolated(rewards_G: NDArray[np.float64], reference_K: NDArray[np.float6
     levels = np.unique(reference_K)
     heights = _midrank(levels, reference_K)
     inside = np.interp(rewards_G, levels, heights)
+    # the mass beyond the outermost reference is half of its tie block's; the lower tail is the upper one mirrored
     below = heights[0] * _decay(levels[0] - rewards_G, _tail_scale(-reference_K[::-1]))
     above = 1.0 - (1.0 - heights[-1]) * _decay(rewards_G - levels[-1], _tail_scale(reference_K))
     found = np.where(rewards_G < levels[0], below, np.where(rewards_G > levels[-1], above, inside))
@@ -91,14 +93,14 @@ def _interpolated(rewards_G: NDArray[np.float64], reference_K: NDArray[np.float6
 
 def _tail_scale(ascending_K: NDArray[np.float64]) -> float:
     """Mean excess of the top sqrt(K) values over the next one: the maximum-likelihood scale of an exponential tail."""
-    top = max(1, int(np.sqrt(ascending_K.size)))
+    top = max(1, int(np.sqrt(ascending_K.size)))  # few enough to be the tail, and growing with K
     if ascending_K.size <= top:
         return 0.0
     return float((ascending_K[-top:] - ascending_K[-top - 1]).mean())
 
 
 def _decay(distance: NDArray[np.float64], scale: float) -> NDArray[np.float64]:
-    if scale <= 0.0:
+    if scale <= 0.0:  # all of the tail at one value: no mass beyond it
         return np.where(distance > 0, 0.0, 1.0)
     return np.exp(-np.clip(distance, 0.0, None) / scale)
 

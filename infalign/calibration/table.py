@@ -117,7 +117,8 @@ class SampleTable:
         Raises:
             InputError: a prompt whose tokens differ from those its samples were drawn on.
         """
-        held = self._planned_counts()
+        # a prompt's later segments go on where the earlier ones end, so the last end is its count
+        held = {self.key_of(key): end for segment in self.segments for key, _, end in segment.rows}
         self._check_tokens(wanted)
         missing = [entry for entry in wanted if held.get(entry.prompt.key, 0) < entry.count]
         if not missing:
@@ -254,9 +255,6 @@ class SampleTable:
                         f"{self.folder}: samples were scored with several values of the columns that the reward reads: "
                         "train with the recipe, which picks those of the data, or run calibrate --overwrite first"
                     )
-
-    def _planned_counts(self) -> dict[str, int]:
-        return {self.key_of(key): end for segment in self.segments for key, _, end in segment.rows}
 
     def _check_tokens(self, wanted: Sequence[Wanted]) -> None:
         held = {self.key_of(key): ids for key, ids in self.stored_prompt_ids().items()}

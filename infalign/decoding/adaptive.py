@@ -66,15 +66,14 @@ class Adaptive:
         drawn = len(seen.candidates)
         if not drawn:
             return Draw(self.n_min)
-        if drawn < self.n and self._pays(seen.rewards_N[~np.isnan(seen.rewards_N)]):
+        scored_M = seen.rewards_N[~np.isnan(seen.rewards_N)]
+        pays = drawn < self.n
+        if pays and scored_M.size >= 3:  # with fewer the predicted gain is infinite
+            spread = float(scored_M.std(ddof=1)) if self.unit == "spread" else 1.0
+            pays = expected_gain(scored_M) >= self.cost * spread
+        if pays:
             return Draw(min(self.at_once, self.n - drawn))
         return Choose(selected(BestOfN(drawn), seen.rewards_N, seen.rng))
-
-    def _pays(self, scored_M: NDArray[np.float64]) -> bool:
-        if scored_M.size < 3:
-            return True
-        spread = float(scored_M.std(ddof=1)) if self.unit == "spread" else 1.0
-        return expected_gain(scored_M) >= self.cost * spread
 
 
 def expected_gain(rewards_M: NDArray[np.float64]) -> float:
@@ -96,7 +95,8 @@ def expected_gain(rewards_M: NDArray[np.float64]) -> float:
         return 0.0
     freedom = m - 1
     z = float(rewards_M.max() - rewards_M.mean()) / scale
+    # Student's density by logarithms, because Gamma overflows from about 340 degrees of freedom on
     log_constant = special.gammaln((freedom + 1) / 2) - special.gammaln(freedom / 2) - 0.5 * np.log(freedom * np.pi)
     density = np.exp(log_constant - (freedom + 1) / 2 * np.log1p(z**2 / freedom))
-    above = special.stdtr(freedom, -z)
+    above = special.stdtr(freedom, -z)  # 1 - F(z) by symmetry, without its cancellation
     return float(scale * max((freedom + z**2) / (freedom - 1) * density - z * above, 0.0))

@@ -98,12 +98,12 @@ def extractor(spec: str) -> Extractor:
         raise InputError(
             f"answer {spec!r} is neither one of {', '.join(EXTRACTORS)} nor a regular expression ({error})"
         ) from error
-    return lambda text: _last_match(pattern, text)
 
+    def last_match(text: str) -> str | None:
+        found = list(pattern.finditer(text))
+        return found[-1][1 if pattern.groups else 0] if found else None
 
-def _last_match(pattern: re.Pattern[str], text: str) -> str | None:
-    found = list(pattern.finditer(text))
-    return found[-1][1 if pattern.groups else 0] if found else None
+    return last_match
 
 
 def normal_form(answer: str) -> str:

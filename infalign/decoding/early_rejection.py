@@ -65,16 +65,11 @@ class EarlyRejection:
         """Begin all, finish the best, choose."""
         if not seen.candidates:
             return Draw(self.n, tokens=self.check_tokens)
-        begun = [] if self._has_finished(seen) else [place for place in self._best(seen) if not seen.whole_N[place]]
-        if begun:
-            return Finish(tuple(begun))
+        # a candidate longer than a beginning was finished in an earlier step: then there is only the choice left
+        if not any(len(sample.token_ids) > self.check_tokens for sample in seen.candidates):
+            # descending, those without a score last; a stable sort keeps the earlier one where rewards tie
+            order = np.argsort(-np.where(np.isnan(seen.rewards_N), -np.inf, seen.rewards_N), kind="stable")
+            best = sorted(order[: math.ceil(self.keep * self.n)].tolist())
+            if begun := [place for place in best if not seen.whole_N[place]]:
+                return Finish(tuple(begun))
         return Choose(selected(self.procedure, np.where(seen.whole_N, seen.rewards_N, np.nan), seen.rng))
-
-    def _has_finished(self, seen: Seen) -> bool:
-        """Whether candidates were finished already: such a one is longer than a beginning."""
-        return any(len(sample.token_ids) > self.check_tokens for sample in seen.candidates)
-
-    def _best(self, seen: Seen) -> list[int]:
-        """The places of the ceil(keep n) best beginnings; those without a score come last."""
-        order = np.argsort(-np.where(np.isnan(seen.rewards_N), -np.inf, seen.rewards_N), kind="stable")
-        return sorted(order[: math.ceil(self.keep * self.n)].tolist())

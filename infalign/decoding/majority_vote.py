@@ -59,22 +59,17 @@ class MajorityVote:
         """Draw all, count the votes, choose."""
         if not seen.candidates:
             return Draw(self.n)
-        voters = self._voters(seen)
+        assert self.extract is not None
+        voters: dict[str, list[int]] = {}  # by answer, the places that give it
+        for place, sample in enumerate(seen.candidates):
+            answer = self.extract(sample.text)
+            if answer is not None and not (self.weighted and np.isnan(seen.rewards_N[place])):
+                voters.setdefault(normal_form(str(answer)), []).append(place)
         if not voters:
             return Choose(selected(BestOfN(self.n), seen.rewards_N, seen.rng))
         winner = max(voters.values(), key=lambda places: self._standing(seen.rewards_N[places], places[0]))
         best = np.where(np.isnan(seen.rewards_N[winner]), -np.inf, seen.rewards_N[winner])
         return Choose(winner[int(best.argmax())])
-
-    def _voters(self, seen: Seen) -> dict[str, list[int]]:
-        """The places that give each answer."""
-        assert self.extract is not None
-        found: dict[str, list[int]] = {}
-        for place, sample in enumerate(seen.candidates):
-            answer = self.extract(sample.text)
-            if answer is not None and not (self.weighted and np.isnan(seen.rewards_N[place])):
-                found.setdefault(normal_form(str(answer)), []).append(place)
-        return found
 
     def _standing(self, rewards: NDArray[np.float64], first: int) -> tuple[float, float, int]:
         """What answers are ordered by: votes, mean reward, the earlier first."""

@@ -139,7 +139,10 @@ def measure_compute(
         confidence, seed: of the intervals; seed also orders the replays.
     """
     fewest = min(int(_scored(table).size) for one in contests for table in (one.base, one.policy))
-    counts = _counts(fewest // 2) if fewest > 1 else []
+    # 1, 2, 3, 4, 6, 8, 12, ... up to half of the samples: about even steps on a log scale
+    most = fewest // 2
+    steps = {m * 2**power for power in range(most.bit_length()) for m in (1, 3)}
+    counts = sorted(n for n in steps if n <= most)
     points = [
         procedure_point(contests, side, BestOfN(n), confidence, seed).row for side in ("base", "policy") for n in counts
     ]
@@ -150,11 +153,6 @@ def measure_compute(
     except InputError as error:  # too few samples for this decoder: the curves stand without it
         problem = str(error)
     return Compute(tuple(points), tuple(decoder), problem, match(contests, confidence, seed) if counts else None)
-
-
-def _counts(most: int) -> list[int]:
-    """1, 2, 3, 4, 6, 8, 12, ... up to `most` (at least 1): about even steps on a log scale."""
-    return sorted({m * 2**power for power in range(most.bit_length()) for m in (1, 3) if m * 2**power <= most} | {1})
 
 
 def procedure_point(
@@ -245,11 +243,14 @@ def match(contests: Sequence[Contest], confidence: float = 0.95, seed: int = 0) 
     wins = [one.order_wins("base") for one in contests]
     sizes = {one.size for one in wins}
     weights = {m: np.array([BestOfN(n).order_weights(m) for n in range(1, largest + 1)]) for m in sizes}
+    # (P, N): the win rate of each prompt at N = 1, ..., largest; prompts may have different numbers of samples
     base_PN = np.array([weights[one.size] @ one for one in wins])
     policy_P = np.array([one.order_wins("policy").mean() for one in contests])
     rng = np.random.default_rng(seed)
+    # each row (P,) says how much every prompt counts in a resample
     rows = rng.multinomial(len(contests), np.full(len(contests), 1 / len(contests)), size=RESAMPLES) / len(contests)
     drawn = np.array([_crossing(w @ base_PN, float(w @ policy_P)) for w in rows])
+    # some resamples may never cross (inf), and between inf and a number there is nothing to interpolate
     tail = (1 - confidence) / 2
     low, high = np.quantile(drawn, [tail, 1 - tail], method="inverted_cdf")
     found = _crossing(base_PN.mean(0), float(policy_P.mean()))
@@ -274,7 +275,7 @@ def _crossing(curve_N: Array, level: float) -> float:
     reached = np.flatnonzero(curve_N >= level)
     if not reached.size:
         return float("inf")
-    at = int(reached[0])
+    at = int(reached[0])  # curve_N[at - 1] is the win rate at N = at, still below the level
     return at + (level - curve_N[at - 1]) / (curve_N[at] - curve_N[at - 1])
 
 

@@ -80,15 +80,15 @@ def draw_pairs(
     drawn: list[DecodedPair] = []
     for prompt, rows in enumerate(zip(policy_rewards_PM, base_rewards_PM, strict=True)):
         rng = np.random.default_rng([seed, prompt])
-        picks = [_picks(np.asarray(row, dtype=np.float64), procedure, count, rng) for row in rows]
+        picks: list[NDArray[np.intp]] = []
+        for row in rows:
+            rewards_M = np.asarray(row, dtype=np.float64)
+            scored = np.flatnonzero(~np.isnan(rewards_M))
+            # `choice` wants weights that are not negative and sum to 1, to more digits than a sum of weights has
+            weights = np.maximum(tied_weights(rewards_M[scored], procedure), 0.0)
+            picks.append(rng.choice(scored, size=count, p=weights / weights.sum()))
         drawn += [DecodedPair(prompt, int(ours), int(theirs)) for ours, theirs in zip(*picks, strict=True)]
     return drawn
-
-
-def _picks(rewards_M: Array, procedure: Procedure, count: int, rng: np.random.Generator) -> NDArray[np.intp]:
-    scored = np.flatnonzero(~np.isnan(rewards_M))
-    weights = np.maximum(tied_weights(rewards_M[scored], procedure), 0.0)
-    return rng.choice(scored, size=count, p=weights / weights.sum())
 
 
 def judged_wins(
@@ -124,12 +124,14 @@ def judged_wins(
     first, second = first_B[judged], second_B[judged]
     wins = (first + second) / 2.0
     prompts = [str(pair.prompt) for pair, kept in zip(pairs, judged, strict=True) if kept]
+    # a tie by either of them names no winner
     told = (wins != 0.5) & (margins_B[judged] != 0.0)
     agree = (wins > 0.5) == (margins_B[judged] > 0.0)
     return JudgedWins(
         win_rate=clustered_mean(wins, prompts, confidence, seed).interval,
         pairs=int(judged.sum()),
         unjudged=int((~judged).sum()),
+        # both are chances that the policy's answer is better: on different sides of 1/2 they name different winners
         disagreement=float(((first - 0.5) * (second - 0.5) < 0.0).mean()),
         first_preferred=float(((first + (1.0 - second)) / 2.0).mean()),
         proxy_agreement=float(agree[told].mean()) if told.any() else float("nan"),

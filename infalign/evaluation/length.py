@@ -83,11 +83,14 @@ def length_controlled_win_rate(
     for number, (ours, theirs) in enumerate(decoded):  # a prompt's pairs are many: never all prompts' at once
         weight, longer, win = _pairs(ours, theirs)
         binned_PBF[number] = _binned(weight, longer, win, spread)
+        # pairs of equal length are on both sides
         shares_P2[number] = (weight * (longer >= 0.0)).sum(), (weight * (longer <= 0.0)).sum()
+    # a difference of 0 has tanh(0) = 0, so theta alone is the log-odds at equal length
     theta, slope = _fit(binned_PBF.sum(0)[None])[0].tolist()
     if shares_P2.mean(0).min() < LEAST_OVERLAP:
         theta = slope = np.nan
     drawn_RP = np.random.default_rng(seed).multinomial(count, np.full(count, 1.0 / count), size=RESAMPLES)
+    # resampling prompts only changes how often each counts: (R, P) counts x (P, B, F) sums = (R, B, F), no pair again
     refits = _fit(np.tensordot(drawn_RP.astype(np.float64), binned_PBF, 1))[:, 0]
     tail = (1.0 - confidence) / 2.0
     low, high = special.expit(np.quantile(refits, [tail, 1.0 - tail])).tolist() if count > 1 else (np.nan, np.nan)
@@ -118,6 +121,7 @@ def _moments(decoded: Sequence[Sequence[Decodable]]) -> tuple[float, float]:
         (a, la, laa), (b, lb, lbb) = (
             (w.sum(), (w * (x - centre)).sum(), (w * (x - centre) ** 2).sum()) for w, _, x in sides
         )
+        # sum_ij a_i b_j (x_i - y_j)^k expands into each side's own sums; lengths are centred so that they do not cancel
         first += la * b - a * lb
         second += laa * b - 2.0 * la * lb + a * lbb
     mean = first / len(decoded)
@@ -143,13 +147,14 @@ def _decoded(side: Side, procedure: Procedure, number: int) -> Decodable:
 def _binned(weight: Array, longer: Array, win: Array, spread: float) -> Array:
     """(BINS, 3): weight, weighted wins and weighted tanh(d / s) of the pairs in each bin."""
     x = np.tanh(longer / spread) if spread > 0.0 else np.zeros_like(longer)
-    which = np.minimum(((x + 1.0) / 2.0 * BINS).astype(np.int64), BINS - 1)
+    which = np.minimum(((x + 1.0) / 2.0 * BINS).astype(np.int64), BINS - 1)  # x = 1 is in the last bin
     sums = [np.bincount(which, weights=values, minlength=BINS) for values in (weight, weight * win, weight * x)]
     return np.stack([one.astype(np.float64) for one in sums], axis=1)
 
 
 def _fit(binned_RBF: Array) -> Array:
     """theta and phi of R weighted logistic regressions, (R, 2), by Newton's method on all of them at once."""
+    # weights of each regression sum to 1, so that the ridge means the same for any number of pairs
     weight, wins = (binned_RBF[..., part] / binned_RBF[..., 0].sum(1, keepdims=True) for part in (0, 1))
     x = np.divide(binned_RBF[..., 2], binned_RBF[..., 0], out=np.zeros_like(weight), where=binned_RBF[..., 0] > 0.0)
     theta, phi = np.zeros((2, len(weight)))
@@ -158,6 +163,7 @@ def _fit(binned_RBF: Array) -> Array:
         left, spread = wins - weight * chance, weight * chance * (1.0 - chance)
         g0, g1 = left.sum(1) - _RIDGE * theta, (left * x).sum(1) - _RIDGE * phi
         a, b, c = spread.sum(1) + _RIDGE, (spread * x).sum(1), (spread * x * x).sum(1) + _RIDGE
+        # the Hessian [[a, b], [b, c]] inverted in closed form
         steps = np.stack([c * g0 - b * g1, a * g1 - b * g0]) / (a * c - b * b)
         steps *= np.minimum(1.0, _LONGEST / np.maximum(np.abs(steps).max(0), 1e-300))
         theta, phi = theta + steps[0], phi + steps[1]

@@ -80,27 +80,33 @@ def tie_limit(procedure: Procedure, base_rewards_PM: Sequence[Array], kl: float)
     if kl <= 0.0:
         return 0.5
     top = max(kl, min(8.0 * kl, _MOST_KL))
+    # prompts with ties near the top spend little, others more: budgets reach from kl / 16 to 8 kl
     budgets_Q = np.concatenate([[0.0], np.geomspace(kl / 16, top, _KNOTS)])
     fine = np.unique(np.concatenate([[0.0, kl], np.geomspace(kl / 100, top, 400)]))
+    # every k-th prompt, k the quotient rounded up
     rows = list(base_rewards_PM)[:: -(-len(base_rewards_PM) // _MOST_PROMPTS)]
     frontiers: dict[bytes, Array] = {}
     for masses_J in map(level_masses, rows):
         if masses_J.tobytes() not in frontiers:
             solved = [0.5 if budget == 0.0 else tied_limit(procedure, masses_J, float(budget)) for budget in budgets_Q]
-            frontiers[masses_J.tobytes()] = PchipInterpolator(
-                np.sqrt(budgets_Q),
-                np.maximum.accumulate(solved),  # W - 1/2 starts like sqrt(KL)
-            )(np.sqrt(fine))
+            # W - 1/2 starts like sqrt(KL), so it is nearly straight over sqrt(KL); where all mass is on top, a solved
+            # value may lie a rounding below the one before it
+            frontier = PchipInterpolator(np.sqrt(budgets_Q), np.maximum.accumulate(solved))
+            frontiers[masses_J.tobytes()] = frontier(np.sqrt(fine))
+    # (P, len(fine)); prompts with the same tie blocks (most of a binary reward's) were solved once
     win_PQ = np.array([frontiers[level_masses(row).tobytes()] for row in rows])
 
     def spent(log_slope: float) -> tuple[float, float]:
+        # at one slope for all, each prompt buys KL for as long as a nat brings more than the slope
         best = np.argmax(win_PQ - np.exp(log_slope) * fine, axis=1)
         return float(fine[best].mean()), float(np.take_along_axis(win_PQ, best[:, None], 1).mean())
 
+    # the KL spent falls with the slope: bisect for the slope at which the mean is kl
     low, high = np.log(1e-6), np.log(1e3)
     for _ in range(60):
         middle = (low + high) / 2.0
         low, high = (middle, high) if spent(middle)[0] > kl else (low, middle)
+    # KL is spent in steps of the grid: mix the two neighbours so that the mean is kl exactly
     (kl_above, win_above), (kl_below, win_below) = spent(low), spent(high)
     share = (kl - kl_below) / (kl_above - kl_below) if kl_above > kl_below else 0.0
     return win_below + float(np.clip(share, 0.0, 1.0)) * (win_above - win_below)

@@ -142,6 +142,7 @@ def clustered_share(values_P: Array, clusters_P: Sequence[str], confidence: floa
     _, which = np.unique(np.asarray(clusters_P), return_inverse=True)
     means = np.bincount(which, values_P) / np.bincount(which)
     share = float(means.mean())
+    # of the mean over clusters; where all clusters agree it is 0, and every pair counts as a trial
     variance = float(means.var(ddof=1)) / means.size if means.size > 1 else 0.0
     worth = share * (1.0 - share) / variance if variance > 0.0 else float(values_P.size)
     low, high = wilson_interval(share, min(worth, float(values_P.size)), confidence)

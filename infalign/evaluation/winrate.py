@@ -78,9 +78,11 @@ def win_rate(
     """
     policy, base = _rows(policy_rewards_PM, "policy", procedure), _rows(base_rewards_PM, "base", procedure)
     _check_same(len(policy), len(base))
-    values = [
-        _prompt_win_rate(np.sort(ours), np.sort(theirs), procedure) for ours, theirs in zip(policy, base, strict=True)
-    ]
+    values: list[float] = []
+    for ours, theirs in zip(policy, base, strict=True):
+        # order weights belong to ranks, so both sides are sorted; tied samples win alike, whichever has which weight
+        weights = _order_weights(procedure, ours.size), _order_weights(procedure, theirs.size)
+        values.append(_cross(np.sort(ours), weights[0], np.sort(theirs), weights[1]))
     return summarise(np.array(values), confidence, seed)
 
 
@@ -119,6 +121,7 @@ def tied_weights(rewards_M: Array, procedure: Procedure) -> Array:
     if not np.any(ascending[1:] == ascending[:-1]):
         return weights
     _, block = np.unique(rewards_M, return_inverse=True)
+    # the mean weight of each block of equal rewards, handed back to its members
     return (np.bincount(block, weights) / np.bincount(block))[block]
 
 
@@ -155,45 +158,41 @@ def bootstrap_interval(values_P: Array, confidence: float = 0.95, seed: int = 0)
         raise InputError("there are no prompts to average over")
     if not 0.0 < confidence < 1.0:
         raise InputError(f"confidence must be between 0 and 1, got {confidence}")
-    mean, error = float(values_P.mean()), _standard_error(values_P)
     if count == 1:
         return float("nan"), float("nan")
+    mean, error = float(values_P.mean()), float(values_P.std(ddof=1) / np.sqrt(count))
     if error == 0.0:
         return mean, mean
     means, variances = _resampled_moments(values_P, np.random.default_rng(seed))
+    # a resample of one value drawn P times has no standard error to divide by
     usable = variances > 1e-12 * error**2
     pivots = (means[usable] - mean) / np.sqrt(variances[usable])
     tail = (1.0 - confidence) / 2.0
     low, high = np.quantile(pivots, [tail, 1.0 - tail])
+    # t = (mean* - mean) / error*, turned round: its upper tail gives the lower end
     return mean - float(high) * error, mean - float(low) * error
 
 
 def _resampled_moments(values_P: Array, rng: np.random.Generator) -> tuple[Array, Array]:
     """Means and squared standard errors of `RESAMPLES` bootstrap samples, in blocks of bounded memory."""
-    block = max(1, 2_000_000 // values_P.size)
+    block = max(1, 2_000_000 // values_P.size)  # rows at a time: 16 MB of drawn indices
     moments: list[tuple[Array, Array]] = []
     for start in range(0, RESAMPLES, block):
         rows = min(block, RESAMPLES - start)
         drawn = values_P[rng.integers(values_P.size, size=(rows, values_P.size))]
+        # var / (P - 1) with var over P is the unbiased variance over P: the squared standard error
         moments.append((drawn.mean(1), drawn.var(1) / (values_P.size - 1)))
     return np.concatenate([mean for mean, _ in moments]), np.concatenate([variance for _, variance in moments])
-
-
-def _standard_error(values_P: Array) -> float:
-    return float(values_P.std(ddof=1) / np.sqrt(values_P.size)) if values_P.size > 1 else float("nan")
-
-
-def _prompt_win_rate(policy_M: Array, base_M: Array, procedure: Procedure) -> float:
-    weights = _order_weights(procedure, policy_M.size), _order_weights(procedure, base_M.size)
-    return _cross(policy_M, weights[0], base_M, weights[1])
 
 
 def _cross(policy_M: Array, weights_M: Array, base_M: Array, base_weights_M: Array) -> float:
     """`sum_ij a_i b_j (1[r_i > s_j] + 1/2 1[r_i = s_j])` in O(M log M)."""
     order = np.argsort(base_M, kind="stable")
+    # cumulative[k] is the weight of the k lowest base samples: (M + 1,)
     base_sorted, cumulative = base_M[order], np.concatenate([[0.0], np.cumsum(base_weights_M[order])])
     below = cumulative[np.searchsorted(base_sorted, policy_M, side="left")]
     up_to = cumulative[np.searchsorted(base_sorted, policy_M, side="right")]
+    # strictly below counts in both terms, a tie in `up_to` alone, hence one half
     return float(weights_M @ (below + up_to) / 2.0)
 
 

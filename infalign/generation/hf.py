@@ -131,25 +131,29 @@ def decode_rows(
     active = torch.arange(len(prompts), device=device)
     tokens_BT = torch.zeros(uniforms.shape, dtype=torch.long, device=device)
     logps_BT = torch.zeros(uniforms.shape, dtype=torch.float32, device=device)
+    # tokens, log-probabilities and lengths stay B long; `active` says which of those rows are still decoded
     lengths_B = torch.full((len(prompts),), count, device=device)
     processors = _processors(settings)
     ids_BP, _ = pad_left(prompts, end_ids[0] if end_ids else 0, device)
-    chosen = ids_BP[:, -1]
+    chosen = ids_BP[:, -1]  # a shared prompt is computed without its last token, which is the first input
     for step in range(count):
         logits = rows.logits(chosen).float()
         if settings.temperature != 1.0:
             logits = logits / settings.temperature
         if processors:
+            # a repetition penalty looks at all tokens so far, of the prompt too
             logits = processors(torch.cat([ids_BP[active], tokens_BT[active, :step]], dim=1), logits)
         chosen, logps = draw(logits, uniforms[active, step])
         tokens_BT[active, step], logps_BT[active, step] = chosen, logps
         ended = active[torch.isin(chosen, ends)]
+        # Rows that have ended may be decoded on for a while: their first end counts, hence the minimum.
         lengths_B[ended] = lengths_B[ended].clamp(max=step + 1)
         going = lengths_B[active] > step + 1
         unfinished = bool(going.any())
+        # where weights are sharded a pass takes all ranks, so one that is done goes on until the last is
         if not (any_rank(unfinished) if in_step else unfinished):
             break
-        keep = going.nonzero()[:, 0]
+        keep = going.nonzero()[:, 0]  # places among the active rows, not in the batch
         if unfinished and isinstance(rows, Decoding) and len(keep) <= rows.KEPT * len(active):
             rows.keep(keep)
             active, chosen = active[keep], chosen[keep]
@@ -211,19 +215,25 @@ def draw(logits_BV: Tensor, uniforms_B: Tensor) -> tuple[Tensor, Tensor]:
         FloatingPointError: a row's logits are not finite.
     """
     rows, size = logits_BV.shape
-    weights = logits_BV.sub_(logits_BV.amax(-1, keepdim=True)).exp_()
+    weights = logits_BV.sub_(logits_BV.amax(-1, keepdim=True)).exp_()  # the softmax times its total
     if size % BLOCK:
-        weights = torch.nn.functional.pad(weights, (0, BLOCK - size % BLOCK))
+        weights = torch.nn.functional.pad(weights, (0, BLOCK - size % BLOCK))  # of weight 0: never drawn
     weights = weights.reshape(rows, -1, BLOCK)
+    # (B, V / BLOCK) cumulative weights at the blocks' ends, in float64 because float32 loses small tokens in them
     ends = weights.sum(-1).double().cumsum(-1)
     total = ends[:, -1:]
     if not bool(torch.isfinite(total).all()):
         raise FloatingPointError("the model's logits are not finite: its weights are damaged or training diverged")
     target = uniforms_B[:, None] * total
+    # the first block that ends above the target; the clamp is for a target that rounds up to the total
     block = torch.searchsorted(ends, target, right=True).clamp(max=ends.shape[1] - 1)
+    # where the block starts: the end of the one before it, 0 for block 0 (whose index there only has to be valid)
     start = torch.where(block > 0, ends.gather(1, block - 1 + (block == 0)), 0.0)
+    # The target as a share of the block: the sum inside, of float64 terms, is not exactly the block's float32 sum,
+    # and a target taken over as it is could lie beyond its end.
     share = (target - start) / (ends.gather(1, block) - start)
     inside = weights[torch.arange(rows, device=weights.device), block[:, 0]].double().cumsum(-1)
+    # below 1, so that some token's cumulative weight exceeds it; equal ones (weight 0) are skipped by right=True
     place = torch.searchsorted(inside, share.clamp(max=1 - 2**-53) * inside[:, -1:], right=True)
     chosen = block * BLOCK + place.clamp(max=BLOCK - 1)
     weight = weights.view(rows, -1).gather(1, chosen).double()

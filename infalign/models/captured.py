@@ -31,13 +31,14 @@ LEAST = 8
 
 def cuda_graph(step: Step) -> Step:
     """Capture `step` without running it; what is returned replays it and gives the same tensor every time."""
+    # the default stream can't be captured; another one must wait for what is under way on it, and the other way round
     graph, stream, here = torch.cuda.CUDAGraph(), torch.cuda.Stream(), torch.cuda.current_stream()
     stream.wait_stream(here)
     collecting = gc.isenabled()
     gc.disable()  # collected tensors of other graphs would be freed into this one
     try:
         with torch.cuda.stream(stream):
-            graph.capture_begin(capture_error_mode="thread_local")
+            graph.capture_begin(capture_error_mode="thread_local")  # other threads may go on using CUDA
             try:
                 result = step()
             except BaseException:
@@ -86,12 +87,12 @@ class CapturedDecoding(Decoding):
 
     def logits(self, ids_B: Tensor) -> Tensor:
         """(B, V) logits of the next token after one more input token a row; valid until the next call."""
-        if self._count == self._seen:
+        if self._count == self._seen:  # the block is full: attend to one more, which takes a new graph
             self._seen = min(self._room, self._seen + BLOCK)
             self._mask_places()
             self._begin_anew()
         self._count += 1
-        self._ids.copy_(ids_B)
+        self._ids.copy_(ids_B)  # the graph reads this very tensor
         if self._replay is None and self._warm and self._capture is not None:
             try:
                 self._replay = self._capture(self._step)
@@ -119,8 +120,10 @@ class CapturedDecoding(Decoding):
 
     def _step(self) -> Tensor:
         assert self.own_bias is not None
+        # the new token's own place is open from now on; its index is a tensor, so that a replay reads the current one
         self.own_bias.index_fill_(0, self._place, 0.0)
         logits = self._forward(self._ids)
+        # in place, like everything here that the next replay must find changed
         self.positions.add_(1)
         self._place.add_(1)
         return logits
@@ -184,7 +187,7 @@ def why_not_captured(model: Any, capture: Callable[[Step], Step] = cuda_graph) -
                 rows = rows[1:]
                 by_step.keep(rows)
                 by_graph.keep(rows)
-            ids = (11 * rows + 3 * place + 1) % vocabulary
+            ids = (11 * rows + 3 * place + 1) % vocabulary  # different by row and step, nothing more
             expected, found = by_step.logits(ids), by_graph.logits(ids)
             if not (difference := apart(found, expected)) <= rounding(expected):
                 return f"it changes the model's results by {difference:.2g}"

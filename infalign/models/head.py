@@ -62,6 +62,7 @@ def head_of(model: Any) -> Head | None:
                 found = head.logits(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
         finally:
             model.train(training)
+        # logits that bfloat16 holds without loss were computed in it, whatever type they came in
         coarse = torch.equal(own, own.to(torch.bfloat16).to(own.dtype)) or own.dtype == torch.float16
         tolerance = (5e-2 if coarse else 1e-3) * float(own.abs().max())
         _agrees[model] = float((found - own.float()).abs().max()) <= tolerance
@@ -86,7 +87,7 @@ def _scale(config: Any) -> float:
 
 def pieces(tokens: int, vocabulary: int) -> Iterator[slice]:
     """Tokens in pieces whose float32 logits take about `PIECE_BYTES`."""
-    size = max(16, PIECE_BYTES // (4 * vocabulary))
+    size = max(16, PIECE_BYTES // (4 * vocabulary))  # 4 bytes a logit
     return (slice(start, min(start + size, tokens)) for start in range(0, tokens, size))
 
 
@@ -109,11 +110,12 @@ class _Logps(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
         states, weight = states.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
+        # normal (T,) is log sum_v e^z: all that backward needs to make the softmax again
         logps, normal = (states.new_empty(len(labels), dtype=torch.float32) for _ in range(2))
         entropies = torch.zeros_like(logps)
         for piece in pieces(len(labels), len(weight)):
             logits = _scaled(states[piece], weight, bias, scale, cap, temperature)
-            chosen = logits.gather(1, labels[piece, None])[:, 0]
+            chosen = logits.gather(1, labels[piece, None])[:, 0]  # a copy: logits are overwritten below
             highest = logits.amax(1)
             logits -= highest[:, None]
             weights = logits.exp()
@@ -121,6 +123,7 @@ class _Logps(torch.autograd.Function):
             normal[piece] = highest + total.log()
             logps[piece] = chosen - normal[piece]
             if entropy:
+                # H = log sum_v e^z - sum_v z e^z / sum_v e^z, for z less its maximum
                 entropies[piece] = total.log() - torch.linalg.vecdot(weights, logits) / total
         ctx.save_for_backward(states, weight, bias, labels, normal)
         ctx.how = (scale, cap, temperature)
@@ -138,9 +141,12 @@ class _Logps(torch.autograd.Function):
         by_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias and bias is not None else None
         for piece in pieces(len(labels), len(weight)):
             logits = _scaled(states[piece], weight, bias, scale, cap, temperature)
+            # z = (cap / T) tanh(.), so tanh' = 1 - tanh^2 follows from z itself
             slope = None if cap is None else 1 - (logits * (temperature / cap)).square()
+            # d logp / dz = onehot(label) - softmax(z), times the incoming gradient, in the memory of the logits
             logits.sub_(normal[piece, None]).exp_().mul_(-grad[piece, None])
             logits.scatter_add_(1, labels[piece, None], grad[piece, None])
+            # from z back to W h + b
             logits *= scale / temperature
             if slope is not None:
                 logits *= slope

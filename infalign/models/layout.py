@@ -49,4 +49,4 @@ def _weights(model: Any) -> list[torch.Tensor]:
 
 
 def _columnwise(weight: torch.Tensor) -> torch.Tensor:
-    return weight.data.t().contiguous().t()
+    return weight.data.t().contiguous().t()  # the same (out, in), with strides (1, out)

@@ -100,13 +100,14 @@ def buckets(lengths: Sequence[int], tokens: int, beside: int = 0, cost: int = PA
     width = np.array([lengths[row] for row in order], dtype=np.int64)
     best, cut = np.zeros(len(order) + 1), np.zeros(len(order) + 1, dtype=int)
     for end in range(1, len(order) + 1):
+        # the last batch is order[start:end] for some start (all of them at once); its longest row comes first
         sizes = end - np.arange(end)
         fits = (sizes == 1) | (sizes * (width[:end] + beside) <= tokens)
         costs = np.where(fits, best[:end] + sizes * width[:end] + cost, np.inf)
         cut[end] = int(costs.argmin())
         best[end] = costs[cut[end]]
     found = []
-    end = len(order)
+    end = len(order)  # walk back from the last cut
     while end:
         found.append(order[cut[end] : end])
         end = cut[end]
@@ -206,7 +207,7 @@ class Decoding:
         self.prefixes = [] if prefix.cache is None else _keys_and_values(prefix.cache)
         self.bias = _bias(prefix.mask_UP, self.prefixes[0][0].dtype if self.prefixes else torch.float32)
         self.attended = 0
-        self.positions = mask.sum(1, keepdim=True) - 1
+        self.positions = mask.sum(1, keepdim=True) - 1  # (B, 1): where each prompt's last token stands, the first input
         self.own = new_cache(model)
         layers: list[Any] = self.own.layers
         layers[:] = [self._layer(len(prompts)) for _ in layers]
@@ -245,6 +246,8 @@ class Decoding:
 
     def _arrange(self) -> None:
         """Give the rows of every prompt places 0, 1, ... beside it; places that stay empty repeat row 0."""
+        # Slots are U * places; prompt u has slots u * places, u * places + 1, ... for its rows. In sorted order a row's
+        # place among those of its prompt is its index less where its prompt starts.
         order = self.prompt_of_row.argsort(stable=True)
         counts = self.prompt_of_row.bincount()
         self.prompts, self.places = len(counts), int(counts.max())
@@ -253,6 +256,7 @@ class Decoding:
         slots = of_sorted * self.places + torch.arange(len(order), device=order.device) - start[of_sorted]
         self._row_of_slot = order.new_zeros(self.prompts * self.places).scatter_(0, slots, order)
         self._slot_of_row = torch.empty_like(order).scatter_(0, order, slots)
+        # rows that stand in their slots already (equal counts, prompts in order) need no copy at every layer
         in_place = torch.equal(self._row_of_slot, torch.arange(len(order), device=order.device))
         self._regular = in_place and len(self._row_of_slot) == len(order)
 
@@ -260,14 +264,14 @@ class Decoding:
         """(B, H, G, W) of rows as (U, H, places * G, W) of prompts."""
         _, heads, group, width = x_BHGW.shape
         x = x_BHGW if self._regular else x_BHGW.index_select(0, self._row_of_slot)
-        x = x.reshape(self.prompts, self.places, heads, group, width).transpose(1, 2)
+        x = x.reshape(self.prompts, self.places, heads, group, width).transpose(1, 2)  # (U, H, places, G, W)
         return x.reshape(self.prompts, heads, self.places * group, width)
 
     def by_row(self, x_UHQW: Tensor) -> Tensor:
         """The way back from `by_prompt`."""
         prompts, heads, queries, width = x_UHQW.shape
         group = queries // self.places
-        x = x_UHQW.view(prompts, heads, self.places, group, width).transpose(1, 2)
+        x = x_UHQW.view(prompts, heads, self.places, group, width).transpose(1, 2)  # (U, places, H, G, W)
         x = x.reshape(prompts * self.places, heads, group, width)
         return x if self._regular else x.index_select(0, self._slot_of_row)
 
@@ -326,19 +330,23 @@ def _attend(
     decoding = _decoding.get()
     decoding.attended += 1
     rows, heads, _, width = query.shape
+    # (B, H, G, D) queries for H key heads: the G query heads that share one take the place of a sequence
     query = (query * (width**-0.5 if scaling is None else scaling)).view(rows, key.shape[1], -1, width)
-    scores = query @ key.transpose(-1, -2)
+    scores = query @ key.transpose(-1, -2)  # (B, H, G, T), T own tokens
     if decoding.own_bias is not None:
         scores += decoding.own_bias
     if not decoding.prefixes:
         return (scores.softmax(-1, dtype=torch.float32).to(query.dtype) @ value).view(rows, 1, heads, -1), None
     prefix_keys, prefix_values = decoding.prefixes[module.layer_idx]
+    # (U, H, places * G, P): all rows of a prompt meet its one copy of the keys, which is why no copy a row is made
     shared = decoding.by_prompt(query) @ prefix_keys.transpose(-1, -2)
     if decoding.bias is not None:
         shared += decoding.bias
+    # one softmax over prompt and own tokens together: (B, H, G, P + T), in float32 like transformers' own
     weights = torch.cat([decoding.by_row(shared), scores], -1).softmax(-1, dtype=torch.float32).to(query.dtype)
     prefix = prefix_keys.shape[2]
     out = weights[..., prefix:] @ value
+    # padding of other prompts has weight 0 by its -inf; slots without a row repeat row 0, and by_row leaves them out
     out += decoding.by_row(decoding.by_prompt(weights[..., :prefix]) @ prefix_values)
     return out.view(rows, 1, heads, -1), None
 
@@ -427,6 +435,7 @@ def _compared(model: Any) -> str | None:
     """Continued prefixes, and decoding, beside plain passes: as close as two plain passes are to each other."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
     numbers = np.random.default_rng(0).integers(0, vocabulary, (3, 9)).tolist()
+    # two rows share a prompt, the third is shorter: sharing, padding and the way back to rows all count
     prompts = [numbers[0][:5], numbers[1][:3], numbers[0][:5]]
     tails = [numbers[0][5:], numbers[1][5:], numbers[2][5:]]
     device = next(model.parameters()).device
@@ -439,11 +448,13 @@ def _compared(model: Any) -> str | None:
         alone = [run(input_ids=torch.tensor([row], device=device), use_cache=False) for row in whole]
         given = getattr(padded, read)[:, -5:]
         noise = apart(torch.cat([getattr(one, read)[:, -5:] for one in alone]), given)
+        # Padded and alone, the plain path differs from itself by its kernels; sharing may be a few times as far off.
         return given, max(rounding(given), 4 * noise)
 
     ids_BP, mask_BP = pad_left(prompts, 0, device)
     first, of_row = unique_rows(ids_BP, mask_BP)
     prefix = encode_prefixes(model, ids_BP[first], mask_BP[first])
+    # the last prompt token comes first, so the 5 inputs stand at the last 5 places of the plain pass
     inputs = torch.cat([ids_BP[:, -1:], torch.tensor(tails, device=device)], dim=1)
     shared = model.base_model(**continuation(prefix, of_row, inputs, torch.ones_like(inputs))).last_hidden_state
     plain, limit = plainly(model.base_model, "last_hidden_state")
@@ -454,6 +465,7 @@ def _compared(model: Any) -> str | None:
     plain, limit = plainly(model, "logits")
     decoding = Decoding(model, prompts, room=5)
     for place in range(5):
+        # a row leaves before the last step, and with it a prompt's second use
         rows = torch.arange(3, device=device)
         if place == 4:
             rows = torch.tensor([1, 2], device=device)
@@ -477,7 +489,7 @@ def rounding(values: Tensor) -> float:
     That shows in the values: mixed precision hands out float32 tensors that hold bfloat16 numbers. SmolLM2-135M in
     bfloat16 is 0.05 apart between two kernels of attention, and 0.94 with positions off by one.
     """
-    if torch.equal(values, values.to(torch.bfloat16).to(values.dtype)):
+    if torch.equal(values, values.to(torch.bfloat16).to(values.dtype)):  # nothing was lost: bfloat16 all along
         return 0.15
     if torch.equal(values, values.to(torch.float16).to(values.dtype)) or values.device.type == "cuda":  # or TF32
         return 0.03

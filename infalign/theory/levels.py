@@ -37,11 +37,11 @@ Floats = NDArray[np.float64]
 LEVELS = 1200
 """J of the coarser of the two resolutions that a continuous optimum is extrapolated from."""
 _NOTHING_LEFT = -30.0  # log beta
-_COARSE = 250
+_COARSE = 250  # levels of the cuts that only find out where levels are needed
 SMALLEST_KL, LARGEST_KL = 1e-9, 25.0
-_MOST_STEPS = 60
-_LARGEST_LOG_BETA = 600.0
-_SUP_SLACK = 1e-9
+_MOST_STEPS = 60  # of Newton, which takes two to seven from a good start
+_LARGEST_LOG_BETA = 600.0  # e^600 is still a finite float
+_SUP_SLACK = 1e-9  # nats below the KL of all mass on top, from which on that policy is the answer
 
 
 @dataclass(frozen=True)
@@ -133,6 +133,7 @@ def continuous_optimum(
     Raises:
         InputError: none was found.
     """
+    # A cut follows the solution at one KL. For a given beta that KL is not known yet: 1 % is near enough to begin with.
     levels = _Levels(procedure, _widths(*_first_edges()))
     if kl is not None:
         near = kl
@@ -143,9 +144,11 @@ def continuous_optimum(
         policy = levels.near(near, log_beta)
         near = near if abs(policy.kl / near - 1) < 1e-6 else policy.kl
         levels = _Levels(procedure, _widths(*levels.cut_along(policy, count)))
+    # The same edges twice, the second time with every level halved: only then is the error c/J^2 with one c.
     one = levels.near(near, log_beta)
     halved = _Levels(procedure, np.repeat(levels.base_J / 2, 2))
     fixed_kl = near if log_beta is None else None
+    # both halves of a level start from its density ratio
     two = halved.newton(np.repeat(one.log_ratio_J, 2), one.log_beta, fixed_kl) or halved.near(near, log_beta)
     if not (one.converged and two.converged):
         return _at_less(procedure, near)
@@ -191,6 +194,7 @@ def _with_middles(values: Floats) -> Floats:
 
 def _first_edges() -> tuple[Floats, Floats]:
     """u and 1 - u at edges to begin with: even in the middle, by constant factors towards both ends."""
+    # e^-32 is 1e-14. Next to u = 1 floats can't tell such steps apart, but 1 - u can: so both are kept.
     tail = np.exp(np.linspace(-32.0, -2.5, 90))
     middle = np.linspace(0.1, 0.9, 65)
     below = np.concatenate([[0.0], tail, middle, 1 - tail[::-1], [1.0]])
@@ -200,6 +204,7 @@ def _first_edges() -> tuple[Floats, Floats]:
 
 def _widths(below: Floats, above: Floats) -> Floats:
     """Masses between edges, each accurate relative to itself: (J,) from (J+1,)."""
+    # the difference is taken of whichever is small, because rounding is relative to the size of the number
     return np.where(below[1:] < 0.5, np.diff(below), -np.diff(above))
 
 
@@ -213,6 +218,7 @@ def _masses(name: str, masses: ArrayLike) -> Floats:
 
 def _cumulative(masses_J: Floats) -> Floats:
     """0, P_1, ..., P_J = 1: (J+1,)."""
+    # sums may exceed 1 by rounding, and G is defined on [0, 1] only
     total = np.minimum(np.concatenate([[0.0], np.cumsum(masses_J)]), 1.0)
     total[-1] = 1.0
     return total
@@ -265,7 +271,7 @@ class _Levels:
         # G(P) near 1 has lost its small differences; those of 1 - G(P), which the mirror knows, have not
         low, high = decoded[2:] - decoded[:-2], undecoded[:-2] - undecoded[2:]
         self.coupling = np.where(decoded[1:-1] < 0.5, low, high) / 2
-        self.most_kl = -float(self.log_base_J[-1])
+        self.most_kl = -float(self.log_base_J[-1])  # the KL of all mass on the top level
 
     def at_kl(self, kl: float) -> _Policy:
         """The best policy found within kl."""
@@ -278,9 +284,11 @@ class _Levels:
         uniform = _Policy(np.zeros_like(self.base_J), self.base_J, math.log(beta), 0.0, 0.5)
         if len(self.base_J) == 1:
             return uniform
+        # shares of the largest KL: powers of ten for a large beta, then even steps, denser next to the end
         grid = self.most_kl * np.concatenate([10.0 ** np.arange(-6, -1), np.linspace(0.02, 0.98, 49), [0.995, 1.0]])
         scanned = [uniform, *(self.at_kl(float(kl)) for kl in grid[grid > _SUP_SLACK])]
         best = max(scanned, key=lambda policy: policy.gain(beta))
+        # where all mass is on top the other levels have x = -inf, from which Newton can't start
         polished = self.newton(np.maximum(best.log_ratio_J, -50.0), math.log(beta), None)
         if polished is None or polished.gain(beta) < best.gain(beta):
             return _Policy(best.log_ratio_J, best.mass_J, math.log(beta), best.kl, best.win_rate)
@@ -295,6 +303,7 @@ class _Levels:
 
         least, most = math.log(SMALLEST_KL), math.log(LARGEST_KL)
         low = high = min(max(math.log(max(guess, SMALLEST_KL)), least), most)
+        # beta falls as the KL grows, so excess does too: the bracket widens by factors of e
         while excess(low) < 0 and low > least:
             low -= 1.0
         while excess(high) > 0 and high < most:
@@ -308,6 +317,7 @@ class _Levels:
         start = self.at_kl(kl)
         if log_beta is None:
             return start
+        # x = R / beta_start + const, so R / beta is x times beta_start / beta
         reward_J = start.log_ratio_J - start.log_ratio_J.max()
         scale = math.exp(min(start.log_beta - log_beta, _LARGEST_LOG_BETA))
         exponent_J = np.maximum(reward_J, -1e300 / scale) * scale  # the tilt of the same rewards
@@ -323,15 +333,18 @@ class _Levels:
         """u and 1 - u at the edges of `count` levels that share evenly what u, Q, G(u), G(Q) and log q/10 change by."""
         cdf, mirror = self.procedure.cdf, self.procedure.mirror.cdf
         Q, survival = _cumulative(policy.mass_J), _from_top(policy.mass_J)
+        # a density below e^-30 of the base's is 0 for every purpose: how its log moves needs no levels
         x = np.maximum(policy.log_ratio_J, -30.0)
-        x = np.concatenate([x[:1], (x[1:] + x[:-1]) / 2, x[-1:]])
+        x = np.concatenate([x[:1], (x[1:] + x[:-1]) / 2, x[-1:]])  # from levels (J,) to edges (J+1,)
         moved = self.base_J + policy.mass_J + 0.1 * np.abs(np.diff(x))
         moved = moved + _widths(cdf(self.below), mirror(self.above)) + _widths(cdf(Q), mirror(survival))
         total = np.concatenate([[0.0], np.cumsum(moved)])
+        # invert the cumulative change: the level that each new edge falls into, and where in it
         wanted = np.linspace(0.0, float(total[-1]), count + 1)[1:-1]
         level = np.searchsorted(total, wanted, side="right") - 1
         part = (wanted - total[level]) / moved[level]
         below = self.below[level] + part * self.base_J[level]
+        # 1 - u is built up from the next edge above, not as 1 - below, so that it stays exact near the top
         above = self.above[level + 1] + (1 - part) * self.base_J[level]
         return np.concatenate([[0.0], below, [1.0]]), np.concatenate([[1.0], above, [0.0]])
 
@@ -346,16 +359,20 @@ class _Levels:
     def _starts(self) -> list[Floats]:
         """Rewards (J,) to start from: the gradient at the base and, where optima may be many, at other policies."""
         p = self.below[1:-1]
+        # Q at P of three policies: the base, its Best-of-4 and its Worst-of-4. With a non-decreasing g the optimum is
+        # unique, and the first will do.
         at = [p] if self.procedure.monotone in ("increasing", "constant") else [p, p**4, 1 - (1 - p) ** 4]
         return [self._reward(self.procedure.density(Q)) for Q in at]
 
     def _reward(self, density: Floats) -> Floats:
         """The levels' rewards R_j - R_J <= 0 (J,) for g at the policy's cumulative masses (J-1,)."""
+        # R_{j+1} - R_j = c_j g(Q_j), added up from the top: R_J = 0, so that e^{R/beta} never overflows
         return np.concatenate([-np.cumsum((self.coupling * density)[::-1])[::-1], [0.0]])
 
     def _decoded(self, mass_J: Floats) -> tuple[Floats, Floats]:
         """g and g' at Q_1..Q_{J-1}; from the top down where g lives on 1-Q, to keep its relative accuracy."""
         if self.from_top:
+            # 1 - Q_1, ..., 1 - Q_{J-1}; the mirror's density at 1 - Q is g(Q), and d/dQ turns the sign of its slope
             above = np.minimum(np.cumsum(mass_J[:0:-1])[::-1], 1.0)
             return self.procedure.mirror.density(above), -self.procedure.mirror.slope(above)
         below = np.minimum(np.cumsum(mass_J)[:-1], 1.0)
@@ -376,13 +393,14 @@ class _Levels:
 
         It may end before kl, where beta is so small that what is left adds nothing to W (at most beta a nat).
         """
+        # at 1e-3 nats the tilt along the gradient at the base is nearly the optimum
         target, growth = min(kl, 1e-3), 8.0
         log_ratio_J, log_beta = self._tilted(self._starts()[0], target)
         reached = target / growth
         while growth > 1.02:
             found = self.newton(log_ratio_J, log_beta, target)
             if found is None:
-                growth = math.sqrt(growth)
+                growth = math.sqrt(growth)  # 8, 2.8, 1.7, 1.3, 1.14, 1.07, 1.03, then it gives up
             elif target == kl or found.log_beta < _NOTHING_LEFT:
                 return found
             else:
@@ -392,10 +410,12 @@ class _Levels:
 
     def _tilted(self, reward_J: Floats, kl: float) -> tuple[Floats, float]:
         """log(p/b) (J,) and log beta of p ~ b e^{R/beta} with the given KL, by safeguarded Newton in log(1/beta)."""
+        # x is log(1/beta). For a small KL it is Var(R) / (2 beta^2), which gives the first x.
         spread = math.sqrt(float(self.base_J @ (reward_J - self.base_J @ reward_J) ** 2))
         x, low, high = 0.5 * math.log(2 * kl) - math.log(max(spread, 1e-300)), -math.inf, math.inf
         log_ratio_J, leap = np.zeros_like(reward_J), 2.0
         for _ in range(100):
+            # e^-1e4 is 0 already, while 0 * -inf in the KL would be NaN
             tilt_J = np.maximum(reward_J * math.exp(min(x, _LARGEST_LOG_BETA)), -1e4)
             log_ratio_J = tilt_J - self._log_partition(tilt_J)
             value, mass_J = self._kl(log_ratio_J), self.base_J * np.exp(log_ratio_J)
@@ -403,8 +423,10 @@ class _Levels:
             low, high = (x, high) if value < kl else (low, x)
             if abs(value - kl) < 1e-9 * kl:
                 break
+            # Newton on log KL, which is nearly linear in x: 2x + const for a small KL
             new = x + math.log(kl / value) * value / slope if slope > 0 and value > 0 else math.inf
             if not (low < new < high and abs(new - x) < leap):
+                # Bisect once there is a bracket. Before that one end is infinite: leap, twice as far each time.
                 new = (low + high) / 2 if high - low < 1e9 else x + math.copysign(leap, kl - value)
                 leap *= 2
             x = new
@@ -414,12 +436,14 @@ class _Levels:
         """The log beta at which a policy's steps fit its own gradient on average (log_beta where it has none)."""
         mass_J = self.base_J * np.exp(log_ratio_J)
         below = np.cumsum(mass_J)[:-1]
+        # sum_j w_j (x_{j+1} - x_j) = sum_j w_j c_j g(Q_j) / beta, solved for beta; the ends weigh little
         weight = np.minimum(below, 1 - below)
         pull, steps = weight @ (self.coupling * self._decoded(mass_J)[0]), weight @ np.diff(log_ratio_J)
         return math.log(pull / steps) if pull > 0 and steps > 0 else log_beta
 
     def _log_partition(self, exponent_J: Floats) -> float:
         """log sum b e^a, accurate also where it is nearly 0."""
+        # Z - 1, as the base masses sum to 1
         excess = float(self.base_J @ np.expm1(exponent_J))
         return math.log1p(excess) if excess > -0.5 else math.log(float(self.base_J @ np.exp(exponent_J)))
 
@@ -444,8 +468,10 @@ class _Levels:
             size = max(float(np.abs(step_J[seen_J]).max(initial=0.0)), abs(step_beta))
             if not math.isfinite(size):
                 return None
+            # x and log beta are logarithms: no mass and no beta changes by more than a factor e^1.5 a step
             damping = min(1.0, 1.5 / size) if size > 0 else 1.0
             log_ratio_J, log_beta = log_ratio_J + damping * step_J, log_beta + damping * step_beta
+            # after a step masses sum to 1 only to first order; the peak is taken off first lest e^x overflow
             peak = float(log_ratio_J.max())
             log_ratio_J = log_ratio_J - peak - self._log_partition(log_ratio_J - peak)
             if size < 1e-7:
@@ -463,6 +489,8 @@ class _Levels:
         density, slope = self._decoded(mass_J)
         pull = coupling * density
         size = 2 * len(mass_J) - 1
+        # Rows alternate like the unknowns: 2(j-1) is -p_j dx_j + dQ_j - dQ_{j-1} = 0, and 2j-1 is
+        # -dx_j - (c_j/beta) g'(Q_j) dQ_j + dx_{j+1} = residual - (c_j/beta) g(Q_j) dlog beta.
         sub, diagonal, sup = -np.ones(size - 1), np.empty(size), np.ones(size - 1)
         diagonal[0::2], diagonal[1::2] = -mass_J, -coupling * slope
         right = np.zeros((size, 2))  # the residual, and what a change of log beta adds
@@ -473,6 +501,7 @@ class _Levels:
         plain_J, along_J = solution[0::2, 0], solution[0::2, 1]
         if kl is None:
             return plain_J, 0.0
+        # dKL = sum_j p_j (x_j + 1) dx_j, and sum_j p_j dx_j = dQ_J = 0. The step is plain + t along; t closes the gap.
         gradient_J = mass_J * log_ratio_J
         gap = kl - self._kl(log_ratio_J) - float(gradient_J @ plain_J)
         with np.errstate(divide="ignore", invalid="ignore"):

@@ -93,6 +93,7 @@ class OptimalTransform:
     def __call__(self, u: ArrayLike) -> Floats:
         """Phi*(u) at u in [0, 1], any shape; NaN (no score) passes through; raises InputError outside."""
         u = np.asarray(u, dtype=float)
+        # NaN is 0 for the range check and the spline, and NaN again in the result
         below_one = self._curves.phi(1 - quantiles(np.nan_to_num(u)))
         return np.where(np.isnan(u), np.nan, below_one - self._curves.lowest)[()]
 
@@ -127,15 +128,20 @@ def _curves(procedure: Procedure, found: ContinuousPolicy) -> _Curves:
     """Phi by integrating g(u) g(Q) from the top down, q from Phi, and splines through both."""
     g_u = _on_both_ends(procedure, found.below, found.above)
     slope = g_u * _on_both_ends(procedure, found.cdf, found.survival)
+    # From here on everything runs in v = 1 - u, ascending: from the top level down.
     above = found.above[::-1]
+    # splines need distinct places; edges closer than a rounding are the same place
     kept = np.append(True, np.diff(above) > 0)
     above, slope, cdf, g_u = above[kept], slope[::-1][kept], found.cdf[::-1][kept], g_u[::-1][kept]
+    # Phi - Phi(1) = -int_0^v g g(Q). It can't rise with v, which Simpson's parabolas may do by a rounding.
     phi = np.minimum.accumulate(-cumulative_simpson(slope, x=above, initial=0))
     tilt = np.exp(phi / math.exp(found.log_beta))
+    # the policy's mass above each place, up to Z, which is the last of them
     mass = cumulative_simpson(tilt, x=above, initial=0)
     afresh = np.clip(1 - mass / mass[-1], 0.0, 1.0)
     residual = np.abs(slope - g_u * procedure.density(afresh)).max() / slope.max()
     return _Curves(
+        # derivatives are with respect to v, hence the signs
         CubicHermiteSpline(above, phi, -slope),
         CubicHermiteSpline(above, cdf, -tilt / mass[-1]),
         float(phi[-1]),

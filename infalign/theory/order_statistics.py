@@ -15,8 +15,10 @@ Floats = NDArray[np.float64]
 def powers_law(shares: Floats, p: Floats, order: int) -> Floats:
     """sum_k shares[k] p^k, or a derivative: no cancellation, since all coefficients are >= 0 and p is in [0, 1]."""
     k = np.arange(len(shares))
+    # a derivative multiplies by the exponent and lowers it by one: the first coefficient drops out each time
     coefficients = (shares, shares * k, shares * k * (k - 1))[order + 1][order + 1 :]
     exponents = np.flatnonzero(coefficients)
+    # Best-of-N is one power: p^N, not N multiplications through zeros
     if len(exponents) <= 2:
         return sum((coefficients[e] * p**e for e in exponents), start=np.zeros_like(p))
     return np.asarray(np.polynomial.polynomial.polyval(p, coefficients), dtype=float)
@@ -27,6 +29,7 @@ def beta_law(rank: int, n: int, p: Floats, order: int) -> Floats:
     if order == -1:
         return -np.expm1(special.xlog1py(n, -p)) if rank == 1 else special.betainc(rank, n - rank + 1, p)
     if order == 1:
+        # derivative of a Bernstein polynomial: n (density of rank r-1 of n-1 minus density of rank r of n-1)
         below = beta_law(rank - 1, n - 1, p, 0) if rank > 1 else np.zeros_like(p)
         return n * (below - (beta_law(rank, n - 1, p, 0) if rank < n else 0.0))
     if rank == 1:
@@ -43,7 +46,7 @@ def soft_law(n: int, tilt: float, p: Floats, order: int) -> Floats:
     with np.errstate(divide="ignore"):
         log_base = np.log1p(p * growth)
     shift = max(tilt, 0.0)
-    norm = -np.expm1(-abs(tilt)) * np.sign(tilt)
+    norm = -np.expm1(-abs(tilt)) * np.sign(tilt)  # (e^tilt - 1) e^-shift
     if order == -1:
         if tilt < 0:
             return np.expm1(n * log_base) / norm

@@ -168,12 +168,15 @@ class Procedure:
         size_P, rank_P = _drawn_ranks(self, len(scores_PN), rng)
         scored_PN = ~np.isnan(scores_PN)
         rivals_P = np.minimum(size_P, scored_PN.sum(1))
+        # the first m scored candidates compete; the others become NaN, which sorts last
         rival_PN = np.where(scored_PN & (scored_PN.cumsum(1) <= rivals_P[:, None]), scores_PN, np.nan)
+        # ceil(r m / n'), counted from 0
         place_P = -(-rank_P * rivals_P // size_P) - 1
         value_P = np.take_along_axis(np.sort(rival_PN, axis=1), place_P[:, None], axis=1)
         tied_PN = rival_PN == value_P
         if rng is None:
             return tied_PN.argmax(1)
+        # of the columns tied for that rank, the one whose number among them was drawn
         which_P = np.floor(rng.random(len(tied_PN)) * tied_PN.sum(1))
         return (tied_PN.cumsum(1) > which_P[:, None]).argmax(1)
 
@@ -324,6 +327,7 @@ def _component_order_weights(component: Component, log_factorial: Floats) -> Flo
     total = np.zeros(m)
     scale = log_factorial[m] - log_factorial[n] - log_factorial[m - n]
     for rank, weight in component.picks:
+        # the ranks i at which both binomials are positive
         i = np.arange(rank, m - n + rank + 1)
         below = log_factorial[i - 1] - log_factorial[rank - 1] - log_factorial[i - rank]
         above = log_factorial[m - i] - log_factorial[n - rank] - log_factorial[m - i - n + rank]

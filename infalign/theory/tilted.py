@@ -135,17 +135,19 @@ def _reaching(transform: Callable[[ArrayLike], Floats], kl: float) -> TiltedPoli
     def excess(x: float) -> float:
         return math.log(max(policy(x).kl, 1e-300) / kl)
 
+    # beta starts at e^6 = 400. A step down by 2 divides a small KL (~ 1/beta^2) by about 55.
     low = high = -6.0
     while excess(low) > 0:
         low -= 2.0
     try:
         while excess(high) < 0:
             high += 1.0
+            # 1/beta of e^70: a KL that is not reached by then has levelled off
             if high > 70:
                 raise InputError(f"its KL stays near {policy(high).kl:.6g}")
     except InputError as error:
         raise InputError(f"transform {transform!r} reaches no KL of {kl:g} nats: {error}; lower kl") from error
-    if high <= low:
+    if high <= low:  # the KL at the first guess is the one wanted
         return policy(low)
     return policy(float(optimize.brentq(excess, low, high, xtol=1e-14, rtol=1e-14)))
 
@@ -154,9 +156,11 @@ def _identity(l: float) -> tuple[float, float, Function, Function]:  # noqa: E74
     """KL, log Z, q, Q of Phi = u: Q = (e^{lu}-1)/(e^l-1)."""
     spread = -math.expm1(-l)
     log_z = l + math.log(spread / l)
+    # E[u] under q. For small l the two terms cancel, so there the series (Bernoulli numbers) takes over.
     mean = 1 / spread - 1 / l if l > 0.05 else 0.5 + l / 12 - l**3 / 720 + l**5 / 30240 - l**7 / 1209600
 
     def cdf(u: Floats) -> Floats:
+        # (e^{lu}-1)/(e^l-1) with e^-l taken out above and below, so that no large l overflows
         return np.exp(l * (u - 1)) * -np.expm1(-l * u) / spread
 
     return l * mean - log_z, log_z, lambda u: np.exp(l * u - log_z), cdf
@@ -194,7 +198,7 @@ def _exponential(t: float, l: float) -> tuple[float, float, Function, Function]:
 
     With a(u) = Phi(u)/beta, a' = t a, so int e^a du = [Ei(a(u)) - Ei(a(0))]/t; all is scaled by e^{-a(1)}.
     """
-    low, high = (l * math.exp(-t), l) if t > 0 else (-l, -l * math.exp(t))
+    low, high = (l * math.exp(-t), l) if t > 0 else (-l, -l * math.exp(t))  # a(0) and a(1)
     scaled_low = float(_scaled_ei(np.array(low)))
 
     def scaled_mass(a: Floats) -> Floats:
@@ -205,6 +209,7 @@ def _exponential(t: float, l: float) -> tuple[float, float, Function, Function]:
 
     scaled_z = float(scaled_mass(np.array(high)))
     log_z = high + math.log(scaled_z)
+    # E[a] = int a e^a du / Z, and a e^a du = e^a da / t: the integral is [e^a(1) - e^a(0)] / t
     mean = -math.expm1(low - high) / (t * scaled_z)
     return (
         mean - log_z,
@@ -216,10 +221,12 @@ def _exponential(t: float, l: float) -> tuple[float, float, Function, Function]:
 
 def _scaled_ei(x: Floats) -> Floats:
     """e^{-x} Ei(x) for x != 0 (x < 0: -e^{-x} E1(-x)), by the asymptotic series beyond |x| = 50."""
+    # both branches are computed for every x, so each gets arguments that it can't overflow on
     near = np.clip(x, -50, 50)
     far = np.where(np.abs(x) > 50, x, 50.0)
     term, total = np.ones_like(far), np.ones_like(far)
     for k in range(1, 40):
+        # e^{-x} Ei(x) ~ 1/x sum_k k!/x^k: for |x| > 50 its terms still fall at k = 39
         term = term * k / far
         total = total + term
     return np.where(np.abs(x) > 50, total / far, special.expi(near) * np.exp(-near))
@@ -229,20 +236,24 @@ def _by_quadrature(transform: Callable[[ArrayLike], Floats], inverse: float) -> 
     """KL, log Z, q, Q of any vectorised callable."""
     exponent = partial(_exponent, transform, inverse)
     edges = graded_edges()
+    # the largest exponent seen is taken off: e^a is about 1 at most
     shift = float(np.max(exponent(panel_nodes(edges[:-1], edges[1:])[0])))
     if not math.isfinite(shift):
         raise InputError(f"transform {transform!r} must be finite somewhere inside (0, 1), and +inf nowhere there")
 
     def mass(u: Floats) -> Floats:
         a = exponent(u) - shift
+        # panels must resolve the partition function, e^a, and the KL, a e^a; -700 keeps 0 * inf out of it
         return np.exp(a) * (1 + np.abs(np.maximum(a, -700)))
 
     edges = refined_edges(mass, edges)
+    # (E, 16) nodes: mass_EK is what each node adds, below_E (E+1,) the mass below each edge
     nodes, weights = panel_nodes(edges[:-1], edges[1:])
     a = exponent(nodes) - shift
     mass_EK = np.exp(a) * weights
     total = float(mass_EK.sum())
     below_E = np.concatenate([[0.0], np.cumsum(mass_EK.sum(1))])
+    # The outermost panels are 1e-301 and 2e-16 wide. Mass in them is not resolved: more would be further out.
     if not math.isfinite(total) or below_E[1] > 1e-6 * total or total - below_E[-2] > 1e-6 * total:
         raise InputError(f"transform {transform!r} at beta={1 / inverse:g}: its policy piles up at an end, or diverges")
 
@@ -253,6 +264,7 @@ def _by_quadrature(transform: Callable[[ArrayLike], Floats], inverse: float) -> 
     def density(u: Floats) -> Floats:
         return np.exp(exponent(u) - shift) / total
 
+    # E[a] - log total; the shift is in Phi/beta and in log Z, and cancels
     kl = float((mass_EK * np.maximum(a, -1e6)).sum()) / total - math.log(total)
     return kl, shift + math.log(total), density, cdf
 

@@ -51,8 +51,9 @@ class NegativeKL(TrainerCallback):
         if self.told or not logs or len(rows) < self.LOGS:
             return
         mean = sum(row["kl_seq"] for row in rows) / self.LOGS
+        # the standard error of a mean of independent logs: root of the summed squares, over their number
         error = math.sqrt(sum(row["kl_seq_error"] ** 2 for row in rows)) / self.LOGS
-        if mean < -self.SIGMAS * error - 1e-4:
+        if mean < -self.SIGMAS * error - 1e-4:  # 1e-4: rounding, where errors are 0
             self.told = True
             notice(
                 f"the sequence KL stays negative ({mean:.3f} ± {error:.3f} nats over {self.LOGS} logs): sampling and "

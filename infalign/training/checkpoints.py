@@ -2,17 +2,27 @@
 
 Resume takes the newest checkpoint whose files are all there, says which it passed over and why, and refuses one that
 another recipe, model or number of processes made (before anything is loaded), naming the way out.
+
+A checkpoint also holds what TRL's trainer keeps between steps and leaves out: rollouts in use, counters, metrics. A
+generation of rollouts serves `steps_per_generation * num_iterations` micro-steps; without it a run that resumes inside
+one would draw others, from a policy that has moved on.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
 from infalign.rewards.fingerprint import callable_digest, digest
 from infalign.runtime.artifacts import MANIFEST, differences, read_manifest, write_manifest
 from infalign.runtime.console import notice
+from infalign.runtime.distributed import rank
 from infalign.types import InputError
 
 KIND = "checkpoint"
@@ -57,6 +67,7 @@ def _digest_of(function: Any) -> str:
 def _content(dataset: Any) -> str:
     """A digest of the number of rows and of `ROWS` of them."""
     count = len(dataset)
+    # spread evenly, first and last row included
     chosen = sorted({count * place // ROWS for place in range(ROWS)} | {count - 1}) if count else []
     return digest(count, [_readable(dataset[row]) for row in chosen])
 
@@ -156,3 +167,41 @@ def check_resumable(folder: Path, identity: Mapping[str, Any]) -> None:
 def _step(path: Path) -> int:
     number = path.name.rpartition("-")[2]
     return int(number) if number.isdigit() else -1
+
+
+# --- rollouts and counters --------------------------------------------------------------------------------------------
+
+
+def save_rollout_state(folder: Path, buffer: list[dict[str, torch.Tensor]] | None, counters: dict[str, Any]) -> None:
+    """Write this rank's rollouts and counters into a checkpoint.
+
+    Args:
+        folder: the checkpoint.
+        buffer: the micro-batches of the generation in use, None between generations.
+        counters: JSON-like values to have again after resuming.
+    """
+    tensors = {
+        f"{number}/{name}": value.detach().cpu().contiguous()
+        for number, part in enumerate(buffer or [])
+        for name, value in part.items()
+    }
+    save_file(
+        tensors, _rollouts_file(folder), metadata={"counters": json.dumps(counters), "parts": str(len(buffer or []))}
+    )
+
+
+def load_rollout_state(
+    folder: Path, device: torch.device
+) -> tuple[list[dict[str, torch.Tensor]] | None, dict[str, Any]]:
+    """This rank's buffer (None between generations) and counters."""
+    with safe_open(_rollouts_file(folder), framework="pt") as file:
+        metadata = file.metadata()
+        buffer: list[dict[str, torch.Tensor]] = [{} for _ in range(int(metadata["parts"]))]
+        for key in file.keys():  # noqa: SIM118 - a safetensors file is no mapping
+            number, _, name = key.partition("/")
+            buffer[int(number)][name] = file.get_tensor(key).to(device)
+    return buffer or None, json.loads(metadata["counters"])
+
+
+def _rollouts_file(folder: Path) -> Path:
+    return folder / f"rollouts-{rank()}.safetensors"

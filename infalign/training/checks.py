@@ -130,6 +130,7 @@ def check_calibration_at_start(mean: float, rollouts: int, prompts: int, referen
     Raises:
         InputError: the mean is further from 1/2 than chance allows (six standard deviations of a uniform).
     """
+    # a uniform has variance 1/12; rollouts and the references that they are ranked among both add theirs
     spread = math.sqrt((1.0 / rollouts + 1.0 / (prompts * references)) / 12.0)
     if abs(mean - 0.5) > SIGMAS * spread:
         raise InputError(
@@ -152,10 +153,14 @@ def check_rollout_settings(generation_kwargs: Mapping[str, Any], settings: Mappi
     Raises:
         InputError: they change the distribution, or may.
     """
+    neutral = {**NEUTRAL, **settings}
     other = {
         name: value
         for name, value in generation_kwargs.items()
-        if name not in HARMLESS and not _is_neutral(name, value, {**NEUTRAL, **settings})
+        if name not in HARMLESS
+        and value is not None
+        # 0 and None mean the same (`top_k`, `min_p`)
+        and not (name in neutral and (value or None) == (neutral[name] or None))
     }
     if other:
         shown = ", ".join(f"{name}={value!r}" for name, value in other.items())
@@ -163,8 +168,3 @@ def check_rollout_settings(generation_kwargs: Mapping[str, Any], settings: Mappi
             f"generation_kwargs would draw rollouts otherwise than calibration ({shown}): leave it out, and set "
             "temperature and max_completion_length, which both share"
         )
-
-
-def _is_neutral(name: str, value: Any, neutral: Mapping[str, Any]) -> bool:
-    """Whether the value is None or the neutral one; 0 and None are the same (`top_k`, `min_p`)."""
-    return value is None or (name in neutral and (value or None) == (neutral[name] or None))

@@ -35,11 +35,12 @@ def add_chunked_head(model: Any, temperature: float, *, entropy: bool) -> None:
             if labels is not None:
                 kwargs["labels"] = labels
             return trl_forward(self, *args, fused_lm_head=fused_lm_head, **kwargs)
+        # the state at t predicts the token at t + 1: the last state and the first label drop out
         states = self.base_model(*args, **{**kwargs, "use_cache": False}).last_hidden_state[:, :-1]
         next_tokens = torch.as_tensor(labels)[:, 1:]
-        real = next_tokens != -100
+        real = next_tokens != -100  # (B, T): only tokens that count reach the head, as one (tokens, H) matrix
         logps, entropies = head.logps(states[real], next_tokens[real], temperature, entropy=entropy)
-        logps = logps.new_zeros(real.shape).masked_scatter(real, logps)
+        logps = logps.new_zeros(real.shape).masked_scatter(real, logps)  # back to (B, T), 0 elsewhere
         if entropies is not None:
             entropies = entropies.new_zeros(real.shape).masked_scatter(real, entropies)
         loss = -logps.sum() / real.sum().clamp(min=1)

@@ -56,6 +56,7 @@ def measure(trainer: Any, rows: Sequence[dict[str, Any]], count: int) -> dict[st
         scored = [_rewards(trainer, row, samples) for row, samples, _ in drawn if row is not None]
     references = [np.asarray(row[trainer.ctrl_reward.column], dtype=float) for row, _, _ in drawn if row is not None]
     kls = [kl for row, _, kl in drawn if row is not None]
+    # an average over prompts of all ranks, not of the ranks' averages: their shares may differ by one
     everything = [one for part in gathered(list(zip(scored, references, kls, strict=True))) for one in part]
     kept = [(ours, theirs) for ours, theirs, _ in everything if ours.size >= trainer.procedure.n]
     ours, theirs = [one for one, _ in kept], [one for _, one in kept]
@@ -104,6 +105,7 @@ def _mean_kl(trainer: Any, prompt: list[int], samples: Rows) -> float:
         logps, _, _ = trainer._get_per_token_logps_and_entropies(
             reference, ids, mask, width, batch_size=trainer.args.per_device_eval_batch_size
         )
+    # E[log pi] over the policy's own samples less E[log pi_ref] over the same: nats a sequence
     policy = np.array([sum(logps) for _, logps in samples])
     return float(policy.mean() - (logps * mask[:, -width:]).sum(1).double().mean().item())
 

@@ -177,6 +177,7 @@ def step_bytes(trained: int, setup: Setup) -> float:
     """
     if not setup.deepspeed or setup.stored == FLOAT32:
         return 0
+    # ZeRO-3 updates its part in sub-groups, so that only one of them has float32 gradients at a time
     mine = trained / setup.processes
     return FLOAT32 * (min(mine, SUB_GROUP) if setup.sharding == "zero3" else mine)
 
@@ -192,6 +193,7 @@ def gathered_bytes(policy: PolicyShape, setup: Setup) -> float:
     """All weights at once on every process, as ZeRO-3 gathers them for rollouts: P w, and nothing saved by N."""
     if setup.sharding != "zero3" or not setup.gather or setup.processes == 1:
         return 0
+    # packed 4-bit weights are whole on every process already
     base = 0 if setup.method == "qlora" else policy.parameters * setup.stored
     return base + (0 if setup.method == "full" else setup.adapter * setup.trained)
 
@@ -224,8 +226,9 @@ def fitting_batch(policy: PolicyShape, memory: float, row_tokens: int, width: in
     64
     """
     row = sum(rollout_bytes(policy, 1, row_tokens, width).values())
+    # whole rows that fit, as the tokens that a recipe counts in
     tokens = int(memory / row) * row_tokens
-    return 1 << (tokens.bit_length() - 1) if tokens else 0
+    return 1 << (tokens.bit_length() - 1) if tokens else 0  # the power of two at or below
 
 
 # --- the sizing table -------------------------------------------------------------------------------------------------
@@ -249,7 +252,7 @@ def table() -> str:
         for method in get_args(Method):
             for devices in DEVICES:
                 setup = Setup(method=method, processes=devices, adapter=0 if method == "full" else adapter)
-                cells = [_cell(_total(policy, one)) for one in _shardings(setup)]
+                cells = [_cell(policy, one) for one in _shardings(setup)]
                 lines.append("| " + " | ".join([name, method, str(devices), *cells]) + " |")
     return "\n".join(lines)
 
@@ -261,14 +264,11 @@ def _shardings(setup: Setup) -> Iterator[Setup]:
             yield replace(setup, sharding=sharding, gather=False)
 
 
-def _total(policy: PolicyShape, setup: Setup) -> float:
+def _cell(policy: PolicyShape, setup: Setup) -> str:
     """Gibibytes of training, a batch of rollouts and a replicated bfloat16 reward model."""
     held = training_bytes(policy, setup) | rollout_bytes(policy, ROWS, TOKENS, width=2)
-    return (sum(held.values()) + 2 * REWARD_NUMBERS) / GIB
-
-
-def _cell(gib: float) -> str:
-    shown = f"{gib:.1f}" if gib < 9.95 else f"{gib:.0f}"
+    gib = (sum(held.values()) + 2 * REWARD_NUMBERS) / GIB
+    shown = f"{gib:.1f}" if gib < 9.95 else f"{gib:.0f}"  # from 9.95 on, one decimal would show as 10.0
     return shown if gib <= FITS_GIB else f"{shown} no"
 
 

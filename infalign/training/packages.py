@@ -85,7 +85,7 @@ def missing_packages(values: Mapping[str, Any]) -> list[str]:
     """
     needed = [
         *[(f"{name}: {_shown(values[name])}", [modules]) for name, modules in SWITCHES.items() if values.get(name)],
-        *_of_trackers(values.get("report_to")),
+        *[(f"report_to: {name}", TRACKERS[name]) for name in _names(values.get("report_to")) if name in TRACKERS],
         *_of_optimizer(values.get("optim")),
         *_of_attention(values.get("attn_implementation")),
         *_of_attention((_mapping(values.get("model_init_kwargs"))).get("attn_implementation")),
@@ -101,10 +101,6 @@ def missing_packages(values: Mapping[str, Any]) -> list[str]:
     if "kubeflow" in _names(values.get("report_to")) and "KUBEFLOW_TRAINER_SERVER_URL" not in os.environ:
         problems.append("report_to: kubeflow works inside a Kubeflow job, which sets KUBEFLOW_TRAINER_SERVER_URL")
     return problems
-
-
-def _of_trackers(value: Any) -> list[tuple[str, list[Alternatives]]]:
-    return [(f"report_to: {name}", TRACKERS[name]) for name in _names(value) if name in TRACKERS]
 
 
 def _of_optimizer(value: Any) -> list[tuple[str, list[Alternatives]]]:

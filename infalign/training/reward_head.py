@@ -8,7 +8,7 @@ model often knows more about a text than its last layer, which is busy with the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,22 +77,16 @@ def features(
             found[rows] = states.float().cpu().numpy()
             progress.advance(len(rows))
         done = {row for group in groups for row in group.rows}
-        for rows, states in _plainly(model, sequences, [row for row in range(len(sequences)) if row not in done],
-                                     pad_id, tokens, read):  # fmt: skip
+        rest = [row for row in range(len(sequences)) if row not in done]
+        device = next(model.parameters()).device
+        for bucket in buckets([len(sequences[row]) for row in rest], tokens, cost=pass_cost(model)):
+            rows = [rest[place] for place in bucket]  # buckets number what they are given
+            ids, mask = pad_right([sequences[row] for row in rows], pad_id, device)
+            places = torch.arange(len(rows), device=device), mask.sum(1) - 1
+            states = read({"input_ids": ids, "attention_mask": mask, "use_cache": False}, places)
             found[rows] = states.float().cpu().numpy()
             progress.advance(len(rows))
     return found
-
-
-def _plainly(
-    model: Any, sequences: Sequence[list[int]], rest: list[int], pad_id: int, tokens: int, read: Any
-) -> Iterator[tuple[list[int], Tensor]]:
-    device = next(model.parameters()).device
-    for bucket in buckets([len(sequences[row]) for row in rest], tokens, cost=pass_cost(model)):
-        rows = [rest[place] for place in bucket]
-        ids, mask = pad_right([sequences[row] for row in rows], pad_id, device)
-        places = torch.arange(len(rows), device=device), mask.sum(1) - 1
-        yield rows, read({"input_ids": ids, "attention_mask": mask, "use_cache": False}, places)
 
 
 def _reader(model: Any, depths: Sequence[int]) -> Any:
@@ -132,6 +126,7 @@ def fit_head(
     prompts = sorted(set(clusters_P))
     if len(prompts) < FOLDS:
         raise InputError(f"a head needs pairs of at least {FOLDS} training prompts, there are {len(prompts)}")
+    # a permutation modulo the number of folds: random folds whose sizes differ by one at most
     order = np.random.default_rng(seed).permutation(len(prompts)) % FOLDS
     fold_of = dict(zip(prompts, order.tolist(), strict=True))
     fold_P = np.array([fold_of[name] for name in clusters_P])
@@ -185,7 +180,7 @@ def bradley_terry(
     1.099
     """
     scale_H = np.sqrt((differences_PH**2).mean(0))
-    scale_H = np.where(scale_H > 0.0, scale_H, 1.0)
+    scale_H = np.where(scale_H > 0.0, scale_H, 1.0)  # a feature that never differs gets weight 0
     scaled = differences_PH / scale_H
     weights = np.zeros(scaled.shape[1]) if start_H is None else start_H * scale_H
     wanted = 0.0 if margins_P is None else margins_P
@@ -195,6 +190,7 @@ def bradley_terry(
         gradient = -(special.expit(-margin) @ scaled) / len(scaled) + penalty * weights
         if np.abs(gradient).max() < 1e-10:
             break
+        # the second derivative of softplus(-m) is sigmoid(m) sigmoid(-m)
         spread = special.expit(margin) * special.expit(-margin) / len(scaled)
         curvature = (scaled * spread[:, None]).T @ scaled
         curvature[np.diag_indices_from(curvature)] += penalty

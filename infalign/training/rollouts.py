@@ -53,6 +53,8 @@ def rollout_uniforms(
         first_row: the place of the first row in the batch of all processes.
         count: T, tokens at most.
     """
+    # the prompt is in the name and the row's place in the batch of all processes is the index: neither depends on
+    # which process draws it
     names = [fingerprint(list(ids)) for ids in prompt_ids]
     rows = [uniforms(seed, f"rollout-{generation}-{name}", first_row + row, count) for row, name in enumerate(names)]
     return np.stack(rows)
@@ -68,4 +70,5 @@ def shuffled_groups(rows: int, group: int, generator: torch.Generator) -> torch.
     if rows % group:
         return torch.randperm(rows, generator=generator)
     groups = torch.randperm(rows // group, generator=generator)
+    # (groups, 1) starts + (group,) offsets
     return (groups[:, None] * group + torch.arange(group)).reshape(-1)

@@ -36,10 +36,12 @@ def shared_logps(
     lengths = attention_mask[:, prompt:].sum(1).tolist()
     rows_at_once = batch_size or len(lengths)
     if torch.is_grad_enabled():
+        # sorted by prompt, so that a pass holds whole groups and computes each of their prompts once
         _, of_row = unique_rows(input_ids[:, :prompt], attention_mask[:, :prompt])
         parts = list(of_row.argsort(stable=True).split(rows_at_once))
         widths = [kept] * len(parts)
     else:
+        # without gradients: as many tokens a pass as `batch_size` full rows; a repeated prompt takes room and no time
         cut = buckets(lengths, rows_at_once * (prompt + kept), beside=prompt, cost=pass_cost(inner))
         parts = [torch.tensor(rows, device=input_ids.device) for rows in cut]
         widths = [max(1, *(lengths[row] for row in rows)) for rows in cut]
@@ -50,7 +52,7 @@ def shared_logps(
         logps.append(pad(outputs.log_probs, (0, kept - width)))
         if outputs.entropy is not None:
             entropies.append(pad(outputs.entropy, (0, kept - width)))
-    order = torch.cat(parts).argsort()
+    order = torch.cat(parts).argsort()  # back to the order of the rows
     return torch.cat(logps)[order], torch.cat(entropies)[order] if entropies else None
 
 
@@ -63,6 +65,8 @@ def _forward(model: Any, inner: Any, input_ids: Tensor, attention_mask: Tensor, 
         ids_BP, mask_BP = (pad(part, (1, 0)) for part in (ids_BP, mask_BP))
     first, of_row = unique_rows(ids_BP, mask_BP)
     prefix = encode_prefixes(inner, ids_BP[first], mask_BP[first])
+    # The last prompt token is the input that predicts the first completion token. As the first label it is shifted
+    # away, so (B, 1 + T) inputs give T log-probabilities.
     ids = torch.cat([ids_BP[:, -1:], input_ids[:, prompt:]], dim=1)
     mask = torch.cat([mask_BP[:, -1:], attention_mask[:, prompt:]], dim=1)
     labels = ids.masked_fill(mask == 0, -100)

@@ -59,7 +59,14 @@ from infalign.training.callbacks import (
     check_finite_weights,
 )
 from infalign.training.card import model_card
-from infalign.training.checkpoints import check_resumable, newest_whole, run_identity, seal
+from infalign.training.checkpoints import (
+    check_resumable,
+    load_rollout_state,
+    newest_whole,
+    run_identity,
+    save_rollout_state,
+    seal,
+)
 from infalign.training.checks import check_batch, check_calibration_at_start, check_kl_at_start
 from infalign.training.chunked_head import add_chunked_head
 from infalign.training.config import CTRLConfig, as_ctrl_config
@@ -67,7 +74,6 @@ from infalign.training.data_sets import check_data_sets
 from infalign.training.held_out import measure
 from infalign.training.packages import missing_packages
 from infalign.training.reward import PROMPT_IDS, CTRLReward
-from infalign.training.rollout_state import load_rollout_state, save_rollout_state
 from infalign.training.rollouts import PromptOrder, rollout_uniforms, shuffled_groups
 from infalign.training.shared_logps import shared_logps
 from infalign.training.trl_keys import WEIGHT
@@ -228,6 +234,8 @@ class CTRLTrainer(RLOOTrainer):
             rows = self._decode(prompt_ids, uniforms_BT)
         if self._shared and not (self.args.bf16 or self.args.fp16):
             width = max(len(ids) for ids, _ in rows)
+            # In float32 the sampler's log-probabilities are those of a forward pass up to rounding. Under autocast
+            # they are not near enough: the first ratio of an on-policy step would not be 1.
             padded = [logps + [0.0] * (width - len(logps)) for _, logps in rows]
             self._sampled_logps = torch.tensor(padded, device=self.accelerator.device)
         return [ids for ids, _ in rows]
@@ -250,6 +258,8 @@ class CTRLTrainer(RLOOTrainer):
             model.eval()
             inner = _causal_model(model)
             layout = nullcontext() if self._sharding() in ("zero3", "fsdp") else columnwise(inner)
+            # a forward pass is a collective under FSDP, and under ZeRO-3 unless it gathers the weights for rollouts
+            in_step = self.is_fsdp_enabled or (self._sharding() == "zero3" and not self.args.ds3_gather_for_generation)
             try:
                 with layout, self.accelerator.autocast():
                     return decode_rows(
@@ -258,17 +268,14 @@ class CTRLTrainer(RLOOTrainer):
                         uniforms_BT,
                         settings,
                         self.eos_token_ids,
-                        in_step=self._rollouts_are_sharded(),
+                        in_step=in_step,
                         share=self._shared,
                     )
             finally:
                 model.train(training)
 
-    def _rollouts_are_sharded(self) -> bool:
-        """Whether a forward pass in a rollout is a collective: FSDP, or ZeRO-3 that does not gather for it."""
-        return self.is_fsdp_enabled or (self._sharding() == "zero3" and not self.args.ds3_gather_for_generation)
-
     def _generation_number(self) -> int:
+        # `_step` counts micro-steps, and a generation serves this many of them
         return self._step // (self.args.steps_per_generation * self.num_iterations)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -296,6 +303,7 @@ class CTRLTrainer(RLOOTrainer):
         if self._scored_logps is None or len(self._scored_logps) != 2:
             return
         policy_BT, reference_BT = self._scored_logps
+        # k1, the mean log-ratio: unbiased, but single rows and even the mean of a batch may be negative
         kl_B = ((policy_BT - reference_BT) * self._drawn(batch["completion_mask"])).sum(1).double()
         kl = self.accelerator.gather(kl_B).cpu().numpy()
         metrics = self._metrics["train" if self.model.training else "eval"]
@@ -325,10 +333,12 @@ class CTRLTrainer(RLOOTrainer):
         if self._step % (steps * self.num_iterations) == 0 or self._buffered_inputs is None:
             number = self._generation_number()
             batch = self._generate_and_score_completions(generation_batch)
+            # from seed and number alone: every rank shuffles alike, and a resumed run as the first one did
             generator = torch.Generator().manual_seed(hash((self.args.seed, number)) % 2**63)
             rows = len(batch["advantages"])
             order = shuffled_groups(rows, self.num_generations, generator) if steps > 1 else torch.arange(rows)
             parts = order.to(batch["advantages"].device).chunk(steps)
+            # whole groups in each part, because the advantages of a group belong together
             self._buffered_inputs = [{name: value[part] for name, value in batch.items()} for part in parts]
         return self._buffered_inputs[self._step % steps]
 
@@ -343,12 +353,14 @@ class CTRLTrainer(RLOOTrainer):
         try:
             return super().training_step(model, inputs, num_items_in_batch)
         except _NotFinite:
+            # what TRL does after a micro-step; the exception has skipped it
             self._step += 1
             self.not_finite.poisoned = True
             return torch.zeros((), device=self.accelerator.device)
 
     def _compute_loss(self, model: Any, inputs: Any) -> Tensor:
         loss = super()._compute_loss(model, inputs)
+        # all ranks or none: the backward pass is a collective, and one rank that leaves it out would stop the others
         if any_rank(not bool(torch.isfinite(loss.detach()))):
             raise _NotFinite
         return loss
@@ -380,7 +392,11 @@ class CTRLTrainer(RLOOTrainer):
             InputError: the checkpoint is not whole, or another run's.
             TrainingError: gradients or weights stay non-finite.
         """
-        found = self._newest() if resume_from_checkpoint is True else resume_from_checkpoint
+        found: Any = resume_from_checkpoint
+        if found is True:
+            found, skipped = newest_whole(Path(self.args.output_dir))
+            for folder, why in skipped:
+                notice(f"{folder.name} is passed over: {why}")
         if found:
             check_resumable(Path(found), self.identity)
             self._buffered_inputs, counters = load_rollout_state(Path(found), self.accelerator.device)
@@ -398,12 +414,6 @@ class CTRLTrainer(RLOOTrainer):
             return
         super()._run_epoch(*args, **kwargs)
 
-    def _newest(self) -> Path | None:
-        path, skipped = newest_whole(Path(self.args.output_dir))
-        for folder, why in skipped:
-            notice(f"{folder.name} is passed over: {why}")
-        return path
-
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         if is_main() and folder.exists():  # half of one, from a run that was killed
@@ -413,7 +423,16 @@ class CTRLTrainer(RLOOTrainer):
         try:
             with together(), disk_errors(folder):
                 super()._save_checkpoint(model, trial)
-                save_rollout_state(folder, self._buffer_in_use(), self._counters())
+                # between two generations no rollouts are in use: the next step draws afresh, resumed or not
+                in_use = self._step % (self.args.steps_per_generation * self.num_iterations) != 0
+                counters = {
+                    "step": self._step,
+                    "tokens": self._total_train_tokens,
+                    "metrics": dict(self._metrics["train"]),
+                    "loss": float(self._tr_loss),
+                    "logged_at": self._globalstep_last_logged,
+                }
+                save_rollout_state(folder, self._buffered_inputs if in_use else None, counters)
         finally:
             self.args.save_total_limit = limit
         if is_main():
@@ -421,21 +440,10 @@ class CTRLTrainer(RLOOTrainer):
             rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
         barrier()
 
-    def _buffer_in_use(self) -> list[dict[str, Tensor]] | None:
-        return self._buffered_inputs if self._step % (self.args.steps_per_generation * self.num_iterations) else None
-
-    def _counters(self) -> dict[str, Any]:
-        return {
-            "step": self._step,
-            "tokens": self._total_train_tokens,
-            "metrics": dict(self._metrics["train"]),
-            "loss": float(self._tr_loss),
-            "logged_at": self._globalstep_last_logged,
-        }
-
     def _sharding(self) -> str:
         if self.is_deepspeed_enabled:
-            return f"zero{_zero_stage(self.accelerator)}"
+            plugin = self.accelerator.state.deepspeed_plugin
+            return f"zero{int(plugin.zero_stage) if plugin is not None else 0}"
         return "fsdp" if self.is_fsdp_enabled else "none"
 
     # --- log-probabilities ----------------------------------------------------------------------------------------
@@ -455,6 +463,7 @@ class CTRLTrainer(RLOOTrainer):
         if self._scored_logps is not None and self.mask_truncated_completions:  # while rollouts are scored
             drawn = self._drawn(attention_mask[:, -logits_to_keep:])
             attention_mask = torch.cat([attention_mask[:, :-logits_to_keep], drawn], dim=1)
+        # the first pass without gradients after sampling is of the very policy that sampled: nothing to compute
         kept = self._sampled_logps if model is self.model and not torch.is_grad_enabled() else None
         if kept is not None and not compute_entropy and len(kept) == len(input_ids):
             self._sampled_logps = None
@@ -549,6 +558,7 @@ class CTRLTrainer(RLOOTrainer):
         inner = _causal_model(self.accelerator.unwrap_model(model))
         if inner.device.type != "cuda":
             return True
+        # of each group of G rows only one has its prompt computed: (G - 1)/G of the rows save theirs
         saved = self.args.per_device_train_batch_size * (1 - 1 / self.num_generations) * prompt
         return any_rank(saved > pass_cost(inner))
 
@@ -635,8 +645,3 @@ def _trl_is_tested() -> bool:
 def _causal_model(model: Any) -> Any:
     """The causal language model inside an adapter wrapper (its layers are adapted in place)."""
     return model.get_base_model() if is_peft_model(model) else model
-
-
-def _zero_stage(accelerator: Any) -> int:
-    plugin = accelerator.state.deepspeed_plugin
-    return int(plugin.zero_stage) if plugin is not None else 0

@@ -62,10 +62,6 @@ def _above_zero(value: Any) -> bool:
     return value is None or value > 0
 
 
-def _weighs_one_as_one(value: Any) -> bool:
-    return value is None or len(value) != 1 or value[0] == 1.0
-
-
 def _every_rank_reads(value: Any) -> bool:
     """Of `accelerator_config`: a mapping or accelerate's own object; a path is read by transformers later."""
     read = value.get if isinstance(value, Mapping) else lambda name: getattr(value, name, None)
@@ -84,7 +80,8 @@ WEIGHT = (
 
 REFUSED: dict[str, Refusal] = {
     "normalize_advantages": Refusal(_only(False), "rescales the transform away: leave it false"),
-    "reward_weights": Refusal(_weighs_one_as_one, WEIGHT),
+    # several weights are the trainer's to judge: it knows which of the rewards is ours
+    "reward_weights": Refusal(lambda value: value is None or len(value) != 1 or value[0] == 1.0, WEIGHT),
     "reward_clip_range": Refusal(
         _only(None),
         "clips the transform, whose range is its own: leave it out; calibration tames outliers of a reward already",
