@@ -103,7 +103,7 @@ def _check_safe(name: str) -> None:
     if Path(name).is_dir() and not (Path(name) / "adapter_model.safetensors").is_file():
         raise InputError(
             f"reward model {name!r}: the folder has {CONFIG} and no adapter_model.safetensors; take {CONFIG} out if "
-            "the model beside it is whole"
+            "the model next to it is whole"
         )
 
 

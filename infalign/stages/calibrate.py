@@ -109,7 +109,7 @@ def reference_rewards(experiment: Experiment, table: SampleTable) -> dict[str, N
     if silent:
         raise InputError(
             f"reward {experiment.reward.name!r} gave no score to any sample of {len(silent)} of {len(prompts)} prompts "
-            f"(first: {str(silent[0].content)[:80]!r}): mend the reward, or leave these prompts out"
+            f"(first: {str(silent[0].content)[:80]!r}): fix the reward, or leave these prompts out"
         )
     return found
 

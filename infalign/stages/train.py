@@ -85,7 +85,7 @@ def train(recipe: Recipe, experiment: Experiment | None = None) -> dict[str, Any
     if reusable(folder, "policy", parts, recipe.overwrite):
         say(f"policy: {folder} is trained already")
         if isinstance(checkpoint_of(recipe), str):
-            notice("resume_from_checkpoint is left aside: the policy is finished (--overwrite with other settings)")
+            notice("resume_from_checkpoint is ignored: the policy is finished (--overwrite with other settings)")
         return {"folder": folder, "trained": False}
     with together():  # every rank looks, and one of them speaks
         table = open_table(experiment)

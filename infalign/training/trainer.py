@@ -396,7 +396,7 @@ class CTRLTrainer(RLOOTrainer):
         if found is True:
             found, skipped = newest_whole(Path(self.args.output_dir))
             for folder, why in skipped:
-                notice(f"{folder.name} is passed over: {why}")
+                notice(f"{folder.name} is skipped: {why}")
         if found:
             check_resumable(Path(found), self.identity)
             self._buffered_inputs, counters = load_rollout_state(Path(found), self.accelerator.device)

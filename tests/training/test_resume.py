@@ -140,7 +140,7 @@ def test_the_newest_whole_checkpoint_is_taken(kind, three, llama, tmp_path, caps
         resumed = make(llama, tmp_path)
         resumed.train(resume_from_checkpoint=True)
         assert_same(final(resumed), expected)
-        assert re.search(f"checkpoint-3 is passed over: .*{why}", capsys.readouterr().err)
+        assert re.search(f"checkpoint-3 is skipped: .*{why}", capsys.readouterr().err)
     with pytest.raises(InputError, match="no whole checkpoint"):
         check_resumable(folder / "nothing", {})
 
