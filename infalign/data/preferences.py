@@ -88,7 +88,8 @@ def preferences_from_rows(
     elif data_format == "auto" and (form := named_form(rows[0])) is not None:
         read_prompt, note = form.read, how_read(form, rows)
     read = read_checked(rows, source, lambda row: _preference(row, read_prompt))
-    _check_alike(read, source)
+    if len({isinstance(pair.prompt, str) for pair in read}) > 1:
+        raise InputError(f"{source}: some pairs are texts and some are chats; make them alike")
     distinct: dict[str, Preference] = {}
     for pair in read:
         if pair.chosen != pair.rejected:
@@ -138,7 +139,8 @@ def _explicit(row: Row, prompt: str | Messages) -> Preference:
 
 
 def _implicit(row: Row) -> Preference:
-    chosen, rejected = (_conversation(row.get(name)) for name in ("chosen", "rejected"))
+    sides = (row.get(name) for name in ("chosen", "rejected"))
+    chosen, rejected = (parse_transcript(one) if isinstance(one, str) else from_sharegpt(one) for one in sides)
     least = min(len(chosen), len(rejected))
     shared = next((turn for turn in range(least) if chosen[turn] != rejected[turn]), least - 1)
     while shared and chosen[shared - 1]["role"] == "assistant":  # the answer belongs to what is compared
@@ -164,12 +166,3 @@ def _answer(value: Any, prompt: Messages, name: str) -> Messages:
     if not turns or turns[-1]["role"] != "assistant":
         raise InputError(f"{name} does not end with an assistant turn")
     return turns
-
-
-def _conversation(value: Any) -> Messages:
-    return parse_transcript(value) if isinstance(value, str) else from_sharegpt(value)
-
-
-def _check_alike(pairs: Sequence[Preference], source: str) -> None:
-    if len({isinstance(pair.prompt, str) for pair in pairs}) > 1:
-        raise InputError(f"{source}: some pairs are texts and some are chats; make them alike")

@@ -216,13 +216,11 @@ def read_checked(rows: Sequence[Row], where: str, read: Callable[[Row], Content]
             problems.setdefault(str(error), []).append(number)
     if problems:
         count = sum(map(len, problems.values()))
-        shown = [_told(words, numbers) for words, numbers in list(problems.items())[:_SHOWN]]
+        shown: list[str] = []  # "row 3: ...", "rows 1, 2, 3, 4, 5 and 7 more: ..."
+        for problem, numbers in list(problems.items())[:_SHOWN]:
+            further = f" and {len(numbers) - _SHOWN} more" if len(numbers) > _SHOWN else ""
+            places = ", ".join(map(str, numbers[:_SHOWN]))
+            shown.append(f"row{'s' if len(numbers) > 1 else ''} {places}{further}: {problem}")
         more = f"; and {len(problems) - _SHOWN} other problems" if len(problems) > _SHOWN else ""
         raise InputError(f"{where}: {count} of {len(rows)} rows cannot be used: {'; '.join(shown)}{more}")
     return contents
-
-
-def _told(problem: str, rows: Sequence[int]) -> str:
-    """A problem with the first rows that have it: "row 3: ...", "rows 1, 2, 3, 4, 5 and 7 more: ..."."""
-    more = f" and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else ""
-    return f"row{'s' if len(rows) > 1 else ''} {', '.join(map(str, rows[:_SHOWN]))}{more}: {problem}"

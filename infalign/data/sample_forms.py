@@ -122,7 +122,11 @@ def read_requests(rows: Iterable[Row], source: str) -> dict[str, str | Messages]
 
 
 def _listed(row: Row, name: str, prompt: Callable[[Row], Any], taken: set[str]) -> SampleRow:
-    texts = _list(row[name], name)
+    value = row[name]
+    texts = from_text(value) if isinstance(value, str) else value  # CSV holds a list as text
+    if not isinstance(texts, (list, tuple)):
+        hint = "; CSV can hold none: write a row a sample, or a JSON list" if isinstance(value, str) else ""
+        raise InputError(f"{name} is a list of texts, got {value!r:.40}{hint}")
     rewards = _values(row, (*REWARDS, *REWARD), len(texts))
     if rewards is None and texts and all(isinstance(one, Mapping) for one in texts):
         own = next((key for key in _OWN_SCORES if all(key in one for one in texts)), None)
@@ -205,15 +209,6 @@ def _batch_row(row: Row, requests: Mapping[str, Any]) -> SampleRow | None:
         choice.get("text") if "text" in choice else (choice.get("message") or {}).get("content") for choice in choices
     ]
     return SampleRow(requests[name], [_text(one, place, "choices") for place, one in enumerate(texts)])
-
-
-def _list(value: Any, name: str) -> list[Any]:
-    """A list, also one that was written out as text (in CSV)."""
-    found = from_text(value) if isinstance(value, str) else value
-    if not isinstance(found, (list, tuple)):
-        hint = "; CSV can hold none: write a row a sample, or a JSON list" if isinstance(value, str) else ""
-        raise InputError(f"{name} is a list of texts, got {value!r:.40}{hint}")
-    return list(found)
 
 
 def _text(completion: Any, place: int, name: str) -> str:

@@ -52,7 +52,11 @@ def held_out_ranks(rewards_PK: Sequence[Floats], seed: int = 0) -> HeldOutRanks 
     ranks = np.concatenate([_ranks(first, second, rng) for first, second in halves])
     bins = min(BINS, min(first.size for first, _ in halves) + 1)
     share = 1.0 / bins
-    variance = sum(_count_variance(first.size, second.size, share) for first, second in halves)
+    # the variance of a bin's count, added up over prompts: m p (1 - p) (h + 1 + m) / (h + 2), see above
+    variance = sum(
+        second.size * share * (1.0 - share) * (first.size + 1 + second.size) / (first.size + 2)
+        for first, second in halves
+    )
     counts = np.histogram(ranks, bins=bins, range=(0.0, 1.0))[0]
     flat = ranks.size * share
     half_width = NormalDist().inv_cdf(0.5 + COVERAGE / 2) * float(np.sqrt(variance)) / flat
@@ -64,10 +68,6 @@ def _ranks(first_H: Floats, second_M: Floats, rng: np.random.Generator) -> Float
     others = np.sort(first_H)
     below, up_to = (np.searchsorted(others, second_M, side=side) for side in ("left", "right"))
     return (below + rng.random(second_M.size) * (up_to - below + 1)) / (others.size + 1)
-
-
-def _count_variance(others: int, draws: int, share: float) -> float:
-    return draws * share * (1.0 - share) * (others + 1 + draws) / (others + 2)
 
 
 @styled()

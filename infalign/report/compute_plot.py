@@ -131,7 +131,8 @@ def _range(match: Match) -> str:
 
 def compute_table(compute: Compute) -> Table:
     """Every decoder on both sides; the recipe's own is set off."""
-    rows = [*compute.curves, *[row for row in compute.decoder if not _is_in(row, compute.curves)]]
+    drawn = {(row.side, row.label) for row in compute.curves}
+    rows = [*compute.curves, *[row for row in compute.decoder if (row.side, row.label) not in drawn]]
     own = {(row.side, row.label) for row in compute.decoder}
     cells = [
         (
@@ -145,7 +146,3 @@ def compute_table(compute: Compute) -> Table:
     ]
     marked = tuple(at for at, row in enumerate(rows) if (row.side, row.label) in own)
     return Table(("decoder", "win rate", "interval", "tokens", "reward calls"), tuple(cells), marked)
-
-
-def _is_in(row: ComputeRow, rows: Sequence[ComputeRow]) -> bool:
-    return any((one.side, one.label) == (row.side, row.label) for one in rows)

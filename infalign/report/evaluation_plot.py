@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
@@ -31,7 +30,11 @@ def draw_win_rates(rows: Sequence[DecoderRow], trained: str) -> Figure:
     shifts = (0.0,) if len(judges) == 1 else (-0.17, 0.17)
     for judge, color, shift in zip(judges, (POLICY, GOLD), shifts, strict=False):
         mine = [row for row in rows if row.judge == judge]
-        _draw_rows(axes, mine, [labels.index(row.label) + shift for row in mine], color, _judge_name(judge))
+        places = [labels.index(row.label) + shift for row in mine]
+        for row, place in zip(mine, places, strict=True):
+            axes.plot([row.low, row.high], [place, place], color=color, linewidth=2.2, solid_capstyle="butt")
+        name = {"reward": "judged by the reward", "gold": "judged by the gold reward"}.get(judge, judge)
+        axes.plot([row.mean for row in mine], places, "o", color=color, markersize=7, label=name)
     limits = {labels.index(row.label): row.limit for row in rows if row.judge == "reward"}
     style: dict[str, Any] = {"color": LIMIT, "markersize": 15, "markeredgewidth": 2, "label": "limit"}
     axes.plot(list(limits.values()), list(limits), "|", **style)
@@ -48,16 +51,6 @@ def draw_win_rates(rows: Sequence[DecoderRow], trained: str) -> Figure:
     return figure
 
 
-def _judge_name(judge: str) -> str:
-    return {"reward": "judged by the reward", "gold": "judged by the gold reward"}.get(judge, judge)
-
-
-def _draw_rows(axes: Axes, rows: Sequence[DecoderRow], places: Sequence[float], color: str, label: str) -> None:
-    for row, place in zip(rows, places, strict=True):
-        axes.plot([row.low, row.high], [place, place], color=color, linewidth=2.2, solid_capstyle="butt")
-    axes.plot([row.mean for row in rows], places, "o", color=color, markersize=7, label=label)
-
-
 _LARGEST = 1e100  # a larger reward is drawn at this one: bins of more overflow
 
 
@@ -72,7 +65,10 @@ def draw_rewards(base: Floats, policy: Floats, reward: str) -> Figure:
     figure, (axes,) = new_figure()
     shown = np.clip(np.concatenate([base, policy]), -_LARGEST, _LARGEST)
     base, policy = shown[: base.size], shown[base.size :]
-    edges = np.histogram_bin_edges(shown, bins=_bin_count(base, policy))
+    # 20 to 40 bins; a reward with few values gets one for each
+    distinct = np.unique(shown).size
+    bins = int(np.clip(np.sqrt(base.size), 20, 40)) if distinct > 20 else max(distinct, 2)
+    edges = np.histogram_bin_edges(shown, bins=bins)
     for values, color, name in ((base, BASE, "base"), (policy, POLICY, "policy")):
         share = np.histogram(values, bins=edges)[0] / values.size
         axes.stairs(share, edges, fill=True, color=color, alpha=0.25)
@@ -85,9 +81,3 @@ def draw_rewards(base: Floats, policy: Floats, reward: str) -> Figure:
     axes.set_title("Rewards before decoding")
     axes.legend(loc="best")
     return figure
-
-
-def _bin_count(base: Floats, policy: Floats) -> int:
-    """20 to 40 bins, fewer for a reward with few values."""
-    distinct = np.unique(np.concatenate([base, policy])).size
-    return int(np.clip(np.sqrt(base.size), 20, 40)) if distinct > 20 else max(distinct, 2)

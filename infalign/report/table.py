@@ -31,15 +31,17 @@ def win_rate_table(rows: Sequence[DecoderRow], trained: str, confidence: float) 
     ordered = sorted(rows, key=lambda row: (row.judge != PROXY, labels.index(row.label)))
     level = f"{100 * confidence:g} %"
     heads = ("decoder", "judge", "win rate", f"{level} interval", "limit", "attainment", "regret ratio")
-    table = Table(
-        (*heads, "decoded reward", "at equal length"),
-        tuple(_cells(row) for row in ordered),
-        tuple(at for at, row in enumerate(ordered) if row.label == trained),
-    )
-    silent = {at for at, cells in enumerate(zip(*table.rows, strict=True)) if set(cells) == {ABSENT}}
+    heads = (*heads, "decoded reward", "at equal length")
+    cells = [_cells(row) for row in ordered]
+    silent = {at for at, column in enumerate(zip(*cells, strict=True)) if set(column) == {ABSENT}}
     if len({row.judge for row in rows}) == 1:
         silent.add(1)
-    return _without(table, silent)
+    kept = [at for at in range(len(heads)) if at not in silent]
+    return Table(
+        tuple(heads[at] for at in kept),
+        tuple(tuple(row[at] for at in kept) for row in cells),
+        tuple(at for at, row in enumerate(ordered) if row.label == trained),
+    )
 
 
 def _cells(row: DecoderRow) -> tuple[str, ...]:
@@ -59,13 +61,6 @@ def _cells(row: DecoderRow) -> tuple[str, ...]:
         ABSENT if math.isnan(row.base_reward) else rewards,
         length,
     )
-
-
-def _without(table: Table, silent: set[int]) -> Table:
-    def kept(cells: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(cell for at, cell in enumerate(cells) if at not in silent)
-
-    return Table(kept(table.heads), tuple(map(kept, table.rows)), table.marked)
 
 
 def plain_text(table: Table) -> list[str]:

@@ -49,8 +49,8 @@ def theory_figure(procedure: Procedure, optimum: OptimalTransform, policies: Seq
     limit_Q = win_rate_limit(procedure, kl_Q)
     rate.plot(kl_Q, limit_Q, color=INK, linewidth=2.6)
     loss.axhline(0.0, color=INK, linewidth=2.6)
-    for policy, color in zip(policies, _colours(len(policies)), strict=True):
-        style: dict[str, Any] = {"color": color, "linewidth": 1.7}
+    for at, policy in enumerate(policies):
+        style: dict[str, Any] = {"color": LINES[at % len(LINES)], "linewidth": 1.7}
         phi.plot(u_Q, unit_range(policy.transform(u_Q)), label=transform_name(policy.transform), **style)
         density.plot(u_Q, policy.density(u_Q), **style)
         win_rates_Q = tilted_win_rates(policy.transform, procedure, kl_Q)
@@ -70,10 +70,6 @@ def unit_range(values: Floats) -> Floats:
     """
     values = np.asarray(values, dtype=np.float64)
     return (values - values.min()) / max(float(np.ptp(values)), 1e-300)
-
-
-def _colours(count: int) -> list[str]:
-    return [LINES[at % len(LINES)] for at in range(count)]
 
 
 def _label(phi: Axes, density: Axes, rate: Axes, loss: Axes, kl: float, end: float) -> None:

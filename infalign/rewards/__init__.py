@@ -12,12 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from infalign.rewards.classifier import ClassifierReward
-    from infalign.rewards.contract import RewardFunction, as_rewards, completion_text, shape_completions
+    from infalign.rewards.contract import (
+        RewardFunction,
+        as_rewards,
+        completion_text,
+        shape_completions,
+        strip_reasoning,
+    )
     from infalign.rewards.guard import GuardedReward
     from infalign.rewards.http import HTTPReward
     from infalign.rewards.judge import Judge, Verdicts, both_orders, load_judge
     from infalign.rewards.loader import Reward, load_reward
-    from infalign.rewards.reasoning import strip_reasoning
 
 _HOMES = {
     "ClassifierReward": "classifier",
@@ -33,7 +38,7 @@ _HOMES = {
     "both_orders": "judge",
     "load_judge": "judge",
     "load_reward": "loader",
-    "strip_reasoning": "reasoning",
+    "strip_reasoning": "contract",
 }
 
 __all__ = [

@@ -80,9 +80,10 @@ class CalibratedSum:
         of_row = [{name: values[row] for name, values in data.items()} for row in range(len(prompts))]
         names = [digest(prompt_key(prompt), own) for prompt, own in zip(prompts, of_row, strict=True)]
         first = {name: row for row, name in reversed(list(enumerate(names)))}
-        found = {
-            name: [_scores(one) for one in self._references(prompts[row], of_row[row])] for name, row in first.items()
-        }
+        found: dict[str, list[NDArray[np.float64]]] = {}  # by row, each member's scores of its base samples
+        for name, row in first.items():
+            references = [np.asarray(one, dtype=np.float64) for one in self._references(prompts[row], of_row[row])]
+            found[name] = [one[~np.isnan(one)] for one in references]
         rows = [found[name] for name in names]
         scores_SB = scores_of(self.members, prompts, completions, completion_ids, columns)
         total = np.zeros(len(completions))
@@ -103,11 +104,6 @@ def _sums(reward: Reward) -> Iterator[CalibratedSum]:
         for member in getattr(reward.function, "members", ()):
             if isinstance(member, Reward):
                 yield from _sums(member)
-
-
-def _scores(row: ArrayLike) -> NDArray[np.float64]:
-    values = np.asarray(row, dtype=np.float64)
-    return values[~np.isnan(values)]
 
 
 def _quantiles(scores_B: NDArray[np.float64], references_B: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infalign.rewards.contract import TRAINERS, Text, as_rewards
-from infalign.rewards.reasoning import strip_reasoning as strip
+from infalign.rewards.contract import strip_reasoning as strip
 from infalign.runtime.calls import CoroutineRunner, in_thread, is_async, own_copy
 from infalign.runtime.retry import RetryPolicy, times
 from infalign.types import InputError, RewardError

@@ -123,7 +123,9 @@ def load_reward(
     modules = {**found.modules, **(modules_behind(function, found.folders) if found.folders else {})}
     remember(modules)
     own = getattr(function, "fingerprint", None)
-    speaks_for_itself = _is_ours(function) and own and not modules
+    # the fingerprints of this room's own classes say all that shapes their scores
+    ours = type(function).__module__.startswith("infalign.rewards.")
+    speaks_for_itself = ours and own and not modules
     identity = own if speaks_for_itself else [[*found.source, *digests(modules)], own, without_secrets(options)]
     if getattr(function, "tries_again", False):  # its parts have the time limit and the further attempts
         policy |= {"retries": 0, "timeout": None}
@@ -244,11 +246,6 @@ def _classifier(model: Any, options: dict[str, Any], name: str) -> Callable[...,
 def _is_torch_module(value: Any) -> bool:
     torch = sys.modules.get("torch")  # a module can only be given once torch is there
     return torch is not None and isinstance(value, torch.nn.Module)
-
-
-def _is_ours(value: Any) -> bool:
-    """Whether an object is of this room's own classes, whose fingerprints say all that shapes their scores."""
-    return type(value).__module__.startswith("infalign.rewards.") and hasattr(value, "fingerprint")
 
 
 def _name_of(value: Any) -> str:

@@ -41,12 +41,9 @@ def load_members(members: Any, load: Load, what: str) -> list[Reward]:
         if unknown or "reward" not in given:
             problem = f"does not take {unknown[0]!r}" if unknown else "has no `reward`"
             raise InputError(f"{what}: member {number} {problem}; its keys are {', '.join(_KEYS)}")
-        loaded.append(given["reward"] if isinstance(given["reward"], Reward) else _load(given, load))
+        reward = given["reward"]
+        loaded.append(reward if isinstance(reward, Reward) else load(reward, given.get("reward_kwargs")))
     return loaded
-
-
-def _load(given: dict[str, Any], load: Load) -> Reward:
-    return load(given["reward"], given.get("reward_kwargs"))
 
 
 def weights_of(members: Sequence[Any], what: str) -> list[float]:

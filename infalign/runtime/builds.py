@@ -28,7 +28,9 @@ def clear_abandoned_locks(root: Path | None = None) -> list[Path]:
     Args:
         root: the folder of the extensions; None is PyTorch's own.
     """
-    found = [lock for pattern in ("*/lock", "*/*/lock") for lock in (root or _root()).glob(pattern)]
+    if root is None:
+        root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
+    found = [lock for pattern in ("*/lock", "*/*/lock") for lock in root.glob(pattern)]
     several = os.environ.get("WORLD_SIZE", "1") != os.environ.get("LOCAL_WORLD_SIZE", "1")
     held = _open_files() if found else set()
     removed = []
@@ -40,10 +42,6 @@ def clear_abandoned_locks(root: Path | None = None) -> list[Path]:
             removed.append(lock)
             notice(f"removed {lock}: a run that was killed left it, and nobody holds it")
     return removed
-
-
-def _root() -> Path:
-    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
 
 
 def _open_files() -> set[str]:

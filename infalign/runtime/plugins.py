@@ -79,7 +79,7 @@ def find_object(spec: str, base_dir: Path, *, what: str = "reward") -> Found | N
         IMPORTED[module.__name__] = modules
         value = _attribute(module, name, shown, what)
         return Found(value, _telling(name, path.stem), [name, file_digest(path)], modules, folders)
-    if not (colon and _is_module_name(left)):
+    if not (colon and all(part.isidentifier() for part in left.split("."))):
         if not _DOTTED.fullmatch(spec):
             return None
         left, _, name = spec.rpartition(".")
@@ -192,7 +192,3 @@ def one_line(error: BaseException) -> str:
     """`TypeName: first line of the message`."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
-
-
-def _is_module_name(text: str) -> bool:
-    return all(part.isidentifier() for part in text.split("."))

@@ -144,15 +144,15 @@ def choose_n(asked: Comparison, pairs: Sequence[Pair]) -> int:
     """How many candidates are decoded: as asked, else 4, or as many scored samples as half of the prompts have."""
     if asked.n is not None:
         return asked.n
-    counts = [min(_scored_count(side) for side in pair) for pair in pairs]
+    # by prompt, the side with fewer scored samples; samples without rewards are all scored later
+    counts = [
+        min(len(side) if side.rewards_M is None else int(np.count_nonzero(~np.isnan(side.rewards_M))) for side in pair)
+        for pair in pairs
+    ]
     least = max(1, int(np.median(counts)))
     if least == 1:
         notice("one completion a prompt: only N = 1, the plain win rate, can be measured")
     return min(4, least)
-
-
-def _scored_count(side: Completions) -> int:
-    return len(side) if side.rewards_M is None else int(np.count_nonzero(~np.isnan(side.rewards_M)))
 
 
 def load_table(asked: Comparison, pairs: Sequence[Pair], procedure: Procedure) -> PairedSamples:

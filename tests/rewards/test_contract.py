@@ -8,8 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from infalign.rewards.contract import RewardFunction, as_rewards, completion_text, shape_completions
-from infalign.rewards.reasoning import strip_reasoning
+from infalign.rewards.contract import (
+    RewardFunction,
+    as_rewards,
+    completion_text,
+    shape_completions,
+    strip_reasoning,
+)
 from infalign.types import RewardError
 
 

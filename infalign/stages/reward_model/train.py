@@ -37,7 +37,7 @@ from infalign.stages.reward_model.quality import measure
 from infalign.stages.reward_model.recipe import RewardModelRecipe
 from infalign.stages.training_keys import adapter_of, split_training
 from infalign.training.packages import missing_packages
-from infalign.training.reward_head import Head, candidate_depths, features, fit_head
+from infalign.training.reward_head import candidate_depths, features, fit_head
 from infalign.training.reward_model import Encoded, make_trainer, train
 from infalign.types import InputError, Prompt
 
@@ -174,7 +174,8 @@ def _fit_head(recipe: RewardModelRecipe, pairs: Pairs, folder: Path, parts: dict
     model = _backbone(recipe, pairs, head.depth)
     with torch.no_grad():
         model.score.weight.copy_(torch.as_tensor(head.weights_H)[None])
-    _save(recipe, pairs, model, folder, parts, method="head", **_facts(head))
+    facts = {"layers": head.depth, "penalty": head.penalty, "cv_loss": head.cv_loss, "cv_accuracy": head.cv_accuracy}
+    _save(recipe, pairs, model, folder, parts, method="head", **facts)
     place = depths.index(head.depth)
     _check_saved(folder, sequences[:CHECKED], found[:CHECKED, place].astype(np.float64) @ head.weights_H)
 
@@ -212,10 +213,6 @@ def _backbone(recipe: RewardModelRecipe, pairs: Pairs, layers: int | None) -> An
         )
     head.float()
     return model.to(choose_device(recipe.use_cpu)).eval()
-
-
-def _facts(head: Head) -> dict[str, Any]:
-    return {"layers": head.depth, "penalty": head.penalty, "cv_loss": head.cv_loss, "cv_accuracy": head.cv_accuracy}
 
 
 def _check_saved(folder: Path, sequences: Sequence[list[int]], wanted: np.ndarray) -> None:
