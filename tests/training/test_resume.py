@@ -36,6 +36,8 @@ LAYOUTS = {
         "num_iterations": 2,
     },
     "beta comes down": {"beta_start": 1.0},
+    "beta is steered": {"target_kl": 0.05, "beta": 0.3},
+    "steered, two iterations": {"target_kl": 0.05, "beta": 0.3, "num_iterations": 2},
     "logs rarely": {"logging_steps": 4},
 }
 
