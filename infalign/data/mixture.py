@@ -99,6 +99,7 @@ def _shares(fractions: Sequence[Any], sizes: Sequence[int]) -> list[int]:
     if sum(fractions) <= 0:
         raise InputError("datasets: the fractions are all 0")
     weights = [fraction / sum(fractions) for fraction in fractions]
+    # the data set that is used up first limits the mixture
     total = min(size / weight for size, weight in zip(sizes, weights, strict=True) if weight > 0)
     return [round(weight * total) for weight in weights]
 

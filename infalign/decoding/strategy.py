@@ -130,7 +130,18 @@ class Course:
         Raises:
             InputError: the strategy asks for what it may not: it would never end, or exceed its own n.
         """
-        step = strategy.step(self._seen())
+        seen = Seen(
+            # copies: a strategy may change what it is shown, and the next one must not see that
+            dataclasses.replace(
+                self.prompt, content=own_copy(self.prompt.content), columns=own_copy(dict(self.prompt.columns))
+            ),
+            tuple(self.candidates),
+            np.array(self.rewards, dtype=np.float64),
+            np.array(self.whole, dtype=bool),
+            None if self.references is None else np.array(self.references, dtype=np.float64),
+            self.rng,
+        )
+        step = strategy.step(seen)
         problem = self._problem(step, strategy)
         if problem:
             raise InputError(f"strategy {strategy!r} {problem}")
@@ -163,17 +174,6 @@ class Course:
     def whole_rewards(self) -> Floats:
         """(N,) rewards of whole candidates; NaN for those that were given up."""
         return np.where(np.array(self.whole, dtype=bool), np.array(self.rewards, dtype=np.float64), np.nan)
-
-    def _seen(self) -> Seen:
-        columns = dict(self.prompt.columns)
-        return Seen(
-            dataclasses.replace(self.prompt, content=own_copy(self.prompt.content), columns=own_copy(columns)),
-            tuple(self.candidates),
-            np.array(self.rewards, dtype=np.float64),
-            np.array(self.whole, dtype=bool),
-            None if self.references is None else np.array(self.references, dtype=np.float64),
-            self.rng,
-        )
 
     def _problem(self, step: Step, strategy: Strategy) -> str:
         held = len(self.candidates)

@@ -163,7 +163,15 @@ def procedure_point(
     Raises:
         InputError: fewer scored samples than it draws (on the base's side one more is needed, the opponent).
     """
-    wins = [one.order_wins(side) @ _weights(procedure, one, side) for one in contests]
+    wins: list[float] = []
+    for one in contests:
+        rank_wins, opponents = one.order_wins(side), int(side == "base")
+        if rank_wins.size < procedure.n:
+            raise InputError(
+                f"{procedure!r} needs {procedure.n + opponents} scored samples of the {side} here, and the prompt "
+                f"{str(one.prompt.content)[:80]!r} has {rank_wins.size + opponents}: raise eval_samples"
+            )
+        wins.append(float(rank_wins @ procedure.order_weights(rank_wins.size)))
     tokens = procedure.n * float(np.mean([_tokens(one.table(side)) for one in contests]))
     calls = float(procedure.n) if procedure.n > 1 else 0.0
     win = summarise(np.array(wins), confidence, seed)
@@ -281,16 +289,6 @@ def _crossing(curve_N: Array, level: float) -> float:
 
 def _finite(value: float) -> float | None:
     return None if np.isinf(value) else float(value)
-
-
-def _weights(procedure: Procedure, one: Contest, side: str) -> Array:
-    size, opponents = one.order_wins(side).size, int(side == "base")
-    if size < procedure.n:
-        raise InputError(
-            f"{procedure!r} needs {procedure.n + opponents} scored samples of the {side} here, and the prompt "
-            f"{str(one.prompt.content)[:80]!r} has {size + opponents}: raise eval_samples"
-        )
-    return procedure.order_weights(size)
 
 
 def _beats(ours_M: Array, theirs_L: Array) -> Array:

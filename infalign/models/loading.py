@@ -116,18 +116,14 @@ def model_fingerprint(name_or_path: str, revision: str | None = None) -> str:
     """What tells two models apart: names, sizes and sampled bytes of a folder's files, or a Hub id with its commit."""
     folder = Path(name_or_path)
     if not folder.is_dir():
-        return fingerprint([name_or_path, revision, _hub_commit(name_or_path, revision)])
+        commit = None
+        with contextlib.suppress(OSError):  # no network, and not in the cache: name and revision have to do
+            path = cached_file(name_or_path, "config.json", revision=revision)
+            commit = Path(path).parent.name if path else None  # a snapshot's folder is named after its commit
+        return fingerprint([name_or_path, revision, commit])
     files = [path for path in sorted(folder.iterdir()) if path.suffix in (".json", ".safetensors", ".model", ".jinja")]
     skip = {"manifest.json", "trainer_state.json", "training_args.json"}
     return fingerprint([(f.name, f.stat().st_size, _sampled_digest(f)) for f in files if f.name not in skip])
-
-
-def _hub_commit(name: str, revision: str | None) -> str | None:
-    try:
-        path = cached_file(name, "config.json", revision=revision)
-    except OSError:
-        return None
-    return Path(path).parent.name if path else None
 
 
 def choose_device(use_cpu: bool = False) -> torch.device:

@@ -67,6 +67,7 @@ def _ranks(first_H: Floats, second_M: Floats, rng: np.random.Generator) -> Float
     """(M,) ranks among H others: the slot among H + 1, ties in random order, and a random place in the slot."""
     others = np.sort(first_H)
     below, up_to = (np.searchsorted(others, second_M, side=side) for side in ("left", "right"))
+    # a reward tied with t others may take any of t + 1 slots; a continuous place among them is slot and place in it
     return (below + rng.random(second_M.size) * (up_to - below + 1)) / (others.size + 1)
 
 

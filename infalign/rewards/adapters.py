@@ -45,8 +45,16 @@ def load_merged(name: str, config: dict[str, Any], dtype: Any, trust_remote_code
         InputError: peft is not installed, the base can't be found, the adapter has no merged form or doesn't fit, or
             neither of the two has a trained head.
     """
-    peft = _peft(name)
-    _check_safe(name)
+    if importlib.util.find_spec("peft") is None:
+        raise InputError(
+            f"reward model {name!r} is an adapter, which needs the package peft: pip install 'infalign[peft]'"
+        )
+    peft: Any = importlib.import_module("peft")
+    if Path(name).is_dir() and not (Path(name) / "adapter_model.safetensors").is_file():
+        raise InputError(
+            f"reward model {name!r}: the folder has {CONFIG} and no adapter_model.safetensors; take {CONFIG} out if "
+            "the model next to it is whole"
+        )
     try:
         weights = peft.load_peft_weights(name, device="cpu")
     except Exception as error:  # OS, network and file format errors
@@ -89,22 +97,6 @@ def base_of(name: str, config: dict[str, Any]) -> str:
     wanted = str(config.get("base_model_name_or_path") or "")
     beside = Path(name) / Path(wanted).expanduser()
     return str(beside) if wanted and beside.is_dir() else wanted
-
-
-def _peft(name: str) -> Any:
-    if importlib.util.find_spec("peft") is None:
-        raise InputError(
-            f"reward model {name!r} is an adapter, which needs the package peft: pip install 'infalign[peft]'"
-        )
-    return importlib.import_module("peft")
-
-
-def _check_safe(name: str) -> None:
-    if Path(name).is_dir() and not (Path(name) / "adapter_model.safetensors").is_file():
-        raise InputError(
-            f"reward model {name!r}: the folder has {CONFIG} and no adapter_model.safetensors; take {CONFIG} out if "
-            "the model next to it is whole"
-        )
 
 
 def _labels(given: dict[str, torch.Tensor], config: dict[str, Any]) -> dict[str, Any]:

@@ -79,6 +79,7 @@ class CalibratedSum:
         data = {name: values for name, values in columns.items() if name not in TRAINERS}
         of_row = [{name: values[row] for name, values in data.items()} for row in range(len(prompts))]
         names = [digest(prompt_key(prompt), own) for prompt, own in zip(prompts, of_row, strict=True)]
+        # completions of one prompt share its references: they are looked up once, for the first row of that name
         first = {name: row for row, name in reversed(list(enumerate(names)))}
         found: dict[str, list[NDArray[np.float64]]] = {}  # by row, each member's scores of its base samples
         for name, row in first.items():

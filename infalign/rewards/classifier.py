@@ -114,9 +114,10 @@ class ClassifierReward:
         self._takes_types = not self._is_decoder and takes_types(self.model)
         self.max_length = self._longest(max_length)
         weights = model_fingerprint(self.model, self.tokenizer)
-        template = (self.chat_template, sorted(self.chat_template_kwargs.items()))
+        shown = repr((self.chat_template, sorted(self.chat_template_kwargs.items())))
+        template = hashlib.blake2b(shown.encode(), digest_size=4).hexdigest()
         how = "".join(f":{name}" for name, on in (("pair", pair), ("as_chat", as_chat)) if on)
-        self.fingerprint = f"{weights}:{self.label}:{self.max_length}:{too_long}:{_digest(template)}{how}"
+        self.fingerprint = f"{weights}:{self.label}:{self.max_length}:{too_long}:{template}{how}"
         self._check_batching()
         if pair is None and not self._is_decoder:
             notice(
@@ -219,6 +220,7 @@ class ClassifierReward:
         scores = np.empty(len(sequences))
         groups = groups_of(sequences, names) if names is not None and self._shares else []
         last = [last_index(ids, self._skipped_id) for ids in sequences]
+        # a score that is read before the shared beginning ends needs a state that continuations do not have
         whole = [group for group in groups if all(last[row] >= group.shared - 1 for row in group.rows)]
         shared = worth_sharing(whole, pass_cost(self.model))
         with torch.inference_mode():
@@ -264,6 +266,7 @@ class ClassifierReward:
         self.counts["truncated" if self.too_long == "truncate" else "masked"] += 1
         if self.too_long == "mask":
             return None
+        # truncation takes from the front, where the prompt begins; only a beginning-of-text token stays
         first = {self.tokenizer.bos_token_id, self.tokenizer.cls_token_id} - {None}
         kept = [0] if ids[0] in first and limit > 1 else []
         return [*kept, *range(len(ids) - limit + len(kept), len(ids))]
@@ -280,9 +283,12 @@ class ClassifierReward:
                 f"reward model {self.name!r}: max_length is {max_length}, and the model has positions for {positions} "
                 "tokens"
             )
-        return max_length or min(
-            (one for one in (positions, _context(self.model, self.tokenizer)) if one), default=None
+        declared = (
+            getattr(self.model.config, "max_position_embeddings", None),
+            getattr(self.tokenizer, "model_max_length", None),  # 10**30 where a tokenizer knows no limit
         )
+        limits = [positions, *(one for one in declared if one is not None and 0 < one < 10**9)]
+        return max_length or min((one for one in limits if one), default=None)
 
     def _check_batching(self) -> None:
         """Scores one by one must be the scores of a padded batch; says both when they are not."""
@@ -309,11 +315,6 @@ def _check_options(batch_tokens: int | None, max_length: int | None, too_long: s
             raise InputError(f"{name} is true or false, got {value!r}")
 
 
-def _context(model: Any, tokenizer: Any) -> int | None:
-    limits = (getattr(model.config, "max_position_embeddings", None), getattr(tokenizer, "model_max_length", None))
-    return min((limit for limit in limits if limit is not None and 0 < limit < 10**9), default=None)
-
-
 def _text_config(model: Any) -> Any:
     return model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
 
@@ -326,7 +327,3 @@ def _pad_id(model: Any, tokenizer: Any, *, set_in_config: bool) -> int:
     if set_in_config and getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = pad_id
     return pad_id
-
-
-def _digest(value: Any) -> str:
-    return hashlib.blake2b(repr(value).encode(), digest_size=4).hexdigest()

@@ -53,8 +53,9 @@ def load_classifier(
         InputError: the model or tokenizer cannot be loaded, or weights (e.g. the head) are missing from the files.
     """
     if isinstance(model_or_path, nn.Module):
-        model, name = unwrapped(model_or_path), _model_name(model_or_path)
-        source = name
+        model = unwrapped(model_or_path)
+        config = getattr(model_or_path, "config", None)
+        source = name = getattr(config, "_name_or_path", "") or type(model_or_path).__name__
     else:
         name = str(model_or_path)
         if trust_remote_code:
@@ -246,10 +247,6 @@ def _tokenizer(name: str, trust_remote_code: bool) -> Any:
         raise InputError(
             f"no tokenizer for the reward model at {name!r} ({one_line(error)}); save it next to the model or pass one"
         ) from error
-
-
-def _model_name(model: nn.Module) -> str:
-    return getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
 
 
 def _to_float32(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

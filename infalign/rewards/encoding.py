@@ -38,7 +38,13 @@ def encode_pair(
         asked, answered = as_chat(prompt, completion)
         messages = asked + answered
         template = chat_template or getattr(tokenizer, "chat_template", None)
-        ids = _encode_chat(tokenizer, messages, name, template, chat_template_kwargs or {})
+        if not template:
+            raise InputError(
+                f"the prompts are chats but the tokenizer of the reward model {name!r} has no chat template; "
+                f"give chat_template, or use text prompts"
+            )
+        variables = chat_template_kwargs or {}
+        ids = list(_applied(tokenizer, messages, name, template, variables, tokenize=True, return_dict=False))
     ids = ids[_repeated_beginnings(tokenizer, ids) :]
     if not ids:
         raise InputError(f"reward model {name!r}: prompt and completion together have no tokens")
@@ -103,17 +109,6 @@ def last_index(ids: Sequence[int], skipped_id: int | None) -> int:
     1
     """
     return max((index for index, token_id in enumerate(ids) if token_id != skipped_id), default=0)
-
-
-def _encode_chat(
-    tokenizer: Any, messages: Messages, name: str, template: str | None, variables: Mapping[str, Any]
-) -> list[int]:
-    if not template:
-        raise InputError(
-            f"the prompts are chats but the tokenizer of the reward model {name!r} has no chat template; "
-            f"give chat_template, or use text prompts"
-        )
-    return list(_applied(tokenizer, messages, name, template, variables, tokenize=True, return_dict=False))
 
 
 def _applied(

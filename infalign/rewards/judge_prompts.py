@@ -11,6 +11,7 @@ import hashlib
 import math
 import re
 from collections.abc import Mapping
+from itertools import count
 from typing import Any
 
 from infalign.rewards.contract import Text, completion_text, strip_reasoning
@@ -70,7 +71,11 @@ def filled(template: str, fields: Mapping[str, str]) -> str:
     >>> filled("{prompt} / {first}", {"prompt": "{first}", "first": "x"})
     '{first} / x'
     """
-    values = {**fields, "tag": _tag(list(fields.values()))}
+    # a tag that no text contains, so that no answer can close the quotation that it stands in
+    texts = list(fields.values())
+    digests = (hashlib.blake2b(repr((number, texts)).encode(), digest_size=6).hexdigest() for number in count())
+    tag = next(digest for digest in digests if not any(digest in text for text in texts))
+    values = {**fields, "tag": tag}
     return _FIELD.sub(lambda found: values.get(found[1], found[0]), template)
 
 
@@ -132,6 +137,7 @@ def expected_score(tokens: list[dict[str, Any]], low: int, high: int) -> float |
     if not places:
         return None
     written = tokens[places[-1]]
+    # several tokens may stand for one digit ("4", " 4"): their probabilities are added up
     weights: dict[int, float] = {}
     for one in written["top_logprobs"]:
         if (digit := digits.get(one["token"].strip())) is not None:
@@ -144,12 +150,3 @@ def _last_line(answer: str) -> str:
     """The last line that is not empty, without emphasis; reasoning blocks are left out."""
     lines = [_EMPHASIS.sub("", line).strip() for line in str(strip_reasoning(answer)).splitlines()]
     return next((line for line in reversed(lines) if line), "")
-
-
-def _tag(texts: list[str]) -> str:
-    number = 0
-    while True:
-        digest = hashlib.blake2b(repr((number, texts)).encode(), digest_size=6).hexdigest()
-        if not any(digest in text for text in texts):
-            return digest
-        number += 1

@@ -124,6 +124,7 @@ def slope_within(lengths_PM: Sequence[Floats], rewards_PM: Sequence[Floats]) -> 
     for lengths, rewards in zip(lengths_PM, rewards_PM, strict=True):
         scored = ~np.isnan(rewards)
         if scored.any():
+            # an intercept a prompt is the same as centring both within the prompt
             x, y = (values[scored] - values[scored].mean() for values in (lengths, rewards))
             above, below = above + float(x @ y), below + float(x @ x)
     if below == 0.0:

@@ -49,6 +49,7 @@ def groups_of(sequences: Sequence[list[int]], names: Sequence[Hashable]) -> list
 
 def _common(sequences: Sequence[list[int]]) -> int:
     """How many tokens all sequences begin with: as many as the first and the last in order."""
+    # lists compare token by token, so what the lowest and the highest share, all in between share
     first, last = min(sequences), max(sequences)
     return next(
         (place for place, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last))
@@ -91,6 +92,7 @@ def shared_states(
         beginnings = [sequences[group.rows[0]][: group.shared] for group in batch]
         prefix = encode_prefixes(model, *pad_left(beginnings, pad_id, device))
         members = [(number, row) for number, group in enumerate(batch) for row in group.rows]
+        # a continuation goes from the last shared token, which `encode_prefixes` leaves out, to the token at `last`
         lengths = [last[row] - batch[number].shared + 2 for number, row in members]
         for bucket in buckets(lengths, tokens, beside=prefix.mask_UP.shape[1], cost=cost):
             rows = [members[place] for place in bucket]

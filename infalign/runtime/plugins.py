@@ -128,12 +128,9 @@ def find_file(path: str, base_dir: Path, *, what: str = "reward") -> Path:
 
 def _executed(path: Path, folders: tuple[Path, ...], what: str) -> ModuleType:
     content = file_digest(path)
-    if path not in _EXECUTED or _EXECUTED[path][0] != content:
-        _EXECUTED[path] = content, _load_file(path, folders, what)
-    return _EXECUTED[path][1]
-
-
-def _load_file(path: Path, folders: tuple[Path, ...], what: str) -> ModuleType:
+    if path in _EXECUTED and _EXECUTED[path][0] == content:
+        return _EXECUTED[path][1]
+    # two files of one name must not be one module
     unique = hashlib.blake2b(str(path).encode(), digest_size=4).hexdigest()
     module_spec = importlib.util.spec_from_file_location(f"{PREFIX}{path.stem}_{unique}", path)
     assert module_spec is not None and module_spec.loader is not None  # the suffix is .py
@@ -145,6 +142,7 @@ def _load_file(path: Path, folders: tuple[Path, ...], what: str) -> ModuleType:
     except (Exception, SystemExit) as error:  # the user's code, at import: anything
         sys.modules.pop(module_spec.name, None)
         raise InputError(f"{what} {path}: importing the file failed ({one_line(error)})") from error
+    _EXECUTED[path] = content, module
     return module
 
 

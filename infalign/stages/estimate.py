@@ -176,8 +176,10 @@ def _tokens(experiment: Experiment, arguments: Any) -> dict[str, int]:
     if steps <= 0:
         steps = int(arguments.num_train_epochs * len(splits.train) / max(groups, 1))
     mean_prompt = sum(length[prompt.key] for prompt in splits.train) / max(len(splits.train), 1)
+    # each prompt once for its group, each rollout at its longest
     step_tokens = groups * mean_prompt + rollouts * longest
     test_prompts = sum(length[prompt.key] for prompt in splits.test)
+    # base and policy both sample, and both judge the policy's own samples for the KL
     sampled = 2 * (test_prompts + len(splits.test) * recipe.eval_samples * longest)
     judged = 2 * (test_prompts + len(splits.test) * min(recipe.kl_samples, recipe.eval_samples) * longest)
     return {
@@ -195,6 +197,7 @@ def _flops() -> float:
     start, count = time.perf_counter(), 0
     while time.perf_counter() - start < 0.1:
         warm = left @ left
-        warm[0, 0].item()
+        warm[0, 0].item()  # waits for the GPU, which works on while Python runs ahead
         count += 1
+    # a product of two n x n matrices takes n^3 multiplications and as many additions
     return count * 2.0 * size**3 / (time.perf_counter() - start)

@@ -185,13 +185,6 @@ def _strategy(experiment: Experiment) -> Strategy:
     return load_strategy(experiment.recipe, experiment.procedure)
 
 
-def _reference_parts(experiment: Experiment) -> dict[str, Any]:
-    """What a strategy's comparisons with the base depend on; a procedure makes none."""
-    if experiment.recipe.strategy == "procedure":
-        return {}
-    return {"reference": experiment.sampling_parts(experiment.base_path, REFERENCE)}
-
-
 # --- to standard output -------------------------------------------------------------------------------------------
 
 
@@ -254,10 +247,11 @@ def _print(rows: Iterator[list[dict[str, Any]]], results: Any) -> None:
 
 def _identity(experiment: Experiment, batches: list[list[Request]], asked: Asked) -> dict[str, Any]:
     """Everything that the completions depend on, by name."""
+    compares = experiment.recipe.strategy != "procedure"  # a strategy may draw from the base too, a procedure never
     return {
         **experiment.sampling_parts(experiment.judged_path, "generate"),
         "procedure": repr(_strategy(experiment)),
-        **_reference_parts(experiment),
+        **({"reference": experiment.sampling_parts(experiment.base_path, REFERENCE)} if compares else {}),
         "reward": experiment.reward.fingerprint,
         "batches": fingerprint([[(request.key, request.prompt_ids) for request in batch] for batch in batches]),
         "rows": fingerprint(plain([_bad_row(one) if isinstance(one, BadRow) else one.columns for one in asked.rows])),

@@ -194,18 +194,16 @@ def win_rate_limit(procedure: Procedure, kl: ArrayLike) -> float | Floats:
     [0.5, 0.941123]
     """
     kl_array = np.asarray(kl, dtype=float)
-    limits = [_limit(procedure, float(value)) for value in kl_array.ravel()]
+    limits: list[float] = []
+    for value in map(float, kl_array.ravel()):
+        if value == 0:
+            limits.append(0.5)
+            continue
+        _, checked = one_of(None, value)
+        if value > LARGEST_KL:
+            raise InputError(f"kl must be at most {LARGEST_KL:g} nats; got {value!r}")
+        limits.append(_solved(check_procedure(procedure), None, checked).win_rate)
     return limits[0] if kl_array.ndim == 0 else np.array(limits).reshape(kl_array.shape)
-
-
-def _limit(procedure: Procedure, kl: float) -> float:
-    """W* at one KL."""
-    if kl == 0:
-        return 0.5
-    _, checked = one_of(None, kl)
-    if kl > LARGEST_KL:
-        raise InputError(f"kl must be at most {LARGEST_KL:g} nats; got {kl!r}")
-    return _solved(check_procedure(procedure), None, checked).win_rate
 
 
 @lru_cache(maxsize=512)

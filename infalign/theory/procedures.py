@@ -66,8 +66,14 @@ class Procedure:
     def __post_init__(self) -> None:
         if not self.components or abs(sum(c.probability for c in self.components) - 1) > 1e-9:
             raise InputError(f"a procedure's component probabilities must sum to 1; got {self.components!r}")
-        for component in self.components:
-            _check_component(component)
+        for one in self.components:
+            n = _whole("n", one.n)
+            if one.probability < 0 or any(not 1 <= rank <= n or not weight >= 0 for rank, weight in one.picks):
+                raise InputError(f"a component needs a probability >= 0, ranks in 1..n and weights >= 0; got {one!r}")
+            if len({rank for rank, _ in one.picks}) < len(one.picks):
+                raise InputError(f"a component lists a rank twice; got {one!r}")
+            if abs(sum(weight for _, weight in one.picks) - 1) > 1e-9:
+                raise InputError(f"a component's weights must sum to 1; got {one!r}")
 
     def __repr__(self) -> str:
         return self.label or f"Procedure({self.components!r})"
@@ -144,11 +150,18 @@ class Procedure:
         m = _whole("m", m)
         if m < self.n:
             raise InputError(f"{self!r} needs at least {self.n} samples for an unbiased estimate; got m={m}")
-        log_factorial = special.gammaln(np.arange(m + 1) + 1.0)
+        log_factorial = special.gammaln(np.arange(m + 1) + 1.0)  # binomials of large m overflow, their logs do not
         weights_m = np.zeros(m)
         for component in self.components:
-            weights_m += component.probability * _component_order_weights(component, log_factorial)
-        return weights_m / weights_m.sum()
+            n, of_component_m = component.n, np.zeros(m)
+            scale = log_factorial[m] - log_factorial[n] - log_factorial[m - n]  # log C(m, n)
+            for rank, weight in component.picks:
+                i = np.arange(rank, m - n + rank + 1)  # where both binomials are positive
+                below = log_factorial[i - 1] - log_factorial[rank - 1] - log_factorial[i - rank]
+                above = log_factorial[m - i] - log_factorial[n - rank] - log_factorial[m - i - n + rank]
+                of_component_m[i - 1] += weight * np.exp(below + above - scale)
+            weights_m += component.probability * of_component_m
+        return weights_m / weights_m.sum()  # they sum to 1 but for rounding
 
     def select(self, scores_PN: ArrayLike, rng: np.random.Generator | None = None) -> NDArray[np.intp]:
         """The column the procedure keeps in each row, (P,).
@@ -162,7 +175,12 @@ class Procedure:
         >>> BestOfN(3).select([[0.1, 0.9, float("nan")]]).tolist()
         [1]
         """
-        scores_PN = _checked_scores(self, scores_PN)
+        scores_PN = np.asarray(scores_PN, dtype=float)
+        if scores_PN.ndim != 2 or scores_PN.shape[1] != self.n:
+            raise InputError(f"{self!r} selects among (P, {self.n}) scores; got shape {scores_PN.shape}")
+        empty_P = np.isnan(scores_PN).all(1)
+        if empty_P.any():
+            raise InputError(f"row {int(empty_P.argmax())} has no scored candidate (all NaN): drop it before selecting")
         if rng is None and self.is_random:
             raise InputError(f"{self!r} is random: select needs rng, a numpy.random.Generator; got None")
         size_P, rank_P = _drawn_ranks(self, len(scores_PN), rng)
@@ -279,28 +297,6 @@ def _whole(name: str, value: Any) -> int:
     return whole
 
 
-def _check_component(component: Component) -> None:
-    """InputError unless ranks lie in 1..n and weights are a distribution."""
-    n = _whole("n", component.n)
-    if component.probability < 0 or any(not 1 <= rank <= n or not weight >= 0 for rank, weight in component.picks):
-        raise InputError(f"a component needs a probability >= 0, ranks in 1..n and weights >= 0; got {component!r}")
-    if len({rank for rank, _ in component.picks}) < len(component.picks):
-        raise InputError(f"a component lists a rank twice; got {component!r}")
-    if abs(sum(weight for _, weight in component.picks) - 1) > 1e-9:
-        raise InputError(f"a component's weights must sum to 1; got {component!r}")
-
-
-def _checked_scores(procedure: Procedure, scores_PN: ArrayLike) -> Floats:
-    """The scores as a float matrix; InputError for a wrong width or a row without any score."""
-    scores = np.asarray(scores_PN, dtype=float)
-    if scores.ndim != 2 or scores.shape[1] != procedure.n:
-        raise InputError(f"{procedure!r} selects among (P, {procedure.n}) scores; got shape {scores.shape}")
-    empty_P = np.isnan(scores).all(1)
-    if empty_P.any():
-        raise InputError(f"row {int(empty_P.argmax())} has no scored candidate (all NaN): drop it before selecting")
-    return scores
-
-
 def _drawn_ranks(
     procedure: Procedure, rows: int, rng: np.random.Generator | None
 ) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
@@ -319,20 +315,6 @@ def _drawn_ranks(
         else:
             rank_P[mine_P] = rng.choice(ranks, size=int(mine_P.sum()), p=weights / weights.sum())
     return size_P, rank_P
-
-
-def _component_order_weights(component: Component, log_factorial: Floats) -> Floats:
-    """sum_r w_r C(i-1, r-1) C(m-i, n-r) / C(m, n) for i = 1..m, by log-factorials."""
-    m, n = len(log_factorial) - 1, component.n
-    total = np.zeros(m)
-    scale = log_factorial[m] - log_factorial[n] - log_factorial[m - n]
-    for rank, weight in component.picks:
-        # the ranks i at which both binomials are positive
-        i = np.arange(rank, m - n + rank + 1)
-        below = log_factorial[i - 1] - log_factorial[rank - 1] - log_factorial[i - rank]
-        above = log_factorial[m - i] - log_factorial[n - rank] - log_factorial[m - i - n + rank]
-        total[i - 1] += weight * np.exp(below + above - scale)
-    return total
 
 
 def _evaluate(procedure: Procedure, p: ArrayLike, order: int) -> Floats:
