@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
-from scipy.optimize import brentq
+from numpy.typing import NDArray
 
-from infalign.calibration.quantile import calibrate, clip_to_open
+from infalign.calibration.quantile import calibrate
 from infalign.runtime.seeds import stream
-from infalign.theory.procedures import Procedure
-from infalign.theory.tilted import tilt
 
 Array = NDArray[np.float64]
 
@@ -102,53 +98,3 @@ def uniformity(rewards_PK: Sequence[Array], rounds: int = 199, seed: int = 0) ->
 def _split_quantiles(rows: Sequence[Array]) -> Array:
     halves = [(row[: row.size // 2], row[row.size // 2 :]) for row in rows]
     return np.concatenate([calibrate([first], [second])[0] for first, second in halves])
-
-
-def expected_cost(
-    transform: Callable[[ArrayLike], Array],
-    procedure: Procedure,
-    count: int,
-    kl: float,
-    draws: int = 200,
-    seed: int = 0,
-) -> float:
-    """The win rate that calibrating with `count` samples loses against exact calibration, at mean KL `kl`.
-
-    A policy tilted by `Phi` of the empirical quantile is piecewise constant between the order statistics of its
-    reference; KL and win rate are averaged over `draws` simulated references, with beta such that the mean KL is `kl`
-    (infalign/theory/README.md, equation 12).
-    """
-    rng = stream(seed, "cost", count)
-    # K uniforms cut [0, 1] into K + 1 spacings, whose widths are Dirichlet(1, ..., 1); a sample that falls into
-    # spacing j beats j of the K references, so its calibrated reward is j / K.
-    widths_DJ = rng.dirichlet(np.ones(count + 1), size=draws)
-    levels_J = clip_to_open(np.arange(count + 1) / count, count)
-    phi_J = np.asarray(transform(levels_J), dtype=np.float64)
-    # shifted and scaled to [-1, 0]: the scale goes into the rate 1/beta, which is searched for anyway
-    phi_J = (phi_J - phi_J.max()) / max(float(np.ptp(phi_J)), 1e-12)
-
-    def masses(log_rate: float) -> Array:
-        weights_DJ = widths_DJ * np.exp(phi_J * np.exp(log_rate))
-        return weights_DJ / weights_DJ.sum(1, keepdims=True)
-
-    def excess(log_rate: float) -> float:
-        masses_DJ = np.maximum(masses(log_rate), 1e-300)
-        return float((masses_DJ * np.log(masses_DJ / np.maximum(widths_DJ, 1e-300))).sum(1).mean()) - kl
-
-    log_rate: Any = brentq(excess, -8.0, 12.0, xtol=1e-6) if excess(12.0) > 0 else 12.0
-    found = _mean_win_rate(procedure, widths_DJ, masses(float(log_rate)))
-    return tilt(transform, kl=kl).win_rate(procedure) - found
-
-
-def _mean_win_rate(procedure: Procedure, widths_DJ: Array, masses_DJ: Array) -> float:
-    """`1 - int g(u) G(Q(u)) du` for piecewise constant densities, by Gauss-Legendre on each piece, averaged over D."""
-    nodes, weights = np.polynomial.legendre.leggauss(6)
-    share = (nodes + 1.0) / 2.0
-    left_DJ, below_DJ = np.cumsum(widths_DJ, 1) - widths_DJ, np.cumsum(masses_DJ, 1) - masses_DJ
-    total = 0.0
-    for part, weight in zip(share, weights / 2.0, strict=True):
-        # within a piece both CDFs are straight: u and Q at the same share of the way through it
-        u_DJ = np.clip(left_DJ + part * widths_DJ, 0.0, 1.0)
-        q_DJ = np.clip(below_DJ + part * masses_DJ, 0.0, 1.0)
-        total += float((weight * widths_DJ * procedure.density(u_DJ) * procedure.cdf(q_DJ)).sum(1).mean())
-    return 1.0 - total

@@ -61,7 +61,7 @@ def paired(policy: SampleFile, base: SampleFile, match: Sequence[str] = ()) -> P
     for name in match:
         for file in (policy, base):
             if not any(name in row.prompt.columns for row in file.rows):
-                raise InputError(f"--match {name}: {file.name} has no such column beside prompt, samples and scores")
+                raise InputError(f"--match {name}: {file.name} has no such column besides prompt, samples and scores")
     ours, theirs = _by_content(policy.rows), _by_content(base.rows)
     pairs: list[Pair] = []
     joined = 0

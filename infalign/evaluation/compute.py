@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from infalign.decoding.by_procedure import ByProcedure
 from infalign.decoding.replay import Table, replay
 from infalign.decoding.strategy import Strategy
-from infalign.evaluation.winrate import RESAMPLES, summarise
+from infalign.evaluation.winrate import RESAMPLES, WinRate, summarise
 from infalign.theory.procedures import BestOfN, Procedure
 from infalign.types import InputError, Prompt
 
@@ -59,7 +59,7 @@ class Contest:
 
 
 @dataclass(frozen=True)
-class Point:
+class ComputeRow:
     """A decoder's win rate against one base sample with its interval, and what it spends on a prompt on average."""
 
     side: str
@@ -70,6 +70,24 @@ class Point:
     high: float
     tokens: float
     reward_calls: float
+
+
+@dataclass(frozen=True)
+class Point:
+    """A `ComputeRow` with the win rate of every prompt."""
+
+    side: str
+    label: str
+    n: int
+    win: WinRate
+    tokens: float
+    reward_calls: float
+
+    @property
+    def row(self) -> ComputeRow:
+        """Without the single prompts."""
+        win = self.win
+        return ComputeRow(self.side, self.label, self.n, win.mean, win.low, win.high, self.tokens, self.reward_calls)
 
 
 @dataclass(frozen=True)
@@ -104,8 +122,8 @@ class Compute:
         match: None when there are too few samples.
     """
 
-    curves: tuple[Point, ...] = ()
-    decoder: tuple[Point, ...] = ()
+    curves: tuple[ComputeRow, ...] = ()
+    decoder: tuple[ComputeRow, ...] = ()
     problem: str = ""
     match: Match | None = None
 
@@ -126,12 +144,12 @@ def measure_compute(
     steps = {m * 2**power for power in range(most.bit_length()) for m in (1, 3)}
     counts = sorted(n for n in steps if n <= most)
     points = [
-        procedure_point(contests, side, BestOfN(n), confidence, seed) for side in ("base", "policy") for n in counts
+        procedure_point(contests, side, BestOfN(n), confidence, seed).row for side in ("base", "policy") for n in counts
     ]
-    decoder: list[Point] = []
+    decoder: list[ComputeRow] = []
     problem = ""
     try:
-        decoder = [strategy_point(contests, side, strategy, confidence, seed) for side in ("base", "policy")]
+        decoder = [strategy_point(contests, side, strategy, confidence, seed).row for side in ("base", "policy")]
     except InputError as error:  # too few samples for this decoder: the curves stand without it
         problem = str(error)
     return Compute(tuple(points), tuple(decoder), problem, match(contests, confidence, seed) if counts else None)
@@ -157,7 +175,7 @@ def procedure_point(
     tokens = procedure.n * float(np.mean([_tokens(one.table(side)) for one in contests]))
     calls = float(procedure.n) if procedure.n > 1 else 0.0
     win = summarise(np.array(wins), confidence, seed)
-    return Point(side, repr(procedure), procedure.n, win.mean, win.low, win.high, tokens, calls)
+    return Point(side, repr(procedure), procedure.n, win, tokens, calls)
 
 
 def order_wins(base_M: Array, policy_M: Array | None = None) -> Array:
@@ -194,8 +212,7 @@ def strategy_point(
     rows = [_replayed(one, side, strategy, orders, seed) for one in contests]
     wins, tokens, calls = np.array(rows).T
     win = summarise(wins, confidence, seed)
-    spent = float(tokens.mean()), float(calls.mean())
-    return Point(side, repr(strategy), strategy.n, win.mean, win.low, win.high, *spent)
+    return Point(side, repr(strategy), strategy.n, win, float(tokens.mean()), float(calls.mean()))
 
 
 def _replayed(one: Contest, side: str, strategy: Strategy, orders: int, seed: int) -> tuple[float, float, float]:

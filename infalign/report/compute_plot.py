@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from infalign.evaluation.compute import Compute, Match, Point
+from infalign.evaluation.compute import Compute, ComputeRow, Match
 from infalign.report.names import procedure_name
 from infalign.report.style import BASE, INK, MUTED, POLICY, new_figure, percent, styled
 from infalign.report.table import Table, number
@@ -51,7 +51,7 @@ def draw_compute(compute: Compute) -> Figure:
     return figure
 
 
-def _draw_curve(axes: Axes, rows: Sequence[Point], color: str, side: str) -> None:
+def _draw_curve(axes: Axes, rows: Sequence[ComputeRow], color: str, side: str) -> None:
     tokens, mean = [row.tokens for row in rows], [row.mean for row in rows]
     low, high = (
         [np.nan if getattr(row, end) is None else getattr(row, end) for row in rows] for end in ("low", "high")

@@ -53,7 +53,7 @@ def load_merged(name: str, config: dict[str, Any], dtype: Any, trust_remote_code
     if Path(name).is_dir() and not (Path(name) / "adapter_model.safetensors").is_file():
         raise InputError(
             f"reward model {name!r}: the folder has {CONFIG} and no adapter_model.safetensors; take {CONFIG} out if "
-            "the model beside it is whole"
+            "the model next to it is whole"
         )
     try:
         weights = peft.load_peft_weights(name, device="cpu")

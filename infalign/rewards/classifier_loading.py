@@ -180,7 +180,7 @@ def _from_files(name: str, dtype: Any, trust_remote_code: bool) -> Any:
         model, info = AutoModelForSequenceClassification.from_pretrained(
             name, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True, output_loading_info=True
         )
-    except Exception as error:  # OS, network, configuration and shape errors; all are the recipe's to mend
+    except Exception as error:  # OS, network, configuration and shape errors; all are for the recipe to fix
         raise InputError(
             f"reward model {name!r} cannot be loaded as a sequence classifier ({one_line(error)}); give a folder or "
             f"Hub id with safetensors weights"
@@ -245,7 +245,7 @@ def _tokenizer(name: str, trust_remote_code: bool) -> Any:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:  # as above
         raise InputError(
-            f"no tokenizer for the reward model at {name!r} ({one_line(error)}); save it beside the model or pass one"
+            f"no tokenizer for the reward model at {name!r} ({one_line(error)}); save it next to the model or pass one"
         ) from error
 
 

@@ -179,7 +179,7 @@ class GuardedReward:
             raise RewardError(f"{message}: {self._without_alarm()}") from cause
         if self.on_error == "error":
             way_out = ", or set on_error (in a recipe reward_on_error) to mask" if self.kind == "reward" else ""
-            raise RewardError(f"{message}; mend it{way_out}") from cause
+            raise RewardError(f"{message}; fix it{way_out}") from cause
         self.counts["failures"] += 1
         logger.warning("%s; %d completions have no score", message, count)
         return np.full(count, np.nan)

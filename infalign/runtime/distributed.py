@@ -46,10 +46,10 @@ def world_size() -> int:
 def end_process(code: int) -> NoReturn:
     """End with an exit code; one of several processes ends at once, without the interpreter's own end.
 
-    What was registered with `atexit` has run, the process group is left and the output flushed. Taking the interpreter
-    apart while threads of PyTorch, DeepSpeed and Arrow still run aborts ("terminate called without an active
-    exception") once in a long while, and a launcher takes a rank that was done for one that failed (recipes/LOG.md,
-    2026-11-26).
+    What was registered with `atexit` has run, the process group is left and the output flushed. Otherwise a rank that
+    is done aborts once in a long while, and the launcher takes it for one that failed: a thread of gloo may drop the
+    last reference to a tensor when the interpreter has begun to end, and Python 3.11 ends that thread inside a
+    destructor ("terminate called without an active exception"; recipes/LOG.md, 2026-11-26).
     """
     if world_size() > 1:
         if _connected():

@@ -131,7 +131,7 @@ def plan(flags: Mapping[str, str]) -> Launch | None:
         return None
     numbers = _numbers(flags)
     if "WORLD_SIZE" in os.environ:
-        notice(f"{', '.join(f'--{name}' for name in flags)} left aside: a launcher has started this process already")
+        notice(f"{', '.join(f'--{name}' for name in flags)} ignored: a launcher has started this process already")
         _check_count(numbers.get("num_processes", world_size()))
         return None
     name = flags.get("accelerate_config")

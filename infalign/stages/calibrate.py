@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from infalign.calibration.diagnostics import Diagnostics, duplicate_rate, expected_cost, tie_rate, uniformity
+from infalign.calibration.diagnostics import Diagnostics, duplicate_rate, tie_rate, uniformity
+from infalign.calibration.few_samples import expected_cost
 from infalign.calibration.table import SampleTable, Wanted
 from infalign.rewards.calibrated_sum import members_to_score
 from infalign.rewards.scoring import columns_digest
@@ -109,7 +110,7 @@ def reference_rewards(experiment: Experiment, table: SampleTable) -> dict[str, N
     if silent:
         raise InputError(
             f"reward {experiment.reward.name!r} gave no score to any sample of {len(silent)} of {len(prompts)} prompts "
-            f"(first: {str(silent[0].content)[:80]!r}): mend the reward, or leave these prompts out"
+            f"(first: {str(silent[0].content)[:80]!r}): fix the reward, or leave these prompts out"
         )
     return found
 

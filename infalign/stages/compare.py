@@ -54,7 +54,7 @@ class Comparison:
     eval_n: list[int] = key(
         [], "further N of Best-of-N and Worst-of-N; unset: 1, 2, 4, ... up to the samples", "decoder"
     )
-    kl: float | None = key(None, "sequence KL in nats, if known: prints the exact limit beside", "decoder")
+    kl: float | None = key(None, "sequence KL in nats, if known: prints the exact limit too", "decoder")
 
     reward: str | None = key(None, "scores the samples where the files have no rewards: file.py:name, ...", "reward")
     reward_kwargs: dict = key({}, "its keyword arguments", "reward")

@@ -37,7 +37,14 @@ from infalign.models.loading import (
 )
 from infalign.rewards.calibrated_sum import bind_sums, sums_in
 from infalign.rewards.loader import Reward, load_reward
-from infalign.runtime.artifacts import differences, fingerprint, read_json, without_secrets, write_json
+from infalign.runtime.artifacts import (
+    differences,
+    fingerprint,
+    read_json,
+    sweep_temporaries,
+    without_secrets,
+    write_json,
+)
 from infalign.runtime.console import notice, say
 from infalign.runtime.distributed import barrier, is_main, together
 from infalign.runtime.launch import join
@@ -322,8 +329,10 @@ class Experiment:
         with together():  # every rank looks, and one of them speaks
             held = self._held_record()
         barrier()  # every rank has looked before rank 0 writes
-        if is_main() and (held is None or self.recipe.overwrite):
-            self.record()
+        if is_main():
+            sweep_temporaries(self.recipe.output)
+            if held is None or self.recipe.overwrite:
+                self.record()
         barrier()
 
     def _held_record(self) -> dict[str, Any] | None:
@@ -343,7 +352,7 @@ class Experiment:
                     f"output_dir {folder} belongs to another recipe ({'; '.join(found)}): give another --output_dir, "
                     "or --overwrite to replace what it holds"
                 )
-        elif folder.exists() and any(folder.iterdir()):
+        elif folder.exists() and any(not path.match(".*.tmp") for path in folder.iterdir()):  # a killed run leaves one
             raise InputError(f"output_dir {folder} is not empty and is not infalign's: give another --output_dir")
         return held
 

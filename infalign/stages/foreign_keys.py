@@ -68,7 +68,7 @@ FOREIGN: dict[str, str] = {
     "torch_dtype": "it is dtype",
     "model_id": "it is model_name_or_path",
     "model_name": "it is model_name_or_path",
-    "tokenizer_name_or_path": "the tokenizer is the model's own: save another one beside the weights",
+    "tokenizer_name_or_path": "the tokenizer is the model's own: save another one next to the weights",
     "use_flash_attention_2": "it is attn_implementation: flash_attention_2",
     "chat_template": "the chat template is the tokenizer's: write it into its chat_template.jinja",
     "chat_template_path": "the chat template is the tokenizer's: write it into its chat_template.jinja",

@@ -209,8 +209,8 @@ def _lines(one: Checked, *, listed: bool) -> list[str]:
         "ties": f"{one.tied} of {count} share their reward with another text of the same prompt",
         "speed": f"{per * 1e3:.3g} ms a completion, {1 / max(per, 1e-9):,.3g} per second (one call with all {count})",
         "called again": _verdict(one.again, scores, "the same rewards: deterministic", "other rewards"),
-        "one by one": _verdict(one.alone, scores, "the same: no matter what is scored beside", "other rewards"),
-        "reversed": _verdict(one.reversed, scores, "the same: no matter in what order", "other rewards"),
+        "one by one": _verdict(one.alone, scores, "the same, whatever is scored with it", "other rewards"),
+        "reversed": _verdict(one.reversed, scores, "the same in any order", "other rewards"),
     }
     width = max(map(len, facts))
     return [*lines, "", *(f"{name:<{width}}  {text}" for name, text in facts.items())]

@@ -12,6 +12,7 @@ from datasets import Dataset
 from huggingface_hub import HfApi
 from trl import ModelConfig, get_quantization_config
 
+from infalign.calibration.few_samples import beta_for_kl
 from infalign.calibration.table import SampleTable
 from infalign.runtime.artifacts import MANIFEST, sweep_temporaries, without_secrets, write_json, write_manifest
 from infalign.runtime.console import notice, say
@@ -85,7 +86,7 @@ def train(recipe: Recipe, experiment: Experiment | None = None) -> dict[str, Any
     if reusable(folder, "policy", parts, recipe.overwrite):
         say(f"policy: {folder} is trained already")
         if isinstance(checkpoint_of(recipe), str):
-            notice("resume_from_checkpoint is left aside: the policy is finished (--overwrite with other settings)")
+            notice("resume_from_checkpoint is ignored: the policy is finished (--overwrite with other settings)")
         return {"folder": folder, "trained": False}
     with together():  # every rank looks, and one of them speaks
         table = open_table(experiment)
@@ -110,6 +111,8 @@ def train(recipe: Recipe, experiment: Experiment | None = None) -> dict[str, Any
     if trainer.state.global_step == 0:
         raise InputError("training made 0 steps: max_steps or num_train_epochs is 0, or there is too little data")
     save_policy(trainer, folder, experiment)
+    if trainer.kl_control is not None and trainer.kl_control.verdict():
+        notice(trainer.kl_control.verdict())
     if is_main():
         write_json(folder / "training_log.json", trainer.state.log_history)
         write_manifest(folder, "policy", parts, steps=trainer.state.global_step)
@@ -144,6 +147,7 @@ def training_parts(experiment: Experiment) -> dict[str, Any]:
         **{f"calibration {name}": value for name, value in calibration_parts(experiment).items()},
         **experiment.objective.record(),
         "calibration_method": recipe.calibration_method,
+        "kl_control": recipe.kl_control,
         **training,
     }
 
@@ -199,7 +203,7 @@ def training_arguments(experiment: Experiment) -> CTRLConfig:
     shared = {
         "output_dir": str(experiment.policy_path),
         "seed": recipe.seed,
-        "beta": experiment.objective.beta,
+        **kl_settings(experiment, ours),
         "temperature": recipe.temperature,
         "max_completion_length": recipe.max_completion_length,
         "chat_template_kwargs": recipe.chat_template_kwargs,
@@ -227,6 +231,20 @@ def training_arguments(experiment: Experiment) -> CTRLConfig:
         raise
     except (ValueError, TypeError, ImportError) as error:
         raise InputError(f"the training keys do not fit: {' '.join(str(error).split())}") from error
+
+
+def kl_settings(experiment: Experiment, ours: Mapping[str, Any]) -> dict[str, float | None]:
+    """`beta` and `target_kl` of the training arguments.
+
+    With `target_kl` and `kl_control`, beta starts where K samples are expected to reach that KL, and is steered from
+    there. A `beta_start` of the recipe comes down to the objective's own beta by itself.
+    """
+    recipe, aim = experiment.recipe, experiment.objective
+    steered = recipe.kl_control and recipe.target_kl is not None and ours.get("beta_start") is None
+    if not steered or recipe.target_kl is None:
+        return {"beta": aim.beta, "target_kl": None}
+    beta = beta_for_kl(aim.transform, recipe.num_calibration_samples, recipe.target_kl)
+    return {"beta": beta, "target_kl": recipe.target_kl}
 
 
 def _dataset(experiment: Experiment, table: SampleTable, prompts: tuple[Prompt, ...]) -> Dataset:

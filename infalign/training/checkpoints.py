@@ -1,6 +1,6 @@
 """Whole checkpoints, or none: a manifest is written last and names every file with its size.
 
-Resume takes the newest checkpoint whose files are all there, says which it passed over and why, and refuses one that
+Resume takes the newest checkpoint whose files are all there, says which it skipped and why, and refuses one that
 another recipe, model or number of processes made (before anything is loaded), naming the way out.
 
 A checkpoint also holds what TRL's trainer keeps between steps and leaves out: rollouts in use, counters, metrics. A

@@ -26,6 +26,8 @@ class CTRLConfig(RLOOConfig):
         beta_start: start from this larger KL coefficient and come down to `beta` geometrically over the first 60 % of
             the steps. A small beta from the start lets the policy collapse on what it finds first, from which it
             recovers slowly: worth it for Worst-of-N, whose betas are small. None: constant.
+        target_kl: steer beta during training so that the sequence KL of the rollouts comes to this many nats and stays
+            there (`kl_control.KLControl`); `beta` is where it starts. None: beta is what it is.
         num_generations: G, rollouts a prompt; the leave-one-out baseline is over them.
         kl_budget: stop when the rollouts' sequence KL, averaged over three logs, exceeds this many nats.
         max_skipped_steps: a step whose loss or gradients are not finite is skipped; so many in a row stop the run.
@@ -43,6 +45,7 @@ class CTRLConfig(RLOOConfig):
         default=None, metadata={"help": "KL coefficient; None: the optimal transform's own."}
     )
     beta_start: float | None = field(default=None, metadata={"help": "KL coefficient at step 0; None: beta."})
+    target_kl: float | None = field(default=None, metadata={"help": "Steer beta to keep this sequence KL (nats)."})
     num_generations: int | None = field(default=8, metadata={"help": "Rollouts per prompt (G)."})
     kl_budget: float | None = field(default=None, metadata={"help": "Stop above this sequence KL (nats)."})
     max_skipped_steps: int = field(default=3, metadata={"help": "Stop after so many non-finite steps in a row."})
@@ -74,9 +77,11 @@ class CTRLConfig(RLOOConfig):
             InputError: one does; all of them are named, each with the reason and the way out.
         """
         problems = refusals(vars(self))
-        for name, value in (("beta", self.beta), ("beta_start", self.beta_start)):
+        for name, value in (("beta", self.beta), ("beta_start", self.beta_start), ("target_kl", self.target_kl)):
             if value is not None and not value > 0:
                 problems.append(f"{name} must be above 0 for KL-regularised training, got {value}")
+        if self.target_kl is not None and self.beta_start is not None:
+            problems.append("target_kl steers beta, and beta_start lets it come down by itself: give one of them")
         if self.max_skipped_steps < 1:
             problems.append(f"max_skipped_steps must be at least 1, got {self.max_skipped_steps}")
         if problems:

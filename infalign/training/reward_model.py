@@ -80,7 +80,7 @@ def train(trainer: RewardTrainer, identity: Mapping[str, Any]) -> None:
     folder = Path(str(trainer.args.output_dir))
     newest, skipped = newest_whole(folder)
     for path, why in skipped:
-        notice(f"{path} is passed over: {why}")
+        notice(f"{path} is skipped: {why}")
     trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
     if trainer.state.global_step == 0:
         raise InputError("training made 0 steps: max_steps or num_train_epochs is 0, or there is too little data")

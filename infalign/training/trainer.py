@@ -24,10 +24,12 @@ warning.
 from __future__ import annotations
 
 import inspect
+import math
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +74,7 @@ from infalign.training.chunked_head import add_chunked_head
 from infalign.training.config import CTRLConfig, as_ctrl_config
 from infalign.training.data_sets import check_data_sets
 from infalign.training.held_out import measure
+from infalign.training.kl_control import KLControl
 from infalign.training.packages import missing_packages
 from infalign.training.reward import PROMPT_IDS, CTRLReward
 from infalign.training.rollouts import PromptOrder, rollout_uniforms, shuffled_groups
@@ -154,6 +157,7 @@ class CTRLTrainer(RLOOTrainer):
         self._sampled_logps: Tensor | None = None
         self._row_ids: list[list[int]] = []
         self._scored_logps: list[Tensor] | None = None
+        self.kl_control: KLControl | None = None
         super().__init__(
             model,
             functions,
@@ -291,7 +295,14 @@ class CTRLTrainer(RLOOTrainer):
         return batch
 
     def _beta_now(self) -> float:
-        """The KL coefficient of this step: geometric from `beta_start` to `beta` over the first 60 % of the steps."""
+        """The KL coefficient of this step: steered, or geometric from `beta_start` to `beta` over 60 % of the steps."""
+        if self.args.target_kl is not None and self.state.max_steps:
+            if self.kl_control is None:
+                micro_steps = self.state.max_steps * self.args.gradient_accumulation_steps
+                generations = -(-micro_steps // (self.args.steps_per_generation * self.num_iterations))
+                start = math.log(self.args.beta)
+                self.kl_control = KLControl(self.args.target_kl, start, max(1, generations), start)
+            return self.kl_control.beta
         start, end = self.args.beta_start, self.args.beta
         if start is None or not self.state.max_steps:
             return end
@@ -308,6 +319,8 @@ class CTRLTrainer(RLOOTrainer):
         kl = self.accelerator.gather(kl_B).cpu().numpy()
         metrics = self._metrics["train" if self.model.training else "eval"]
         metrics["kl_seq"].append(float(kl.mean()))
+        if self.kl_control is not None and self.model.training:
+            self.kl_control.update(float(kl.mean()))
         metrics["beta"].append(self.beta)
         metrics["kl_seq_error"].append(float(kl.std(ddof=1) / np.sqrt(kl.size)) if kl.size > 1 else 0.0)
         if self._step == 0 and self.ctrl_reward is not None and self.args.initial_weights is None:
@@ -396,12 +409,14 @@ class CTRLTrainer(RLOOTrainer):
         if found is True:
             found, skipped = newest_whole(Path(self.args.output_dir))
             for folder, why in skipped:
-                notice(f"{folder.name} is passed over: {why}")
+                notice(f"{folder.name} is skipped: {why}")
         if found:
             check_resumable(Path(found), self.identity)
             self._buffered_inputs, counters = load_rollout_state(Path(found), self.accelerator.device)
             self._step, self._total_train_tokens = counters["step"], counters["tokens"]
             self._metrics["train"] = defaultdict(list, counters["metrics"])
+            if counters.get("kl_control"):
+                self.kl_control = KLControl(**counters["kl_control"])
             say(f"continuing from {Path(found).name}")
             self.model.train()  # what is logged before the first step belongs to training
             self.add_callback(ContinueLoss(self, counters["loss"], counters["logged_at"]))
@@ -431,6 +446,7 @@ class CTRLTrainer(RLOOTrainer):
                     "metrics": dict(self._metrics["train"]),
                     "loss": float(self._tr_loss),
                     "logged_at": self._globalstep_last_logged,
+                    "kl_control": asdict(self.kl_control) if self.kl_control else None,
                 }
                 save_rollout_state(folder, self._buffered_inputs if in_use else None, counters)
         finally:

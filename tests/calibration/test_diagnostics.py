@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from infalign import BestOfN, transforms
-from infalign.calibration.diagnostics import Diagnostics, duplicate_rate, expected_cost, tie_rate, uniformity
+from infalign.calibration.diagnostics import Diagnostics, duplicate_rate, tie_rate, uniformity
+from infalign.calibration.few_samples import expected_cost
 
 
 @pytest.mark.parametrize(("count", "loss"), [(8, 0.066), (16, 0.039), (32, 0.021), (64, 0.011), (100, 0.007)])

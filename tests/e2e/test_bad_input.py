@@ -228,7 +228,7 @@ class TestResume:
         (policy / "checkpoint-2" / "trainer_state.json").unlink()
         assert run_cli(work, keys, "train") == 0
         captured = capsys.readouterr()
-        assert "checkpoint-2 is passed over: trainer_state.json is missing" in captured.err
+        assert "checkpoint-2 is skipped: trainer_state.json is missing" in captured.err
         assert "continuing from checkpoint-1" in captured.out
 
     def test_another_recipe_is_refused(self, interrupted, capsys):

@@ -16,6 +16,8 @@ import yaml
 
 from infalign.calibration.table import SampleTable
 from infalign.cli import main
+from infalign.stages.calibrate import calibrate
+from infalign.stages.recipe import load_recipe
 from tests.e2e.experiment import tiny_experiment
 
 HARNESS = """
@@ -140,3 +142,13 @@ def policy_of(folder: Path) -> dict[str, object]:
         **files,
         "log": [{name: v for name, v in row.items() if not any(word in name for word in words)} for row in log],
     }
+
+
+def test_a_run_that_was_killed_at_its_first_file_continues(tmp_path):
+    """The record of the recipe is the first thing in a folder: half of one must not make it somebody else's."""
+    keys = tiny_experiment(tmp_path)
+    output = Path(keys["output_dir"])
+    output.mkdir(parents=True)
+    (output / ".recipe.json.1f0c2a77.tmp").write_text('{"identity": {')
+    assert calibrate(load_recipe(keys))["drawn"] > 0
+    assert (output / "recipe.json").exists() and not list(output.glob("*.tmp"))

@@ -56,16 +56,15 @@ def test_procedures_by_enumeration(procedure):
     one = contest(base, policy)
     own = enumerated(procedure, base, lambda rows: [(rows[:j] + rows[j + 1 :], rows[j]) for j in range(len(rows))])
     other = enumerated(procedure, policy, lambda rows: [(rows, opponent) for opponent in base])
-    assert procedure_point([one], "base", procedure).mean == pytest.approx(own)
-    assert procedure_point([one], "policy", procedure).mean == pytest.approx(other)
+    assert procedure_point([one], "base", procedure).win.mean == pytest.approx(own)
+    assert procedure_point([one], "policy", procedure).win.mean == pytest.approx(other)
 
 
 def test_without_ties_best_of_n_of_the_base_wins_n_of_n_plus_1():
     rng = np.random.default_rng(0)
     contests = [contest(rng.normal(size=9), rng.normal(size=9)) for _ in range(3)]
     for n in range(1, 9):
-        wins = [procedure_point([one], "base", BestOfN(n)).mean for one in contests]
-        np.testing.assert_allclose(wins, n / (n + 1))
+        np.testing.assert_allclose(procedure_point(contests, "base", BestOfN(n)).win.per_prompt, n / (n + 1))
 
 
 def test_costs_and_intervals_by_hand():
@@ -76,11 +75,9 @@ def test_costs_and_intervals_by_hand():
     assert (one.tokens, one.reward_calls) == (2.5, 0.0)
     assert (two.tokens, two.reward_calls) == (5.0, 2.0)
     per_prompt = np.array([0.5, 2 / 3])
-    assert one.mean == pytest.approx(per_prompt.mean())
-    alone = [procedure_point([prompt], "policy", BestOfN(1)).mean for prompt in (first, second)]
-    np.testing.assert_allclose(alone, per_prompt)
+    np.testing.assert_allclose(one.win.per_prompt, per_prompt)
     low, high = bootstrap_interval(per_prompt)
-    assert (one.low, one.high) == pytest.approx((max(low, 0), min(high, 1)))
+    assert (one.win.low, one.win.high) == pytest.approx((max(low, 0), min(high, 1)))
 
 
 class Replayed:
@@ -98,7 +95,7 @@ def test_replays_agree_with_the_exact_estimate(procedure, side):
     lengths = rng.integers(1, 9, 12)
     one = contest(np.round(rng.normal(size=12), 1), np.round(rng.normal(0.5, 1, 12), 1), lengths=lengths)
     exact, found = (strategy_point([one], side, s) for s in (ByProcedure(procedure), Replayed(procedure)))
-    assert found.mean == pytest.approx(exact.mean, abs=0.03)
+    assert found.win.mean == pytest.approx(exact.win.mean, abs=0.03)
     assert found.tokens == pytest.approx(exact.tokens, rel=0.03)
     assert found.reward_calls == exact.reward_calls == procedure.n
 
@@ -120,7 +117,7 @@ def test_rejection_against_its_closed_form():
     tokens += none * n * lengths[~accepted].mean()
     strategy = Rejection(n, 0.81, references={"k": references})
     found = strategy_point([one], "policy", strategy)
-    assert found.mean == pytest.approx(sum(first) * wins[accepted].mean() + none * fallback, abs=0.02)
+    assert found.win.mean == pytest.approx(sum(first) * wins[accepted].mean() + none * fallback, abs=0.02)
     assert found.tokens == pytest.approx(tokens, rel=0.03)
     assert found.reward_calls == pytest.approx(sum(k * p for k, p in enumerate(first, 1)) + none * n, rel=0.03)
 
@@ -129,7 +126,7 @@ def test_references_count_and_are_never_the_opponent():
     """Base samples 0..9 with 4 references: the opponent is one of those not looked at."""
     one = contest(np.arange(10.0), [100.0] * 10, lengths=[3] * 10)
     found = strategy_point([one], "policy", Rejection(2, 0.9, num_references=4))
-    assert found.mean == 1.0 and found.tokens == 4 * 3 + 3 and found.reward_calls == 5
+    assert found.win.mean == 1.0 and found.tokens == 4 * 3 + 3 and found.reward_calls == 5
     with pytest.raises(InputError, match="used all 10 base samples of a prompt and left none as the opponent"):
         strategy_point([one], "policy", Rejection(2, 0.9, num_references=10))
     with pytest.raises(InputError, match="used all 10 base samples"):
@@ -141,7 +138,7 @@ def test_references_count_and_are_never_the_opponent():
 def test_base_samples_that_were_used_are_not_the_opponent():
     """Best-of-9 of ten against the tenth wins 9/10; a candidate above 4 references, itself none of them: 1 of 5."""
     one = contest(np.arange(10.0), np.arange(10.0))
-    assert strategy_point([one], "base", Replayed(BestOfN(9))).mean == pytest.approx(0.9, abs=0.02)
+    assert strategy_point([one], "base", Replayed(BestOfN(9))).win.mean == pytest.approx(0.9, abs=0.02)
     found = strategy_point([one], "base", Rejection(2, 1.0, num_references=4))
     assert found.reward_calls == pytest.approx(4 + 1 + 0.8, abs=0.04)
 
@@ -150,8 +147,8 @@ def test_adaptive_limits():
     rng = np.random.default_rng(3)
     one = contest(rng.normal(size=16), rng.normal(1, 1, 16))
     for side in ("base", "policy"):
-        exact = procedure_point([one], side, BestOfN(6)).mean
-        assert strategy_point([one], side, Adaptive(6, cost=0.0)).mean == pytest.approx(exact, abs=0.03)
+        exact = procedure_point([one], side, BestOfN(6)).win.mean
+        assert strategy_point([one], side, Adaptive(6, cost=0.0)).win.mean == pytest.approx(exact, abs=0.03)
         assert strategy_point([one], side, Adaptive(6, cost=1e9, n_min=4)).reward_calls == 4
     between = strategy_point([one], "policy", Adaptive(8, cost=0.1))
     assert 3 < between.reward_calls < 8 and between.tokens == between.reward_calls
@@ -160,7 +157,7 @@ def test_adaptive_limits():
 def test_a_vote_reads_the_texts():
     """All but one say 7, and the one is never the majority of 3: its reward never wins."""
     one = contest([0.0] * 6, [1.0, 1.0, 1.0, 1.0, 1.0, -1.0], texts=["7"] * 5 + ["8"])
-    assert strategy_point([one], "policy", MajorityVote(3)).mean == 1.0
+    assert strategy_point([one], "policy", MajorityVote(3)).win.mean == 1.0
 
 
 def test_early_rejection_from_the_rewards_of_beginnings():
@@ -175,11 +172,11 @@ def test_early_rejection_from_the_rewards_of_beginnings():
 
     full = procedure_point([contest(rewards, rewards, lengths=lengths)], "policy", BestOfN(4))
     telling, all_kept = point(rewards, 0.25), point(-rewards, 1.0)
-    assert telling.mean == pytest.approx(full.mean, abs=0.03)
-    assert all_kept.mean == pytest.approx(full.mean, abs=0.03)
+    assert telling.win.mean == pytest.approx(full.win.mean, abs=0.03)
+    assert all_kept.win.mean == pytest.approx(full.win.mean, abs=0.03)
     assert all_kept.tokens == pytest.approx(full.tokens, rel=0.03)
     assert tokens < telling.tokens <= tokens + 4.2
-    assert point(-rewards, 0.25).mean < full.mean - 0.2
+    assert point(-rewards, 0.25).win.mean < full.win.mean - 0.2
     with pytest.raises(InputError, match="no rewards of beginnings of 5 tokens are there"):
         strategy_point([contest([1.0] * 6, [1.0] * 6)], "policy", EarlyRejection(BestOfN(4), 5))
 

@@ -134,7 +134,7 @@ def test_during_a_checkpoint(size, experiment, output, limit, capsys):
     assert not (policy / "manifest.json").exists()
     limit(99, 0)
     assert main(words) == 0
-    assert f"checkpoint-3 is passed over: {why}" in capsys.readouterr().err
+    assert f"checkpoint-3 is skipped: {why}" in capsys.readouterr().err
     assert policy_of(output) == policy_of(experiment / "whole")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import matplotlib.image
 import pytest
 
+from infalign.evaluation.summary import evaluation_from_json
 from infalign.report.findings import read_findings
 from infalign.report.table import ABSENT
 from infalign.stages.recipe import Recipe
@@ -215,3 +217,25 @@ def test_findings_are_the_tables(tmp_path):
     assert found.rewards["policy"].shape == (48 * 16,)
     assert found.rewards["policy"].mean() > found.rewards["base"].mean()
     assert found.missing() == [] and found.contradictions() == []
+
+
+def test_an_evaluation_is_read_as_it_was_written(tmp_path):
+    """Null is NaN; what an older version did not write is not known, and what no version leaves out is missed."""
+    write_recipe(tmp_path)
+    written = write_evaluation(tmp_path, gold=True)
+    found = evaluation_from_json(written)
+    content = found.as_json()
+    assert {name: content[name] for name in written if name not in ("win_rates", "main")} == {
+        name: value for name, value in written.items() if name not in ("win_rates", "main")
+    }
+    for row, given in zip(
+        [*content["win_rates"], content["main"]], [*written["win_rates"], written["main"]], strict=True
+    ):
+        assert {**given, "length_controlled": {**row["length_controlled"], **given["length_controlled"]}} == row
+    assert evaluation_from_json(content).as_json() == content
+    rows = [{**row, "low": None} for row in written["win_rates"]]
+    assert all(math.isnan(row.low) for row in evaluation_from_json({**written, "win_rates": rows}).win_rates)
+    older = {name: value for name, value in written.items() if name not in ("compute", "pairwise", "base", "target_kl")}
+    assert math.isnan(evaluation_from_json(older).base.reward) and evaluation_from_json(older).compute is None
+    with pytest.raises(InputError, match="'prompts' is missing"):
+        evaluation_from_json({name: value for name, value in written.items() if name != "prompts"})

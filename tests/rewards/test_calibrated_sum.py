@@ -86,7 +86,7 @@ def test_base_samples_of_all_prompts_have_the_members_scores_and_their_sum(done)
 @pytest.mark.slow
 def test_training_and_evaluation_take_it_and_measure_sums_against_the_base_samples(done):
     assert train(done)["steps"] == 2
-    assert evaluate(done)["reward"] == "weighted_sum"
+    assert evaluate(done).reward == "weighted_sum"
     experiment = Experiment(done)
     calibrated = open_table(experiment)
     members = sums_in(experiment.reward)[0].members

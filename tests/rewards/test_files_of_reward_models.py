@@ -188,5 +188,5 @@ def test_a_whole_model_with_an_adapters_config_beside_it_says_what_to_take_out(t
     path = tiny_classifier(tmp_path / "rm")
     adapter(tiny_classifier(tmp_path / "base", seed=3), tmp_path / "adapter")
     shutil.copy(tmp_path / "adapter" / "adapter_config.json", path)
-    with pytest.raises(InputError, match=r"take adapter_config.json out if the model beside it is whole"):
+    with pytest.raises(InputError, match=r"take adapter_config.json out if the model next to it is whole"):
         load_reward(path, OPTIONS)

@@ -86,9 +86,7 @@ def http_error(status, **headers):
 
 def test_a_status_that_says_no_is_not_asked_again():
     function = failing(9, http_error(401))
-    with pytest.raises(
-        RewardError, match=r"'mine' failed once \(HTTPStatusError: HTTP 401\); mend it, or set on_error"
-    ):
+    with pytest.raises(RewardError, match=r"'mine' failed once \(HTTPStatusError: HTTP 401\); fix it, or set on_error"):
         guard(function)(PROMPTS, COMPLETIONS)
     assert function.calls == 1
     assert np.isnan(guard(function, on_error="mask")(PROMPTS, COMPLETIONS)).all() and function.calls == 2

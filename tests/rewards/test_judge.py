@@ -145,7 +145,7 @@ def test_an_exception_is_tried_again_and_then_told():
 
     assert load_judge(judge, retries=2, backoff=0.001)(["p"], ["a"], ["b"]).tolist() == [1.0]
     calls.clear()
-    with pytest.raises(RewardError, match=r"judge 'judge' failed 2 times in a row \(ConnectionError: gone\); mend it$"):
+    with pytest.raises(RewardError, match=r"judge 'judge' failed 2 times in a row \(ConnectionError: gone\); fix it$"):
         load_judge(judge, retries=1, backoff=0.001)(["p"], ["a"], ["b"])
 
 

@@ -217,7 +217,7 @@ def test_words_that_can_not_be(words, message):
 def test_inside_a_launcher_nothing_is_launched_again(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert launch.plan({"accelerate_config": "zero3"}) is None
-    assert "--accelerate_config left aside: a launcher has started this process" in capsys.readouterr().err
+    assert "--accelerate_config ignored: a launcher has started this process" in capsys.readouterr().err
     assert launch.plan({"accelerate_config": "zero3", "num_processes": "2"}) is None
     with pytest.raises(InputError, match="8 processes were asked for and 2 started"):
         launch.plan({"accelerate_config": "zero3", "num_processes": "8"})

@@ -146,14 +146,14 @@ def test_facts_are_those_of_the_tables(evaluated):
     contests = [
         Contest(p, *(Table(drawn[side][p.key], rewards[side][p.key]) for side in ("base", "policy"))) for p in prompts
     ]
-    assert row.mean == pytest.approx(procedure_point(contests, "base", BestOfN(2)).mean)
+    assert row.mean == pytest.approx(procedure_point(contests, "base", BestOfN(2)).win.mean)
     base, policy = (ScoredSamples(drawn[side], rewards[side], None) for side in ("base", "policy"))
     assert compute_facts(experiment, Measured(prompts, base, policy)).curves == result.compute.curves
     cut_rewards = [
         Contest(one.prompt, *(_with_beginnings(table) for table in (one.base, one.policy))) for one in contests
     ]
     early = strategy_point(cut_rewards, "policy", EarlyRejection(BestOfN(4), 2, 0.5), seed=recipe.seed)
-    assert dataclasses.asdict(early) == pytest.approx(dataclasses.asdict(result.compute.decoder[1]))
+    assert dataclasses.asdict(early.row) == pytest.approx(dataclasses.asdict(result.compute.decoder[1]))
     sample = next(one for one in drawn["base"][prompts[0].key] if len(one.token_ids) > 2)
     cut = cut_short(sample, 2, experiment.tokenizer)
     assert cut.token_ids == sample.token_ids[:2] and not cut.finished and cut.token_logps.size == 2

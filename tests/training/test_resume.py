@@ -36,6 +36,8 @@ LAYOUTS = {
         "num_iterations": 2,
     },
     "beta comes down": {"beta_start": 1.0},
+    "beta is steered": {"target_kl": 0.05, "beta": 0.3},
+    "steered, two iterations": {"target_kl": 0.05, "beta": 0.3, "num_iterations": 2},
     "logs rarely": {"logging_steps": 4},
 }
 
@@ -140,7 +142,7 @@ def test_the_newest_whole_checkpoint_is_taken(kind, three, llama, tmp_path, caps
         resumed = make(llama, tmp_path)
         resumed.train(resume_from_checkpoint=True)
         assert_same(final(resumed), expected)
-        assert re.search(f"checkpoint-3 is passed over: .*{why}", capsys.readouterr().err)
+        assert re.search(f"checkpoint-3 is skipped: .*{why}", capsys.readouterr().err)
     with pytest.raises(InputError, match="no whole checkpoint"):
         check_resumable(folder / "nothing", {})
 

@@ -1,0 +1,87 @@
+"""A KL that is kept: beta follows the measured sequence KL until it is the one that was asked for.
+
+The beta of an optimum reaches its KL when calibration is exact, the steps suffice and nothing else moves the policy.
+With few samples, few steps or ties it does not. So log beta is steered: down where the KL stays below the target, up
+where it runs above.
+
+Steering must not wind up: a policy needs many steps to reach its KL, and a beta that falls all that time is too small
+when it gets there. So what is compared with the target is not the KL now but where its trend leads. A KL that will
+reach the target before training ends is left alone; one that will run over it within a few steps is braked before it
+does.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+WINDOW = 8.0
+"""Generations of rollouts that the running mean and the trend of the KL look back on; fewer in a short run."""
+SOON = 2.0
+"""Windows ahead: a KL that is expected above the target by then is braked."""
+LATER = 0.5
+"""Of the generations left: how far ahead a KL below the target is followed. A trend flattens: half, not all of them."""
+TRAVEL = 4.0
+"""How far log beta may move in a whole run: e^4 is a factor of 55. A short run moves more in a generation, up to"""
+FASTEST = 0.1
+"""this much: the KL of one generation is noisy, and the policy follows beta late."""
+FARTHEST = math.log(5.0)
+"""How far log beta may get from where it starts."""
+
+
+@dataclass
+class KLControl:
+    """Steers log beta: `update` after each generation of rollouts, `beta` for the next one.
+
+    Args:
+        target: sequence KL in nats that is to be kept.
+        start: log of the beta that it starts from.
+        generations: of rollouts in the whole run.
+        log_beta: of the next generation.
+        kl, trend, seen: running mean of what was measured, its change for each generation, and of how many.
+
+    >>> control = KLControl(target=1.0, start=0.0, generations=100, log_beta=0.0)
+    >>> for _ in range(40): control.update(0.2)  # stays far below: beta falls
+    >>> control.beta < 0.5
+    True
+    """
+
+    target: float
+    start: float
+    generations: int
+    log_beta: float
+    kl: float = 0.0
+    trend: float = 0.0
+    seen: int = 0
+
+    @property
+    def beta(self) -> float:
+        """The KL coefficient of the next generation."""
+        return math.exp(self.log_beta)
+
+    def update(self, kl: float) -> None:
+        """Take note of a generation's mean sequence KL, and move beta for the next one."""
+        self.seen += 1
+        window = max(3.0, min(WINDOW, self.generations / 10))
+        before = self.kl
+        self.kl += max(1.0 / window, 1.0 / self.seen) * (kl - self.kl)  # a plain mean until the window is full
+        if self.seen > 1:
+            self.trend += max(1.0 / window, 1.0 / (self.seen - 1)) * (self.kl - before - self.trend)
+        if self.seen < window:
+            return
+        soon = self.kl + SOON * window * self.trend
+        at_the_end = self.kl + max(SOON * window, LATER * (self.generations - self.seen)) * self.trend
+        expected = soon if soon > self.target else min(at_the_end, self.target)
+        # in logs, because KL and beta are about inversely proportional; one estimate counts for no more than a factor e
+        error = math.log(max(expected, 1e-3 * self.target) / self.target)
+        moved = self.log_beta + min(FASTEST, TRAVEL / self.generations) * max(-1.0, min(1.0, error))
+        self.log_beta = max(self.start - FARTHEST, min(self.start + FARTHEST, moved))
+
+    def verdict(self) -> str:
+        """What to do about a KL that is not the target at the end, in one line; empty within 15 %."""
+        if abs(self.kl - self.target) <= 0.15 * self.target:
+            return ""
+        reached = f"training ended at a sequence KL of {self.kl:.2f} nats, target_kl is {self.target:g}: "
+        if self.kl < self.target:
+            return reached + "raise max_steps (or num_train_epochs), or learning_rate"
+        return reached + "lower learning_rate, or raise max_steps (or num_train_epochs)"
