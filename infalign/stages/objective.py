@@ -65,6 +65,13 @@ def load_objective(recipe: Recipe, procedure: Procedure) -> Objective:
     if (recipe.beta is None) == (recipe.target_kl is None):
         got = "both" if recipe.beta is not None else "neither"
         raise InputError(f"give exactly one of beta and target_kl, got {got}: e.g. target_kl: 1.0 (nats)")
+    if recipe.objective == "direct":  # its optimum is that of the optimal transform
+        if recipe.num_calibration_samples < procedure.n:
+            raise InputError(
+                f"objective: direct needs num_calibration_samples of at least {procedure.n} for {procedure!r}, got "
+                f"{recipe.num_calibration_samples}"
+            )
+        return objective(procedure, None, recipe.beta, recipe.target_kl, "direct")
     if recipe.transform == "optimal":
         return objective(procedure, None, recipe.beta, recipe.target_kl)
     transform = _transform(recipe)

@@ -74,6 +74,9 @@ class Recipe:
     procedure: str = key("best_of_n", "best_of_n, worst_of_n, kth_of_n, random_n, soft_best_of_n, path.py:name", "ctrl")
     n: int = key(4, "candidates that the procedure draws", "ctrl")
     procedure_kwargs: dict = key({}, "{k: 2}, {tilt: 8}, {pmf: [...]}", "ctrl")
+    objective: Literal["transform", "direct"] = key(
+        "transform", "direct: the win rate's own unbiased gradient, no transform", "ctrl"
+    )
     transform: str = key("optimal", "optimal, exponential, identity, log, normal_icdf, or path.py:name", "ctrl")
     transform_kwargs: dict = key({}, "{t: 10} for exponential; a builder's arguments", "ctrl")
     beta: float | None = key(None, "KL coefficient; give exactly one of beta and target_kl", "ctrl")
@@ -255,6 +258,8 @@ def _check_together(recipe: Recipe) -> None:
         for name in ("num_validation_prompts",)
         if getattr(recipe, name) < 0
     ]
+    if recipe.objective == "direct" and recipe.transform != "optimal":
+        problems.append(f"objective: direct has no transform, got transform {recipe.transform}: leave one of them out")
     if recipe.judge_samples < 1:
         problems.append(f"judge_samples must be at least 1, got {recipe.judge_samples}")
     if not recipe.temperature > 0:

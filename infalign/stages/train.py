@@ -26,6 +26,7 @@ from infalign.stages.sampling import table_rewards
 from infalign.stages.training_keys import adapter_of, split_training
 from infalign.training.checks import best_model_settings, check_loop
 from infalign.training.config import CTRLConfig
+from infalign.training.direct import Direct
 from infalign.training.packages import missing_packages
 from infalign.training.progress import TrainingProgress, quiet
 from infalign.training.reward import DATA_COLUMNS, PROMPT_IDS, CTRLReward
@@ -155,7 +156,10 @@ def training_parts(experiment: Experiment) -> dict[str, Any]:
 def make_trainer(experiment: Experiment, table: SampleTable, identity: Mapping[str, Any] | None = None) -> CTRLTrainer:
     """The trainer of an experiment, with its calibrated data sets; `identity` is recorded in its checkpoints."""
     recipe = experiment.recipe
-    reward = CTRLReward(experiment.reward, experiment.objective.transform, method=recipe.calibration_method)
+    aim = experiment.objective
+    direct = recipe.objective == "direct"
+    transform = Direct(aim.procedure, aim.beta) if direct else aim.transform
+    reward = CTRLReward(experiment.reward, transform, method=recipe.calibration_method)
     arguments = training_arguments(experiment)
     _, adapter = split_training(recipe.training)
     model = ModelConfig(model_name_or_path=experiment.base_path, **adapter)
@@ -243,6 +247,8 @@ def kl_settings(experiment: Experiment, ours: Mapping[str, Any]) -> dict[str, fl
     steered = recipe.kl_control and recipe.target_kl is not None and ours.get("beta_start") is None
     if not steered or recipe.target_kl is None:
         return {"beta": aim.beta, "target_kl": None}
+    if recipe.objective == "direct":  # unbiased whatever K is
+        return {"beta": aim.beta, "target_kl": recipe.target_kl}
     beta = beta_for_kl(aim.transform, recipe.num_calibration_samples, recipe.target_kl)
     return {"beta": beta, "target_kl": recipe.target_kl}
 

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from infalign.calibration.quantile import Method, calibrate, clip_to_open
 from infalign.rewards.loader import Reward, load_reward
-from infalign.runtime.distributed import together
+from infalign.runtime.distributed import gathered, rank, together
 from infalign.theory.transforms import check_transform
+from infalign.training.direct import Direct, direct_rewards_of_groups
 from infalign.types import InputError, RewardError
 
 DATA_COLUMNS = "infalign_columns"
@@ -32,7 +33,8 @@ class CTRLReward:
 
     Args:
         reward: the raw reward: a callable in TRL's form, anything `load_reward` takes, or a loaded `Reward`.
-        transform: `Phi`, a vectorised function of u in (0, 1); u is clipped to [1/(2(K+1)), 1 - 1/(2(K+1))].
+        transform: `Phi`, a vectorised function of u in (0, 1); u is clipped to [1/(2(K+1)), 1 - 1/(2(K+1))]. Or
+            `direct.Direct(procedure)`: rewards whose policy gradient is that of the win rate itself.
         method: of calibration, "midrank" or "interpolated".
         column: the dataset column with each prompt's reference rewards.
         on_error: what a reward that keeps failing does: "error" stops, "mask" leaves its samples out.
@@ -45,17 +47,18 @@ class CTRLReward:
     def __init__(
         self,
         reward: Any,
-        transform: Transform,
+        transform: Transform | Direct,
         *,
         method: Method = "midrank",
         column: str = "ref_rewards",
         on_error: Literal["error", "mask"] = "error",
     ) -> None:
-        if not callable(transform):
+        if not callable(transform) and not isinstance(transform, Direct):
             raise InputError(
                 f"transform must be a function of the quantile, got {transform!r}: e.g. optimal_transform(...)"
             )
-        check_transform(transform, f"transform {transform!r:.80}")
+        if not isinstance(transform, Direct):
+            check_transform(transform, f"transform {transform!r:.80}")
         self.raw = reward if isinstance(reward, Reward) else load_reward(reward, on_error=on_error)
         self.transform = transform
         self.method: Method = method
@@ -109,9 +112,12 @@ class CTRLReward:
         columns = data_columns(columns)
         raw_B = self.raw(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
         calibrated_B = calibrate(raw_B[:, None], references, self.method)[:, 0]
-        counts_B = np.array([np.count_nonzero(~np.isnan(np.asarray(row, dtype=float))) for row in references])
-        transformed_B = np.asarray(self.transform(clip_to_open(calibrated_B, counts_B)), dtype=np.float64)
-        scored_B = ~np.isnan(raw_B)
+        if isinstance(self.transform, Direct):
+            transformed_B = _direct(self.transform, raw_B, references)  # NaN where a group has too few scores
+        else:
+            counts_B = np.array([np.count_nonzero(~np.isnan(np.asarray(row, dtype=float))) for row in references])
+            transformed_B = np.asarray(self.transform(clip_to_open(calibrated_B, counts_B)), dtype=np.float64)
+        scored_B = ~np.isnan(raw_B if not isinstance(self.transform, Direct) else transformed_B)
         if not np.isfinite(transformed_B[scored_B]).all():
             raise RewardError(f"the transform {self.transform!r} is not finite on (0, 1): bound it")
         if log_metric is not None and scored_B.any():
@@ -121,6 +127,18 @@ class CTRLReward:
         if log_metric is not None:
             log_metric("reward/unscored", float(1.0 - scored_B.mean()))
         return [float(value) if scored else None for value, scored in zip(transformed_B, scored_B, strict=True)]
+
+
+def _direct(objective: Direct, raw_B: NDArray[np.float64], references: Sequence[Any]) -> NDArray[np.float64]:
+    """This rank's direct rewards; a prompt's samples may lie on several ranks, so groups are made of all of them."""
+    if objective.num_generations is None:
+        raise InputError("the direct objective needs to know how many samples a prompt has: Direct(num_generations=G)")
+    parts = gathered((raw_B, list(references)))  # in rank order, as TRL lays the batch out
+    rewards_B = np.concatenate([rewards for rewards, _ in parts])
+    rows = [row for _, rows in parts for row in rows]
+    found, _ = direct_rewards_of_groups(rewards_B, rows, objective.procedure, objective.num_generations)
+    start = sum(rewards.size for rewards, _ in parts[: rank()]) if len(parts) > 1 else 0
+    return found[start : start + raw_B.size]
 
 
 def data_columns(columns: Mapping[str, Sequence[Any]]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ import shutil
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,7 @@ from infalign.training.checks import check_batch, check_calibration_at_start, ch
 from infalign.training.chunked_head import add_chunked_head
 from infalign.training.config import CTRLConfig, as_ctrl_config
 from infalign.training.data_sets import check_data_sets
+from infalign.training.direct import Direct, check_group
 from infalign.training.held_out import measure
 from infalign.training.kl_control import KLControl
 from infalign.training.packages import missing_packages
@@ -147,6 +148,9 @@ class CTRLTrainer(RLOOTrainer):
         if self.ctrl_reward is not None:
             _require_weight_one(functions, self.ctrl_reward, args.reward_weights)
             check_data_sets(self.ctrl_reward, train_dataset, eval_dataset)
+            if isinstance(self.ctrl_reward.transform, Direct) and args.num_generations is not None:
+                check_group(self.ctrl_reward.transform.procedure, args.num_generations)
+                self.ctrl_reward.transform = replace(self.ctrl_reward.transform, num_generations=args.num_generations)
         if hasattr(train_dataset, "__len__"):
             check_batch(args, len(train_dataset))
         given = run_identity(functions, self.ctrl_reward, train_dataset, args.beta)
