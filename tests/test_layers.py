@@ -38,7 +38,7 @@ BEYOND = {  # what a room may import beyond the standard library, infalign and n
     "decoding": {"scipy"},
     "evaluation": {"scipy"},
     "report": {"matplotlib", "jinja2", "pyarrow"},
-    "serving": {"starlette", "uvicorn"},
+    "serving": {"prometheus_client", "pydantic", "starlette", "uvicorn"},
     "cli": set(),
 }
 PURE = ["theory", "calibration/quantile.py", "evaluation/winrate.py"]

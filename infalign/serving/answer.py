@@ -10,12 +10,12 @@ import json
 import re
 import secrets
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from infalign.serving.engine import Outcome
-from infalign.serving.request import Ask, Kind
+from infalign.serving.request import CompletionRequest
 from infalign.types import Sample
 
 
@@ -26,7 +26,7 @@ class Answer:
     `prompt_tokens` are those of the prompts, each once; `model` and `fingerprint` say what answers.
     """
 
-    ask: Ask
+    ask: CompletionRequest
     outcomes: Sequence[Outcome]
     prompt_tokens: int
     model: str
@@ -36,76 +36,71 @@ class Answer:
 
     def whole(self) -> dict[str, Any]:
         """The body of an answer that is not streamed."""
-        choices = [self._choice(index, outcome) for index, outcome in enumerate(self.outcomes)]
-        return {**self._head(streamed=False), "choices": choices, "usage": self.usage()}
+        choices = []
+        for index, outcome in enumerate(self.outcomes):
+            text = _chosen(outcome).text
+            message = {"role": "assistant", "content": text, "refusal": None}
+            content = {"message": message} if self.ask.messages else {"text": text}
+            choices.append(self._last(index, content, outcome))
+        return {**self._head("chat.completion"), "choices": choices, "usage": self.usage()}
 
-    def events(self) -> Iterator[str]:
+    async def events(self) -> AsyncIterator[str]:
         """The server-sent events of a streamed answer: the chosen text in pieces, usage if asked for, [DONE]."""
-        kind, head = self.ask.kind, self._head(streamed=True)
-        if self.ask.include_usage:
+        head, include_usage = self._head("chat.completion.chunk"), self.ask.stream_options.include_usage
+        if include_usage:
             head["usage"] = None
         for index, outcome in enumerate(self.outcomes):
-            chosen = _chosen(outcome)
-            opening = {"role": "assistant", "content": ""} if kind == "chat" else None
-            contents = [opening] if opening else []
-            contents += [{"content": piece} for piece in pieces(chosen.text)]
-            for content in contents:
-                yield _event({**head, "choices": [_chunk(kind, index, content, None)]})
-            last = {**_chunk(kind, index, {}, _reason(chosen)), **self._extension(outcome)}
-            yield _event({**head, "choices": [last]})
-        if self.ask.include_usage:
+            texts = pieces(_chosen(outcome).text)
+            if self.ask.messages:
+                deltas = [{"role": "assistant", "content": ""}, *({"content": text} for text in texts), {}]
+                contents = [{"delta": delta} for delta in deltas]
+            else:
+                contents = [{"text": text} for text in [*texts, ""]]
+            for content in contents[:-1]:
+                yield _event({**head, "choices": [_choice(index, content, None)]})
+            yield _event({**head, "choices": [self._last(index, contents[-1], outcome)]})
+        if include_usage:
             yield _event({**head, "choices": [], "usage": self.usage()})
         yield "data: [DONE]\n\n"
 
     def usage(self) -> dict[str, Any]:
         """Tokens: of the prompts, and of all candidates."""
         drawn = sum(outcome.tokens for outcome in self.outcomes)
-        own = {
-            "chosen_tokens": sum(len(_chosen(outcome).token_ids) for outcome in self.outcomes),
-            "candidates": sum(len(outcome.decoded.candidates) for outcome in self.outcomes),
-            "reward_calls": sum(outcome.reward_calls for outcome in self.outcomes),
-        }
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": drawn,
             "total_tokens": self.prompt_tokens + drawn,
-            "infalign": own,
+            "infalign": {
+                "chosen_tokens": sum(len(_chosen(outcome).token_ids) for outcome in self.outcomes),
+                "candidates": sum(len(outcome.decoded.candidates) for outcome in self.outcomes),
+                "reward_calls": sum(outcome.reward_calls for outcome in self.outcomes),
+            },
         }
 
-    def _head(self, *, streamed: bool) -> dict[str, Any]:
-        chat = self.ask.kind == "chat"
-        shape = ("chat.completion.chunk" if streamed else "chat.completion") if chat else "text_completion"
+    def _head(self, chat: str) -> dict[str, Any]:
         return {
-            "id": f"{'chatcmpl' if chat else 'cmpl'}-{self.name}",
-            "object": shape,
+            "id": f"{'chatcmpl' if self.ask.messages else 'cmpl'}-{self.name}",
+            "object": chat if self.ask.messages else "text_completion",
             "created": self.created,
             "model": self.model,
             "system_fingerprint": self.fingerprint,
         }
 
-    def _choice(self, index: int, outcome: Outcome) -> dict[str, Any]:
-        chosen = _chosen(outcome)
-        content: dict[str, Any] = {"text": chosen.text}
-        if self.ask.kind == "chat":
-            content = {"message": {"role": "assistant", "content": chosen.text, "refusal": None}}
-        return {
-            "index": index,
-            **content,
-            "logprobs": None,
-            "finish_reason": _reason(chosen),
-            **self._extension(outcome),
-        }
-
-    def _extension(self, outcome: Outcome) -> dict[str, Any]:
-        if not self.ask.return_candidates:
-            return {}
-        decoded = outcome.decoded
-        rewards = [None if reward != reward else float(reward) for reward in decoded.rewards_N.tolist()]
-        candidates = [
-            {"text": sample.text, "reward": reward, "finish_reason": _reason(sample), "tokens": len(sample.token_ids)}
-            for sample, reward in zip(decoded.candidates, rewards, strict=True)
-        ]
-        return {"infalign": {"chosen": decoded.chosen, "seed": self.ask.seed, "candidates": candidates}}
+    def _last(self, index: int, content: Mapping[str, Any], outcome: Outcome) -> dict[str, Any]:
+        """A choice, or the end of one that is streamed: why it ended, and the candidates if asked for."""
+        choice, decoded = _choice(index, content, _reason(_chosen(outcome))), outcome.decoded
+        if self.ask.infalign.return_candidates:
+            candidates = [
+                {
+                    "text": sample.text,
+                    "reward": None if reward != reward else reward,  # NaN: no score
+                    "finish_reason": _reason(sample),
+                    "tokens": len(sample.token_ids),
+                }
+                for sample, reward in zip(decoded.candidates, decoded.rewards_N.tolist(), strict=True)
+            ]
+            choice["infalign"] = {"chosen": decoded.chosen, "seed": self.ask.seed, "candidates": candidates}
+        return choice
 
 
 def pieces(text: str) -> list[str]:
@@ -117,9 +112,8 @@ def pieces(text: str) -> list[str]:
     return re.findall(r"\s*\S+\s*|\s+", text)
 
 
-def _chunk(kind: Kind, index: int, content: Mapping[str, Any], reason: str | None) -> dict[str, Any]:
-    body = {"delta": dict(content)} if kind == "chat" else {"text": content.get("content", "")}
-    return {"index": index, **body, "logprobs": None, "finish_reason": reason}
+def _choice(index: int, content: Mapping[str, Any], reason: str | None) -> dict[str, Any]:
+    return {"index": index, **content, "logprobs": None, "finish_reason": reason}
 
 
 def _chosen(outcome: Outcome) -> Sample:

@@ -9,18 +9,18 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from infalign.serving.answer import Answer
-from infalign.serving.engine import Outcome, stream_key
+from infalign.serving.engine import Outcome, Setting, stream_key
 from infalign.serving.metrics import Metrics
 from infalign.serving.refusal import Refusal
-from infalign.serving.request import Ask, Kind, read_request
+from infalign.serving.request import CompletionRequest, Kind, read_request
 from infalign.serving.worker import Job, QueueFullError, Worker
 from infalign.types import InputError, Prompt, RewardError, SamplingSettings
 
@@ -46,6 +46,7 @@ class Service:
         metrics: counts.
         timeout: seconds for a request.
         token: the bearer token to ask for, None for none.
+        rendering: held while a tokenizer works, which serves one thread at a time.
     """
 
     model: str
@@ -60,43 +61,46 @@ class Service:
     metrics: Metrics
     timeout: float
     token: str | None
+    rendering: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
-async def complete(service: Service, rendering: asyncio.Lock, request: Request, kind: Kind) -> Response:
-    """The answer to a request; `rendering` is held while a tokenizer works, which serves one thread at a time.
+async def complete(service: Service, request: Request, kind: Kind) -> Response:
+    """The answer to a request.
 
     Raises:
-        Refusal: it can't be had.
+        Refusal: it can't be had, or not in time.
         ClientDisconnect: nobody waits for it.
     """
-    ask = read_request(await _body(request), kind, service.sampling, service.model)
-    async with rendering:
+    with service.metrics.seconds.time():
+        try:
+            async with asyncio.timeout(service.timeout):
+                return await _complete(service, request, kind)
+        except TimeoutError:
+            words = f"no answer within {service.timeout:g} s (request_timeout): try again later"
+            raise Refusal(504, words, code="timeout") from None
+
+
+async def _complete(service: Service, request: Request, kind: Kind) -> Response:
+    ask = read_request(await _body(request), kind, service.model)
+    async with service.rendering:
         job, prompt_tokens = await asyncio.to_thread(_job, service, ask)
     if not service.worker.alive:
         raise Refusal(503, STOPPING, code="stopping")
     try:
         service.worker.submit(job)
     except QueueFullError:
-        raise Refusal(
-            429,
-            f"{service.worker.max_queue} requests wait already (max_queue): try again later",
-            code="queue_full",
-            headers={"Retry-After": "1"},
-        ) from None
+        words = f"{service.worker.max_queue} requests wait already (max_queue): try again later"
+        raise Refusal(429, words, code="queue_full", headers={"Retry-After": "1"}) from None
     outcomes = await _outcomes(service, job, request)
     if any(outcome.decoded.chosen is None for outcome in outcomes):
         raise Refusal(500, "the reward gave no candidate a score, so that none can be chosen", code="no_score")
-    service.metrics.add("choices_total", len(outcomes))
-    service.metrics.add("tokens_total", prompt_tokens, kind="prompt")
+    service.metrics.choices.inc(len(outcomes))
+    service.metrics.tokens.labels("prompt").inc(prompt_tokens)
     answer = Answer(ask, outcomes, prompt_tokens, service.model, service.fingerprint)
     if ask.stream:
-        return StreamingResponse(_sent(answer), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        headers = {"Cache-Control": "no-store"}
+        return StreamingResponse(answer.events(), media_type="text/event-stream", headers=headers)
     return JSONResponse(answer.whole())
-
-
-async def _sent(answer: Answer) -> AsyncIterator[str]:
-    for event in answer.events():
-        yield event
 
 
 async def _body(request: Request) -> Any:
@@ -113,66 +117,56 @@ async def _body(request: Request) -> Any:
         if len(content) > MAX_BODY:
             raise Refusal(413, f"the body is longer than {MAX_BODY} bytes", headers={"Connection": "close"})
     try:
-        return json.loads(content)
+        return json.loads(content, object_hook=_without_nulls)
     except (ValueError, RecursionError):  # not UTF-8, not JSON, or nested without end
         raise Refusal(400, "the body is not JSON") from None
 
 
-def _job(service: Service, ask: Ask) -> tuple[Job, int]:
+def _without_nulls(found: dict[str, Any]) -> dict[str, Any]:
+    """A null says as much as leaving the field out."""
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _job(service: Service, ask: CompletionRequest) -> tuple[Job, int]:
     """The work that a request asks for, and the tokens of its prompts.
 
     Raises:
         Refusal: a prompt that can't be rendered or is too long, or a number of candidates that is none.
     """
-    _check_candidates(service, ask)
+    setting = ask.setting(service.sampling)
+    try:
+        service.worker.engine.procedure(setting.candidates)
+    except InputError as error:
+        raise Refusal(400, str(error), param="infalign.n") from None
     prompts: dict[str, Prompt] = {}
     prompt_ids: list[tuple[int, ...]] = []
+    param = "messages" if ask.messages else "prompt"
     for content in ask.contents:
         try:
             prompt, ids = service.render(content)
         except InputError as error:
-            raise Refusal(400, str(error), param=_field(ask)) from None
-        _check_length(service, ask, len(ids))
-        for choice in range(ask.choices):
+            raise Refusal(400, str(error), param=param) from None
+        _check_length(service, setting, len(ids), param)
+        for choice in range(ask.n):
             key = stream_key(prompt.key, ask.seed, choice, service.seed)
             key = f"{key}#{len(prompts)}" if key in prompts else key  # the same prompt twice in a list
             prompts[key] = Prompt(prompt.content, key)
             prompt_ids.append(ids)
-    job = Job(ask.setting, tuple(prompts.values()), tuple(prompt_ids))
-    return job, sum(len(ids) for ids in prompt_ids[:: ask.choices])
+    job = Job(setting, tuple(prompts.values()), tuple(prompt_ids))
+    return job, sum(len(ids) for ids in prompt_ids[:: ask.n])
 
 
-def _field(ask: Ask) -> str:
-    return "messages" if ask.kind == "chat" else "prompt"
-
-
-def _check_candidates(service: Service, ask: Ask) -> None:
-    try:
-        service.worker.engine.procedure(ask.setting.candidates)
-    except InputError as error:
-        raise Refusal(400, str(error), param="infalign.n") from None
-
-
-def _check_length(service: Service, ask: Ask, length: int) -> None:
-    count = ask.setting.sampling.max_tokens
+def _check_length(service: Service, setting: Setting, length: int, param: str) -> None:
+    count = setting.sampling.max_tokens
     room = math.inf if service.most_tokens is None else service.most_tokens - count
     most = min(room, math.inf if service.most_prompt is None else service.most_prompt)
     if length > most:
-        raise Refusal(
-            400,
-            f"the prompt has {length} tokens, at most {max(most, 0):g} fit beside {count} of completion: shorten it",
-            param=_field(ask),
-            code="context_length_exceeded",
-        )
-    if ask.setting.candidates is not None:
-        fit = max(1, service.worker.engine.tokens_per_batch // (length + count))
-        if ask.setting.candidates > fit:
-            raise Refusal(
-                400,
-                f"infalign.n (or best_of) is at most {fit} for this prompt (tokens_per_batch), got "
-                f"{ask.setting.candidates}",
-                param="infalign.n",
-            )
+        words = f"the prompt has {length} tokens, at most {max(most, 0):g} fit beside {count} of completion: shorten it"
+        raise Refusal(400, words, param=param, code="context_length_exceeded")
+    fit = max(1, service.worker.engine.tokens_per_batch // (length + count))
+    if setting.candidates is not None and setting.candidates > fit:
+        words = f"infalign.n (or best_of) is at most {fit} for this prompt (tokens_per_batch), got {setting.candidates}"
+        raise Refusal(400, words, param="infalign.n")
 
 
 async def _outcomes(service: Service, job: Job, request: Request) -> list[Outcome]:
@@ -200,7 +194,7 @@ async def _outcomes(service: Service, job: Job, request: Request) -> list[Outcom
         raise Refusal(500, "this request could not be decoded: the log here says why", code="decoding") from None
     except RewardError:
         raise Refusal(500, "the reward failed on this request: the log here says why", code="reward") from None
-    except (ClientDisconnect, Refusal):
+    except ClientDisconnect:
         raise
     except Exception:  # the worker's boundary has logged it
         raise Refusal(500, "an error of the server's own: the log here has it", code="internal") from None

@@ -1,9 +1,11 @@
-"""Answers that are no answer: an HTTP status and OpenAI's error shape."""
+"""An answer that is none: an HTTP status and OpenAI's error shape."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from typing import Any
+
+from starlette.responses import Response
 
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
@@ -29,14 +31,10 @@ class Refusal(Exception):
         headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
-        self.headers = dict(headers or {})
+        kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+        self.error = {"message": message, "type": kind, "param": param, "code": code}
+        self.status, self.headers = status, headers
 
-    def content(self) -> dict[str, Any]:
-        """The body.
-
-        >>> Refusal(400, "no", param="n").content()["error"]["type"]
-        'invalid_request_error'
-        """
-        kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+    def response(self) -> Response:
+        """The answer; in ASCII, because the name of a field may hold half a surrogate pair."""
+        return Response(json.dumps({"error": self.error}), self.status, self.headers, "application/json")

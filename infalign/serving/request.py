@@ -1,4 +1,4 @@
-"""Requests of OpenAI's API, checked field by field: what would change the answer is honoured or refused.
+"""Requests of OpenAI's API as pydantic models: what would change the answer is honoured or refused.
 
 Fields of our own stand in the object `infalign` (the client's `extra_body`): `n`, the candidates of each decoding, and
 `return_candidates`. OpenAI's `n` counts choices, each decoded on its own.
@@ -6,10 +6,12 @@ Fields of our own stand in the object `infalign` (the client's `extra_body`): `n
 
 from __future__ import annotations
 
+import re
 import secrets
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from infalign.serving.engine import Setting
 from infalign.serving.refusal import Refusal
@@ -19,231 +21,206 @@ Kind = Literal["chat", "text"]
 
 MAX_CHOICES = 64
 MAX_STOPS = 16
-ROLES = ("system", "developer", "user", "assistant", "tool")
 HARMLESS = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
 """Fields that change no answer."""
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "logit_bias": ({},),
-    "logprobs": (False,),
-    "echo": (False,),
-    "suffix": ("",),
-    "response_format": ({"type": "text"},),
-    "tools": ([],),
-    "tool_choice": ("none",),
-    "functions": ([],),
-    "modalities": (["text"],),
+NEUTRAL: dict[str, Any] = {
+    "presence_penalty": 0,
+    "frequency_penalty": 0,
+    "logit_bias": {},
+    "logprobs": False,
+    "echo": False,
+    "suffix": "",
+    "response_format": {"type": "text"},
+    "tools": [],
+    "tool_choice": "none",
+    "functions": [],
+    "modalities": ["text"],
 }
-"""Fields that are not supported, with the values at which they say nothing."""
-_OURS = {
-    "chat": {"messages", "max_completion_tokens"},
-    "text": {"prompt", "best_of"},
+"""Fields that are not supported, each with the value that changes no answer."""
+NOT_OF = {"chat": {"prompt", "best_of"}, "text": {"messages", "max_completion_tokens"}}
+"""Fields that a kind of request does not have."""
+MUST_BE = {
+    "messages": "a list of turns",
+    "messages[]": "an object with role and content",
+    "messages[].role": "one of system, developer, user, assistant, tool",
+    "messages[].content": "a text",
+    "messages[].content[]": "a text part (this model reads text only)",
+    "prompt": "a text or a list of texts (token ids are not read here)",
+    "n": f"a whole number between 1 and {MAX_CHOICES}",
+    "seed": "a whole number between -2^63 and 2^63 - 1",
+    "temperature": "a number above 0 and at most 2 (at 0 all candidates would be alike)",
+    "top_p": "a number above 0 and at most 1",
+    "stop": f"a text or a list of at most {MAX_STOPS} texts, none empty",
+    "bool_type": "true or false",
+    "int_type": "a whole number of at least 1",
+    "greater_than_equal": "a whole number of at least 1",
+    "model_type": "an object",
+    "string_unicode": "an object whose names are text",
 }
-_SHARED = {"model", "n", "seed", "max_tokens", "temperature", "top_p", "stop", "stream", "stream_options", "infalign"}
+"""What a field must be, in the words of a message: by its name, or else by the type of pydantic's error."""
 
 
-@dataclass(frozen=True)
-class Ask:
-    """A checked request: `contents` are chats or texts, each decoded `choices` times from `seed` on."""
-
-    kind: Kind
-    contents: tuple[str | Messages, ...]
-    setting: Setting
-    choices: int
-    seed: int
-    stream: bool
-    include_usage: bool
-    return_candidates: bool
+def _check_text(text: str) -> str:
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise ValueError("holds half a surrogate pair, which is no text")
+    return text
 
 
-def read_request(body: Any, kind: Kind, own: SamplingSettings, model: str) -> Ask:
-    """The request that a JSON body is.
+def _check_prompts(texts: list[str]) -> list[str]:
+    if not all(_check_text(text).strip() for text in texts):
+        raise ValueError("must not be empty")
+    return texts
 
-    Args:
-        body: what was sent.
-        kind: chat for /v1/chat/completions, text for /v1/completions.
-        own: the recipe's sampling settings, which hold where the request says nothing; no completion may be longer.
-        model: the name that is served.
+
+def _check_chat(turns: list[Turn]) -> list[Turn]:
+    for place, turn in enumerate(turns):
+        for name, value in (turn.model_extra or {}).items():
+            if value:  # an answer that is sent back may hold `annotations: []`
+                raise _bad(f"messages[{place}].{name}"[:80], "is not supported here", "unsupported_parameter")
+    if turns[-1].role not in ("user", "tool"):
+        raise ValueError(f"must end with the user's turn, the last one is the {turns[-1].role}'s")
+    if not turns[-1].text.strip():
+        raise ValueError("must not end with an empty turn")
+    return turns
+
+
+Count = Annotated[int, Field(ge=1)]
+as_list = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
+as_parts = BeforeValidator(lambda value: [{"type": "text", "text": value}] if isinstance(value, str) else value)
+
+
+class _Object(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+class Part(_Object, extra="ignore"):
+    """A part of a turn."""
+
+    type: Literal["text"]
+    text: Annotated[str, AfterValidator(_check_text)]
+
+
+class Turn(_Object, extra="allow"):
+    """A turn of a chat."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Annotated[list[Part], as_parts]
+    name: Any = None
+
+    @property
+    def text(self) -> str:
+        """Its parts together."""
+        return "".join(part.text for part in self.content)
+
+
+class StreamOptions(_Object):
+    """OpenAI's."""
+
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class Extension(_Object):
+    """Our own fields."""
+
+    n: Count | None = None
+    return_candidates: bool = False
+
+
+class CompletionRequest(_Object):
+    """A request of either kind: of a chat with `messages`, of a text with `prompt`."""
+
+    model: str
+    messages: Annotated[list[Turn], Field(min_length=1), AfterValidator(_check_chat)] = []
+    prompt: Annotated[list[str], as_list, Field(min_length=1), AfterValidator(_check_prompts)] = []
+    n: int = Field(default=1, ge=1, le=MAX_CHOICES)
+    best_of: Count | None = None
+    seed: int = Field(default_factory=lambda: secrets.randbits(48), ge=-(2**63), lt=2**63)
+    max_tokens: Count | None = None
+    max_completion_tokens: Count | None = None
+    temperature: float | None = Field(default=None, gt=0, le=2)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    stop: Annotated[list[Annotated[str, Field(min_length=1)]], as_list, Field(max_length=MAX_STOPS)] = []
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    infalign: Extension = Extension()
+
+    @property
+    def contents(self) -> list[Messages] | list[str]:
+        """The prompts, each to be decoded `n` times."""
+        return [[{"role": turn.role, "content": turn.text} for turn in self.messages]] if self.messages else self.prompt
+
+    def setting(self, own: SamplingSettings) -> Setting:
+        """What the decoder is asked for. The recipe's `own` settings hold where the request says nothing.
+
+        Raises:
+            Refusal: 400 if completions may become longer than the recipe's.
+        """
+        given = self.model_dump(include={"temperature", "top_p"}, exclude_none=True)
+        lengths = self.model_dump(include={"max_tokens", "max_completion_tokens"}, exclude_none=True)
+        if len(set(lengths.values())) > 1:
+            raise _bad("max_tokens", "and max_completion_tokens differ: give one")
+        for name, count in lengths.items():
+            if count > own.max_tokens:
+                raise _bad(name, f"is at most {own.max_tokens} here (the recipe's max_completion_length), got {count}")
+            given["max_tokens"] = count
+        return Setting(replace(own, **given), tuple(dict.fromkeys(self.stop)), self.best_of or self.infalign.n)
+
+
+def read_request(body: Any, kind: Kind, model: str) -> CompletionRequest:
+    """The request that a JSON body is, its nulls left out; `model` is the name that is served.
 
     Raises:
         Refusal: 400 with the field at fault, or 404 for another model.
     """
     if not isinstance(body, dict):
         raise Refusal(400, f"the body must be a JSON object, got {type(body).__name__}")
-    _check_names(body, kind)
-    given = {name: value for name, value in body.items() if value is not None}
+    given = {name: value for name, value in body.items() if name not in HARMLESS and not _is_neutral(name, value)}
+    fields = sorted(CompletionRequest.model_fields.keys() - NOT_OF[kind])
+    for name, value in given.items():
+        if name in NEUTRAL:
+            raise _bad(name, f"is not supported here: leave it out, got {_shown(value)}", "unsupported_parameter")
+        if name not in fields:
+            raise _bad(name[:80], f"is unknown here; what is read: {', '.join(fields)}", "unknown_parameter")
     if not isinstance(given.get("model"), str):
         raise _bad("model", f"must be the name of a model, got {_shown(given.get('model'))}: this one is {model!r}")
     if given["model"] != model:
-        raise Refusal(
-            404, f"no model {given['model']!r:.80} here, only {model!r}", param="model", code="model_not_found"
-        )
-    contents = (_chat(given.get("messages")),) if kind == "chat" else _texts(given.get("prompt"))
-    extension = _extension(given)
-    options = _object(given, "stream_options", {"include_usage": bool, "include_obfuscation": bool})
-    stream = _typed(given, "stream", bool, False)
-    if options and not stream:
+        words = f"no model {given['model']!r:.80} here, only {model!r}"
+        raise Refusal(404, words, param="model", code="model_not_found")
+    given.setdefault("messages" if kind == "chat" else "prompt", None)
+    try:
+        ask = CompletionRequest.model_validate(given)
+    except ValidationError as error:
+        raise _refusal(error) from None
+    if ask.stream_options.model_fields_set and not ask.stream:
         raise _bad("stream_options", "goes with stream: true only")
-    choices = _whole(given, "n", 1, 1, MAX_CHOICES)
-    if len(contents) * choices > MAX_CHOICES:
-        raise _bad("n", f"times the prompts is at most {MAX_CHOICES}, got {choices} times {len(contents)}")
-    return Ask(
-        kind=kind,
-        contents=contents,
-        setting=Setting(_sampling(given, own), _stops(given.get("stop")), _candidates(given, extension)),
-        choices=choices,
-        seed=_whole(given, "seed", secrets.randbits(48), -(2**63), 2**63 - 1),
-        stream=stream,
-        include_usage=options.get("include_usage", False),
-        return_candidates=extension.get("return_candidates", False),
-    )
-
-
-def _check_names(body: Mapping[str, Any], kind: Kind) -> None:
-    known = _SHARED | _OURS[kind] | HARMLESS
-    for name, value in body.items():
-        if name in known or value is None or any(_same(value, one) for one in NEUTRAL.get(name, ())):
-            continue
-        if name in NEUTRAL:
-            raise _bad(name, f"is not supported here: leave it out, got {_shown(value)}", code="unsupported_parameter")
-        allowed = ", ".join(sorted(_SHARED | _OURS[kind]))
-        raise _bad(name[:80], f"is unknown here; what is read: {allowed}", code="unknown_parameter")
-
-
-def _same(value: Any, neutral: Any) -> bool:
-    return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
-
-
-# --- prompts ------------------------------------------------------------------------------------------------------
-
-
-def _chat(messages: Any) -> Messages:
-    if not isinstance(messages, list) or not messages:
-        raise _bad("messages", f"must be a list of turns, got {_shown(messages)}")
-    chat = [_turn(turn, f"messages[{place}]") for place, turn in enumerate(messages)]
-    if chat[-1]["role"] not in ("user", "tool"):
-        raise _bad("messages", f"must end with the user's turn, the last one is the {chat[-1]['role']}'s")
-    if not chat[-1]["content"].strip():
-        raise _bad("messages", "must not end with an empty turn")
-    return chat
-
-
-def _turn(turn: Any, where: str) -> dict[str, str]:
-    if not isinstance(turn, dict):
-        raise _bad(where, f"must be an object with role and content, got {_shown(turn)}")
-    if turn.get("role") not in ROLES:
-        raise _bad(f"{where}.role", f"is one of {', '.join(ROLES)}, got {_shown(turn.get('role'))}")
-    more = [name for name, value in turn.items() if name not in ("role", "content", "name") and value]
-    if more:
-        raise _bad(f"{where}.{more[0]}"[:80], "is not supported here", code="unsupported_parameter")
-    content = turn.get("content")
-    if isinstance(content, list):
-        content = "".join(_part(part, f"{where}.content[{place}]") for place, part in enumerate(content))
-    return {"role": turn["role"], "content": _text(content, f"{where}.content")}
-
-
-def _part(part: Any, where: str) -> str:
-    if not isinstance(part, dict) or part.get("type") != "text":
-        raise _bad(where, f"must be a text part, got {_shown(part)}: this model reads text only")
-    return _text(part.get("text"), where)
-
-
-def _texts(prompt: Any) -> tuple[str, ...]:
-    texts = prompt if isinstance(prompt, list) else [prompt]
-    if not texts or not all(isinstance(text, str) for text in texts):
-        raise _bad("prompt", f"must be a text or a list of texts, got {_shown(prompt)}: token ids are not read here")
-    for text in texts:
-        if not _text(text, "prompt").strip():
-            raise _bad("prompt", "must not be empty")
-    return tuple(texts)
-
-
-def _text(value: Any, where: str) -> str:
-    if not isinstance(value, str):
-        raise _bad(where, f"must be a text, got {_shown(value)}")
-    if any("\ud800" <= letter <= "\udfff" for letter in value):
-        raise _bad(where, "holds half a surrogate pair, which is no text")
-    return value
-
-
-# --- settings -----------------------------------------------------------------------------------------------------
-
-
-def _sampling(given: Mapping[str, Any], own: SamplingSettings) -> SamplingSettings:
-    names = [name for name in ("max_completion_tokens", "max_tokens") if name in given]
-    if len(names) == 2 and given[names[0]] != given[names[1]]:
-        raise _bad("max_tokens", "and max_completion_tokens differ: give one")
-    name = names[0] if names else "max_tokens"
-    count = _whole(given, name, own.max_tokens, 1, None)
-    if count > own.max_tokens:
-        raise _bad(name, f"is at most {own.max_tokens} here (the recipe's max_completion_length), got {count}")
-    temperature = _number(given, "temperature", own.temperature)
-    if not 0 < temperature <= 2:
-        what = "is above 0 and at most 2: at 0 all candidates would be alike"
-        raise _bad("temperature", f"{what}; got {temperature:g}")
-    top_p = _number(given, "top_p", own.top_p)
-    if not 0 < top_p <= 1:
-        raise _bad("top_p", f"is above 0 and at most 1, got {top_p:g}")
-    return replace(own, max_tokens=count, temperature=temperature, top_p=top_p)
-
-
-def _stops(stop: Any) -> tuple[str, ...]:
-    stops = [] if stop is None else stop if isinstance(stop, list) else [stop]
-    if len(stops) > MAX_STOPS or not all(isinstance(one, str) and one for one in stops):
-        raise _bad("stop", f"must be a text or a list of at most {MAX_STOPS} texts, none empty, got {_shown(stop)}")
-    return tuple(dict.fromkeys(stops))
-
-
-def _extension(given: Mapping[str, Any]) -> dict[str, Any]:
-    return _object(given, "infalign", {"n": int, "return_candidates": bool})
-
-
-def _candidates(given: Mapping[str, Any], extension: Mapping[str, Any]) -> int | None:
-    """N of a decoding: `infalign.n`, or OpenAI's older `best_of`, which says the same of one choice."""
-    best_of = _whole(given, "best_of", None, 1, None)
-    asked = _whole(extension, "n", None, 1, None, "infalign.n")
-    if best_of is not None and (given.get("n", 1) != 1 or asked is not None):
+    if len(ask.contents) * ask.n > MAX_CHOICES:
+        raise _bad("n", f"times the prompts is at most {MAX_CHOICES}, got {ask.n} times {len(ask.contents)}")
+    if ask.best_of is not None and (ask.n != 1 or ask.infalign.n is not None):
         raise _bad("best_of", "goes with n: 1 only; with more choices, or instead, give infalign.n")
-    return asked if best_of is None else best_of
+    return ask
 
 
-def _object(given: Mapping[str, Any], name: str, fields: Mapping[str, type]) -> dict[str, Any]:
-    """An object with known fields of known types, those at null left out."""
-    value = given.get(name, {})
-    if not isinstance(value, dict):
-        raise _bad(name, f"must be an object, got {_shown(value)}")
-    for field, one in value.items():
-        if field not in fields:
-            raise _bad(f"{name}.{field}"[:80], f"is unknown here; fields: {', '.join(fields)}", "unknown_parameter")
-        if one is not None:
-            _typed(value, field, fields[field], None, f"{name}.{field}")
-    return {field: one for field, one in value.items() if one is not None}
+def _is_neutral(name: str, value: Any) -> bool:
+    neutral = NEUTRAL.get(name)
+    return name in NEUTRAL and value == neutral and isinstance(value, bool) == isinstance(neutral, bool)  # 0 == False
 
 
-def _typed(given: Mapping[str, Any], name: str, kind: type, default: Any, where: str | None = None) -> Any:
-    value = given.get(name, default)
-    if name in given and (not isinstance(value, kind) or isinstance(value, bool) != (kind is bool)):
-        words = {bool: "true or false", int: "a whole number"}[kind]
-        raise _bad(where or name, f"must be {words}, got {_shown(value)}")
-    return value
-
-
-def _whole(
-    given: Mapping[str, Any], name: str, default: Any, least: int, most: int | None, where: str | None = None
-) -> Any:
-    value = _typed(given, name, int, default, where)
-    if name in given and (value < least or (most is not None and value > most)):
-        limits = f"at least {least}" if most is None else f"between {least} and {most}"
-        raise _bad(where or name, f"must be {limits}, got {_shown(value)}")
-    return value
-
-
-def _number(given: Mapping[str, Any], name: str, default: float) -> float:
-    value = given.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise _bad(name, f"must be a number, got {_shown(value)}")
-    return float(min(max(value, -1e9), 1e9))
+def _refusal(error: ValidationError) -> Refusal:
+    """The first error that pydantic found, as one of the innermost field that `MUST_BE` names."""
+    first = error.errors()[0]
+    kind, paths = first["type"], [""]
+    for part in first["loc"]:
+        paths.append(paths[-1] + (f"[{part}]" if isinstance(part, int) else f".{part}" if paths[-1] else part))
+    if kind == "extra_forbidden":
+        allowed = {"infalign": Extension, "stream_options": StreamOptions}[paths[1]].model_fields
+        return _bad(paths[-1][:80], f"is unknown here; fields: {', '.join(allowed)}", "unknown_parameter")
+    names = {re.sub(r"\d+", "", path): path for path in paths}
+    name = next((name for name in reversed(names) if name in MUST_BE), kind)
+    param = names.get(name, paths[-1])
+    if kind == "value_error":
+        return _bad(param, str(first.get("ctx", {})["error"]))
+    return _bad(param, f"must be {MUST_BE[name]}, got {_shown(None if kind == 'missing' else first['input'])}")
 
 
 def _bad(param: str, problem: str, code: str | None = None) -> Refusal:

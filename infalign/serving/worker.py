@@ -11,6 +11,8 @@ from collections import deque
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from infalign.generation.openai import Misread
 from infalign.runtime.console import notice
 from infalign.serving.engine import Engine, Outcome, Setting
@@ -86,7 +88,7 @@ class Worker:
             self._waiting.append(job)
             self._changed.notify()
 
-    def gauges(self) -> dict[str, float]:
+    def gauges(self) -> dict[str, int]:
         """How many jobs wait, and how many are being decoded."""
         with self._changed:
             return {"queue_length": self._live(), "in_progress": self._running}
@@ -162,22 +164,19 @@ class Worker:
         found: dict[str, Outcome] = {}
         for batch in self.engine.decode(jobs[0].setting, prompts, prompt_ids):
             found |= batch
-            self.metrics.add("batches_total")
+            self.metrics.batches.inc()
             for outcome in batch.values():
-                self._count(outcome)
+                self.metrics.candidates.inc(len(outcome.decoded.candidates))
+                self.metrics.tokens.labels("completion").inc(outcome.tokens)
+                self.metrics.reward_calls.inc(outcome.reward_calls)
+                self.metrics.unscored.inc(int(np.isnan(outcome.decoded.rewards_N).sum()))
             for job in jobs:
                 if not job.result.done() and job.keys <= found.keys():
                     job.result.set_result([found[prompt.key] for prompt in job.prompts])
 
-    def _count(self, outcome: Outcome) -> None:
-        self.metrics.add("candidates_total", len(outcome.decoded.candidates))
-        self.metrics.add("tokens_total", outcome.tokens, kind="completion")
-        self.metrics.add("reward_calls_total", outcome.reward_calls)
-        self.metrics.add("unscored_total", sum(reward != reward for reward in outcome.decoded.rewards_N.tolist()))
-
     def _fail(self, jobs: list[Job], error: Exception, cause: str) -> None:
         self.failing = cause
-        self.metrics.add("failures_total", cause=cause)
+        self.metrics.failures.labels(cause).inc()
         for job in jobs:
             if not job.result.done():
                 job.result.set_exception(error)

@@ -32,6 +32,8 @@ from infalign.stages.servers import server_url
 from infalign.stages.strategy import load_strategy
 from infalign.types import InputError, Interrupted, Prompt, prompt_key
 
+EXTRA = ("prometheus_client", "pydantic", "starlette", "uvicorn")
+
 
 @dataclass(frozen=True)
 class ServeOptions:
@@ -57,8 +59,9 @@ def serve(recipe: Recipe, **flags: Any) -> None:
         Interrupted: after SIGTERM.
     """
     options = _checked(flags)
-    if importlib.util.find_spec("starlette") is None or importlib.util.find_spec("uvicorn") is None:
-        raise InputError("serve needs Starlette and uvicorn: pip install 'infalign[serve]'")
+    missing = [name for name in EXTRA if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InputError(f"serve needs {', '.join(missing)}: pip install 'infalign[serve]'")
     from infalign.serving.app import build_app  # noqa: PLC0415 - an extra
     from infalign.serving.listen import address, bind, is_loopback_host, listen  # noqa: PLC0415 - an extra
 

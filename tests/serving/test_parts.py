@@ -190,15 +190,25 @@ def test_stopping_cancels_what_waits(work):
 
 
 def test_the_histogram_counts_up():
-    metrics = Metrics()
+    metrics, other = Metrics(), Metrics()
     for seconds in (0.05, 0.1, 0.2, 7.0, 1000.0):
-        metrics.observe(seconds)
-    metrics.add("requests_total", path="/x", status="200")
+        metrics.seconds.observe(seconds)
+    metrics.requests.labels("/x", 200).inc()
     lines = metrics.text({"queue_length": 3, "in_progress": 1}).splitlines()
-    counts = [int(line.split()[1]) for line in lines if "_bucket" in line]
+    counts = [float(line.split()[1]) for line in lines if "_bucket" in line]
     assert counts == [sum(one <= end for one in (0.05, 0.1, 0.2, 7.0, 1000.0)) for end in (*BUCKETS, np.inf)]
-    assert "infalign_request_seconds_sum 1007.350000" in lines and "infalign_request_seconds_count 5" in lines
-    assert 'infalign_requests_total{path="/x",status="200"} 1' in lines and "infalign_queue_length 3" in lines
+    assert "infalign_request_seconds_sum 1007.35" in lines and "infalign_request_seconds_count 5.0" in lines
+    assert 'infalign_requests_total{path="/x",status="200"} 1.0' in lines and "infalign_queue_length 3.0" in lines
+    assert "infalign_request_seconds_count 0.0" in other.text({}), "two servers share their numbers"
+
+
+def test_the_names_of_the_metrics():
+    """Each that a dashboard may ask for, and no more."""
+    lines = Metrics().text({}).splitlines()
+    names = {line.split()[2] for line in lines if line.startswith("# TYPE")}
+    counted = "requests choices candidates tokens reward_calls unscored batches failures"
+    expected = [*(f"{one}_total" for one in counted.split()), "queue_length", "in_progress", "request_seconds"]
+    assert names == {f"infalign_{one}" for one in expected}
 
 
 # --- sockets

@@ -48,24 +48,28 @@ def error_of(response: httpx.Response) -> dict:
     ("change", "param", "message"),
     [
         ({"model": None}, "model", "must be the name of a model, got nothing: this one is 'tiny'"),
-        ({"prompt": None}, "prompt", "must be a text or a list of texts, got nothing"),
+        ({"prompt": None}, "prompt", r"must be a text or a list of texts \(token ids are not read here\), got nothing"),
         ({"prompt": [1, 2]}, "prompt", "token ids are not read here"),
         ({"prompt": []}, "prompt", "must be a text or a list of texts"),
         ({"prompt": "  "}, "prompt", "must not be empty"),
         ({"prompt": "a \ud800"}, "prompt", "half a surrogate pair"),
         ({"prompt": "the cat " * 300}, "prompt", r"has 600 tokens, at most 506 fit beside 6 of completion: shorten it"),
-        ({"n": 0}, "n", "must be between 1 and 64, got 0"),
-        ({"n": 1.5}, "n", "must be a whole number, got 1.5"),
-        ({"n": True}, "n", "must be a whole number, got True"),
+        ({"n": 0}, "n", "must be a whole number between 1 and 64, got 0"),
+        ({"n": 1.5}, "n", "must be a whole number between 1 and 64, got 1.5"),
+        ({"n": True}, "n", "must be a whole number between 1 and 64, got True"),
         ({"n": 40, "prompt": ["a", "b"]}, "n", "times the prompts is at most 64, got 40 times 2"),
-        ({"seed": "x"}, "seed", "must be a whole number, got 'x'"),
-        ({"seed": 2**70}, "seed", "must be between"),
-        ({"max_tokens": 0}, "max_tokens", "must be at least 1, got 0"),
+        ({"seed": "x"}, "seed", r"must be a whole number between -2\^63 and 2\^63 - 1, got 'x'"),
+        ({"seed": 2**70}, "seed", "must be a whole number between .*, got 1180591620717411303424"),
+        ({"max_tokens": 0}, "max_tokens", "must be a whole number of at least 1, got 0"),
         ({"max_tokens": 7}, "max_tokens", r"is at most 6 here \(the recipe's max_completion_length\), got 7"),
-        ({"temperature": 0}, "temperature", "at 0 all candidates would be alike; got 0"),
-        ({"temperature": "hot"}, "temperature", "must be a number, got 'hot'"),
+        (
+            {"temperature": 0},
+            "temperature",
+            r"must be a number above 0 and at most 2 \(at 0 all candidates would be alike\), got 0",
+        ),
+        ({"temperature": "hot"}, "temperature", r"must be a number above 0 and at most 2 \(.*\), got 'hot'"),
         ({"temperature": 1e999}, "temperature", "at most 2"),
-        ({"top_p": 1.5}, "top_p", "is above 0 and at most 1, got 1.5"),
+        ({"top_p": 1.5}, "top_p", "must be a number above 0 and at most 1, got 1.5"),
         ({"stop": [""]}, "stop", "a list of at most 16 texts, none empty"),
         ({"stop": ["a"] * 17}, "stop", "a list of at most 16 texts"),
         ({"stream": 1}, "stream", "must be true or false, got 1"),
@@ -75,12 +79,16 @@ def error_of(response: httpx.Response) -> dict:
         ({"echo": True}, "echo", "is not supported here"),
         ({"presence_penalty": 0.5}, "presence_penalty", "is not supported here"),
         ({"logit_bias": {"5": 1}}, "logit_bias", "is not supported here"),
+        ({"logprobs": 0}, "logprobs", "is not supported here: leave it out, got 0"),
+        ({"temperature": True}, "temperature", r"must be a number above 0 and at most 2 \(.*\), got True"),
+        ({"best_of": 0}, "best_of", "must be a whole number of at least 1, got 0"),
+        ({"half \ud800": 1}, "half \ud800", "is unknown here"),
         ({"frobnicate": 1}, "frobnicate", "is unknown here; what is read: best_of, infalign, max_tokens"),
         ({"messages": CHAT}, "messages", "is unknown here"),
         ({"infalign": 3}, "infalign", "must be an object, got 3"),
         ({"infalign": {"m": 3}}, "infalign.m", "is unknown here; fields: n, return_candidates"),
-        ({"infalign": {"n": "3"}}, "infalign.n", "must be a whole number, got '3'"),
-        ({"infalign": {"n": 0}}, "infalign.n", "must be at least 1, got 0"),
+        ({"infalign": {"n": "3"}}, "infalign.n", "must be a whole number of at least 1, got '3'"),
+        ({"infalign": {"n": 0}}, "infalign.n", "must be a whole number of at least 1, got 0"),
         ({"infalign": {"return_candidates": 1}}, "infalign.return_candidates", "must be true or false, got 1"),
         ({"infalign": {"n": 51}}, "infalign.n", r"is at most 50 for this prompt \(tokens_per_batch\), got 51"),
         ({"best_of": 3, "n": 2}, "best_of", "goes with n: 1 only"),
@@ -100,16 +108,19 @@ def test_a_wrong_field_is_named(change, param, message, served):
         (None, "messages", "must be a list of turns, got nothing"),
         ([], "messages", "must be a list of turns"),
         (["hi"], "messages[0]", "must be an object with role and content, got 'hi'"),
-        ([{"role": "robot", "content": "hi"}], "messages[0].role", "is one of system, developer, user"),
+        ([{"role": "robot", "content": "hi"}], "messages[0].role", "must be one of system, developer, user"),
         ([{"role": "user"}], "messages[0].content", "must be a text, got nothing"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], "messages[0].content[0]", "reads text only"),
+        ([{"role": "user", "content": [{"type": "text", "text": 3}]}], "messages[0].content[0]", "got 3"),
+        ([{"role": "user", "content": "a \ud800"}], "messages[0].content[0]", "half a surrogate pair"),
         ([*CHAT, {"role": "assistant", "content": "x"}], "messages", "the last one is the assistant's"),
         ([{"role": "user", "content": " "}], "messages", "must not end with an empty turn"),
         ([{**CHAT[0], "tool_calls": [1]}], "messages[0].tool_calls", "is not supported here"),
     ],
 )
 def test_a_wrong_chat_is_named(messages, param, message, served):
-    response = served.post("/v1/chat/completions", json={"model": "tiny", "messages": messages})
+    content = json.dumps({"model": "tiny", "messages": messages})
+    response = served.post("/v1/chat/completions", content=content, headers={"content-type": "application/json"})
     error = error_of(response)
     assert (response.status_code, error["param"]) == (400, param) and message in error["message"]
 
@@ -131,7 +142,7 @@ def test_a_chat_that_asks_for_what_is_not_there(change, served):
 
 def test_openais_client_raises_its_own_errors(served):
     client = served.client()
-    with pytest.raises(openai.BadRequestError, match="temperature is above 0") as caught:
+    with pytest.raises(openai.BadRequestError, match="temperature must be a number above 0") as caught:
         client.completions.create(model="tiny", prompt="the cat", temperature=0)
     assert caught.value.param == "temperature"
     with pytest.raises(openai.NotFoundError, match="no model 'gpt' here, only 'tiny'") as caught:

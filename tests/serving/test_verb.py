@@ -148,7 +148,10 @@ def test_a_port_that_is_taken_is_told_before_anything_is_loaded(recipe, capsys):
 def test_without_the_extra(recipe, capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None)
     assert main(["serve", "--config", str(recipe)]) == 2
-    assert "serve needs Starlette and uvicorn: pip install 'infalign[serve]'" in capsys.readouterr().err
+    assert (
+        "serve needs prometheus_client, pydantic, starlette, uvicorn: pip install 'infalign[serve]'"
+        in capsys.readouterr().err
+    )
 
 
 def test_the_base_can_be_served(tmp_path):
