@@ -20,7 +20,7 @@ Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Table:
+class Pool:
     """One prompt's samples of one model.
 
     Attributes:
@@ -37,7 +37,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Replayed:
-    """What a strategy chose (a place in the table, None: nothing) and spent, and the base samples it looked at."""
+    """What a strategy chose (a place in the pool, None: nothing) and spent, and the base samples it looked at."""
 
     chosen: int | None
     spent: Spent
@@ -48,18 +48,18 @@ class Replayed:
 def replay(
     strategy: Strategy,
     prompt: Prompt,
-    table: Table,
+    pool: Pool,
     order: Sequence[int],
-    base: Table,
+    base: Pool,
     base_order: Sequence[int],
     rng: np.random.Generator,
 ) -> Replayed:
-    """One course of a strategy through a table.
+    """One course of a strategy through a pool.
 
     Args:
         strategy: what is played.
-        prompt: the prompt of the tables.
-        table, order: its candidates are `table`'s samples in this order.
+        prompt: the prompt of the pools.
+        pool, order: its candidates are `pool`'s samples in this order.
         base, base_order: likewise for the reference samples it may ask for.
         rng: for ties and procedures that draw.
 
@@ -71,31 +71,31 @@ def replay(
     while not isinstance(step := course.ask(strategy), Choose):
         if isinstance(step, Finish):
             places = [order[place] for place in step.candidates]
-            course.finish(step.candidates, [table.samples[one] for one in places], table.rewards_M[places].tolist())
+            course.finish(step.candidates, [pool.samples[one] for one in places], pool.rewards_M[places].tolist())
         elif step.reference:
             used_references = tuple(_next(base_order, 0, step.count, strategy))
             places = list(used_references)
             course.refer([base.samples[one] for one in places], base.rewards_M[places].tolist())
         else:
-            _draw(step, course, table, _next(order, len(course.candidates), step.count, strategy), strategy)
+            _draw(step, course, pool, _next(order, len(course.candidates), step.count, strategy), strategy)
     chosen = None if course.chosen is None else order[course.chosen]
     return Replayed(chosen, course.spent, tuple(order[: len(course.candidates)]), used_references)
 
 
-def _draw(step: Draw, course: Course, table: Table, places: Sequence[int], strategy: Strategy) -> None:
+def _draw(step: Draw, course: Course, pool: Pool, places: Sequence[int], strategy: Strategy) -> None:
     """Candidates from these places, whole or cut."""
-    rows, samples = list(places), [table.samples[one] for one in places]
+    rows, samples = list(places), [pool.samples[one] for one in places]
     if step.tokens is None:
-        course.add(samples, table.rewards_M[rows].tolist(), [True] * len(rows))
+        course.add(samples, pool.rewards_M[rows].tolist(), [True] * len(rows))
         return
-    if step.tokens not in table.beginnings:
+    if step.tokens not in pool.beginnings:
         raise InputError(f"{strategy!r} can't be replayed: no rewards of beginnings of {step.tokens} tokens are there")
     whole = [len(one.token_ids) <= step.tokens for one in samples]
     cut = [
         one if is_whole else dataclasses.replace(one, token_ids=one.token_ids[: step.tokens], finished=False)
         for one, is_whole in zip(samples, whole, strict=True)
     ]
-    rewards = np.where(whole, table.rewards_M[rows], table.beginnings[step.tokens][rows])
+    rewards = np.where(whole, pool.rewards_M[rows], pool.beginnings[step.tokens][rows])
     course.add(cut, rewards.tolist(), whole)
 
 

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infalign.decoding.by_procedure import ByProcedure
-from infalign.decoding.replay import Table, replay
+from infalign.decoding.replay import Pool, replay
 from infalign.decoding.strategy import Strategy
 from infalign.evaluation.winrate import RESAMPLES, WinRate, summarise
 from infalign.theory.procedures import BestOfN, Procedure
@@ -41,10 +41,10 @@ class Contest:
     """A prompt with the samples of base and policy on it."""
 
     prompt: Prompt
-    base: Table
-    policy: Table
+    base: Pool
+    policy: Pool
 
-    def table(self, side: str) -> Table:
+    def pool(self, side: str) -> Pool:
         """The samples of "base" or "policy"."""
         return self.base if side == "base" else self.policy
 
@@ -138,7 +138,7 @@ def measure_compute(
         strategy: the recipe's decoder, marked in the plot.
         confidence, seed: of the intervals; seed also orders the replays.
     """
-    fewest = min(int(_scored(table).size) for one in contests for table in (one.base, one.policy))
+    fewest = min(int(_scored(pool).size) for one in contests for pool in (one.base, one.policy))
     # 1, 2, 3, 4, 6, 8, 12, ... up to half of the samples: about even steps on a log scale
     most = fewest // 2
     steps = {m * 2**power for power in range(most.bit_length()) for m in (1, 3)}
@@ -172,7 +172,7 @@ def procedure_point(
                 f"{str(one.prompt.content)[:80]!r} has {rank_wins.size + opponents}: raise eval_samples"
             )
         wins.append(float(rank_wins @ procedure.order_weights(rank_wins.size)))
-    tokens = procedure.n * float(np.mean([_tokens(one.table(side)) for one in contests]))
+    tokens = procedure.n * float(np.mean([_tokens(one.pool(side)) for one in contests]))
     calls = float(procedure.n) if procedure.n > 1 else 0.0
     win = summarise(np.array(wins), confidence, seed)
     return Point(side, repr(procedure), procedure.n, win, tokens, calls)
@@ -204,7 +204,7 @@ def strategy_point(
     Each replay's choice meets every base sample that it has not looked at.
 
     Raises:
-        InputError: too few samples for it, or it needs what the tables do not hold.
+        InputError: too few samples for it, or it needs what the pools do not hold.
     """
     if isinstance(strategy, ByProcedure):
         return procedure_point(contests, side, strategy.procedure, confidence, seed)
@@ -218,12 +218,12 @@ def strategy_point(
 def _replayed(one: Contest, side: str, strategy: Strategy, orders: int, seed: int) -> tuple[float, float, float]:
     """(win rate, tokens, reward calls) of one prompt, averaged over random orders of its samples."""
     rng = np.random.default_rng([seed, *one.prompt.key.encode()])
-    table, wins, tokens, calls = one.table(side), [], [], []
+    pool, wins, tokens, calls = one.pool(side), [], [], []
     for _ in range(orders):
         base_order = rng.permutation(len(one.base.samples)).tolist()
         # references come from the front, candidates of the base from the back: no sample is both
-        order = base_order[::-1] if side == "base" else rng.permutation(len(table.samples)).tolist()
-        found = replay(strategy, one.prompt, table, order, one.base, base_order, rng)
+        order = base_order[::-1] if side == "base" else rng.permutation(len(pool.samples)).tolist()
+        found = replay(strategy, one.prompt, pool, order, one.base, base_order, rng)
         seen = {*found.used_references, *(found.used if side == "base" else ())}
         if len(found.used_references) + (len(found.used) if side == "base" else 0) >= len(one.base.samples):
             raise InputError(
@@ -234,7 +234,7 @@ def _replayed(one: Contest, side: str, strategy: Strategy, orders: int, seed: in
         tokens.append(found.spent.tokens)
         calls.append(found.spent.reward_calls)
         if found.chosen is not None and not np.isnan(rivals).all():
-            reward = table.rewards_M[found.chosen]
+            reward = pool.rewards_M[found.chosen]
             if not np.isnan(reward):
                 wins.append(float(_beats(np.array([reward]), rivals[~np.isnan(rivals)]).mean()))
     if not wins:
@@ -262,7 +262,7 @@ def match(contests: Sequence[Contest], confidence: float = 0.95, seed: int = 0) 
     tail = (1 - confidence) / 2
     low, high = np.quantile(drawn, [tail, 1 - tail], method="inverted_cdf")
     found = _crossing(base_PN.mean(0), float(policy_P.mean()))
-    base_tokens, policy_tokens = (float(np.mean([_tokens(c.table(s)) for c in contests])) for s in ("base", "policy"))
+    base_tokens, policy_tokens = (float(np.mean([_tokens(c.pool(s)) for c in contests])) for s in ("base", "policy"))
     alone = len(contests) == 1
     return Match(
         n=_finite(found),
@@ -296,9 +296,9 @@ def _beats(ours_M: Array, theirs_L: Array) -> Array:
     return (ours_M[:, None] > theirs_L) + 0.5 * (ours_M[:, None] == theirs_L)
 
 
-def _scored(table: Table) -> Array:
-    return table.rewards_M[~np.isnan(table.rewards_M)]
+def _scored(pool: Pool) -> Array:
+    return pool.rewards_M[~np.isnan(pool.rewards_M)]
 
 
-def _tokens(table: Table) -> float:
-    return float(np.mean([len(sample.token_ids) for sample in table.samples]))
+def _tokens(pool: Pool) -> float:
+    return float(np.mean([len(sample.token_ids) for sample in pool.samples]))

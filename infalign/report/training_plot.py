@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from infalign.report.style import BASE, MUTED, POLICY, new_figure, percent, smooth, styled
@@ -33,6 +34,8 @@ def draw_training(log: Log, target_kl: float | None = None) -> Figure:
         _draw_held_out(last, log)
     else:
         _draw_reward(last, log, "completions/mean_length", "Completion length (tokens)")
+    for axes in (calibrated, transformed, kl, last):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in (kl, last):
         axes.set_xlabel("step")
     return figure

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from infalign.calibration.diagnostics import duplicate_rate
 from infalign.decoding.early_rejection import EarlyRejection
-from infalign.decoding.replay import Table
+from infalign.decoding.replay import Pool
 from infalign.decoding.strategy import Strategy
 from infalign.evaluation.compute import Compute, Contest, measure_compute
 from infalign.evaluation.length import Side
@@ -88,32 +88,32 @@ def examples(procedure: Procedure, measured: Measured) -> tuple[Example, ...]:
 def compute_facts(experiment: Experiment, measured: Measured) -> Compute:
     """Win rate against compute of base and policy; the recipe's strategy is measured beside Best-of-N."""
     strategy = load_strategy(experiment.recipe, experiment.procedure)
-    base, policy = (_tables(experiment, strategy, measured.prompts, one) for one in (measured.base, measured.policy))
+    base, policy = (_pools(experiment, strategy, measured.prompts, one) for one in (measured.base, measured.policy))
     contests = [Contest(prompt, base[prompt.key], policy[prompt.key]) for prompt in measured.prompts]
     return measure_compute(contests, strategy, confidence=experiment.recipe.confidence, seed=experiment.recipe.seed)
 
 
-def _tables(
+def _pools(
     experiment: Experiment, strategy: Strategy, prompts: Sequence[Prompt], drawn: ScoredSamples
-) -> dict[str, Table]:
-    """Each prompt's table; with early rejection the rewards of beginnings as well, which are scored here."""
+) -> dict[str, Pool]:
+    """Each prompt's pool; with early rejection the rewards of beginnings as well, which are scored here."""
     found = {}
     for prompt in prompts:
         row = drawn.rewards[prompt.key]
-        table = Table(drawn.samples[prompt.key][: row.size], row)
+        pool = Pool(drawn.samples[prompt.key][: row.size], row)
         if isinstance(strategy, EarlyRejection):
             length = strategy.check_tokens
-            table = dataclasses.replace(table, beginnings={length: _beginnings(experiment, prompt, table, length)})
-        found[prompt.key] = table
+            pool = dataclasses.replace(pool, beginnings={length: _beginnings(experiment, prompt, pool, length)})
+        found[prompt.key] = pool
     return found
 
 
-def _beginnings(experiment: Experiment, prompt: Prompt, table: Table, length: int) -> NDArray[np.float64]:
-    """Rewards of a table's completions cut after `length` tokens; those that are no longer keep their own."""
-    long = [place for place, sample in enumerate(table.samples) if len(sample.token_ids) > length]
-    found = table.rewards_M.copy()
+def _beginnings(experiment: Experiment, prompt: Prompt, pool: Pool, length: int) -> NDArray[np.float64]:
+    """Rewards of a pool's completions cut after `length` tokens; those that are no longer keep their own."""
+    long = [place for place, sample in enumerate(pool.samples) if len(sample.token_ids) > length]
+    found = pool.rewards_M.copy()
     if long:
-        cut = [cut_short(table.samples[place], length, experiment.tokenizer) for place in long]
+        cut = [cut_short(pool.samples[place], length, experiment.tokenizer) for place in long]
         found[long] = score_samples(experiment.reward, [prompt] * len(cut), cut)
     return found
 

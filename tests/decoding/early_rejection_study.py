@@ -18,7 +18,7 @@ import numpy as np
 from infalign.decoding.by_procedure import ByProcedure
 from infalign.decoding.decode import decode, plan_decoding
 from infalign.decoding.early_rejection import EarlyRejection
-from infalign.decoding.replay import Table
+from infalign.decoding.replay import Pool
 from infalign.decoding.strategy import Strategy
 from infalign.evaluation.compute import Contest, Point, strategy_point
 from infalign.evaluation.winrate import difference
@@ -68,12 +68,12 @@ class Study:
         tables = {prompt.key: self._table(prompt, drawn[prompt.key], lengths) for prompt in self.prompts}
         return [Contest(prompt, tables[prompt.key], tables[prompt.key]) for prompt in self.prompts]
 
-    def _table(self, prompt: Prompt, samples: list[Sample], lengths: list[int]) -> Table:
+    def _table(self, prompt: Prompt, samples: list[Sample], lengths: list[int]) -> Pool:
         def rewards(length: int) -> np.ndarray:
             cut = [cut_short(one, length, self.experiment.tokenizer) for one in samples]
             return self.score([prompt] * len(cut), cut)
 
-        return Table(samples, rewards(10**6), {length: rewards(length) for length in lengths})
+        return Pool(samples, rewards(10**6), {length: rewards(length) for length in lengths})
 
     def timed(self, strategy: Strategy, prompts: list[Prompt]) -> tuple[float, int]:
         """Seconds and tokens of decoding for real."""

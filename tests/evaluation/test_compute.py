@@ -14,7 +14,7 @@ from infalign.decoding.by_procedure import ByProcedure
 from infalign.decoding.early_rejection import EarlyRejection
 from infalign.decoding.majority_vote import MajorityVote
 from infalign.decoding.rejection import Rejection
-from infalign.decoding.replay import Table
+from infalign.decoding.replay import Pool
 from infalign.evaluation.compute import Contest, match, measure_compute, procedure_point, strategy_point
 from infalign.evaluation.winrate import bootstrap_interval
 from infalign.types import InputError, Prompt, Sample
@@ -26,7 +26,7 @@ def table(rewards, lengths=None, texts=None, **more):
         Sample("k", place, (1,) * length, np.zeros(length), "" if texts is None else texts[place], True)
         for place, length in enumerate(lengths)
     ]
-    return Table(samples, np.array(rewards, dtype=float), **more)
+    return Pool(samples, np.array(rewards, dtype=float), **more)
 
 
 def contest(base, policy, key="k", **more):

@@ -14,7 +14,7 @@ from infalign.decoding.by_procedure import ByProcedure
 from infalign.decoding.early_rejection import EarlyRejection
 from infalign.decoding.majority_vote import MajorityVote
 from infalign.decoding.rejection import Rejection
-from infalign.decoding.replay import Table
+from infalign.decoding.replay import Pool
 from infalign.evaluation.compute import procedure_point, strategy_point
 from infalign.rewards.scoring import score_samples
 from infalign.runtime.artifacts import without_nan
@@ -144,7 +144,7 @@ def test_facts_are_those_of_the_tables(evaluated):
     drawn = {side: table.samples() for side, table in stored.items()}
     rewards = {side: table.rewards(experiment.reward.fingerprint) for side, table in stored.items()}
     contests = [
-        Contest(p, *(Table(drawn[side][p.key], rewards[side][p.key]) for side in ("base", "policy"))) for p in prompts
+        Contest(p, *(Pool(drawn[side][p.key], rewards[side][p.key]) for side in ("base", "policy"))) for p in prompts
     ]
     assert row.mean == pytest.approx(procedure_point(contests, "base", BestOfN(2)).win.mean)
     base, policy = (ScoredSamples(drawn[side], rewards[side], None) for side in ("base", "policy"))
