@@ -117,6 +117,9 @@ def _dispatch(words: list[str], debug: bool) -> int:
         return _theory(rest)
     _quiet_libraries()
     if verb == "env":
+        if rest and not {"-h", "--help"}.isdisjoint(rest):
+            print(f"usage: infalign env\n\n{VERBS['env']}")
+            return 0
         if rest:
             raise InputError(f"env takes no arguments, got {' '.join(rest)}")
         _stage("env", "env")()

@@ -55,7 +55,13 @@ def test_help_shows_how_to_launch_the_verbs_that_can_be(verb, capsys):
 def test_theory_prints_the_table(capsys):
     assert main(["theory", "--procedure", "best_of_n", "--n", "4", "--kl", "1"]) == 0
     out = capsys.readouterr().out
-    for number in ("0.9411", "0.9351", "0.9192", "0.8770", "0.8631"):  # theory.md section 5
+    for number in (
+        "0.9411",
+        "0.9351",
+        "0.9192",
+        "0.8770",
+        "0.8631",
+    ):  # to be read to four digits
         assert number in out
 
 

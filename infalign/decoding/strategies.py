@@ -11,7 +11,7 @@ from infalign.decoding.majority_vote import MajorityVote
 from infalign.decoding.rejection import Rejection
 from infalign.decoding.strategy import Strategy
 
-BUILT_IN: dict[str, Callable[..., Strategy]] = {
+STRATEGIES: dict[str, Callable[..., Strategy]] = {
     "procedure": ByProcedure,
     "rejection": Rejection,
     "majority_vote": MajorityVote,

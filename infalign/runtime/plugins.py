@@ -1,4 +1,4 @@
-"""Finding the object that a reward spec names: in a file, or in a module. Each way to miss has its message."""
+"""Finding the object that a recipe names (a reward, judge, procedure, transform, strategy): in a file or a module."""
 
 from __future__ import annotations
 

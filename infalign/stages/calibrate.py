@@ -29,7 +29,7 @@ def calibrate(recipe: Recipe, experiment: Experiment | None = None) -> dict[str,
     """Sample, score and describe; what is there already is reused, what is missing is added.
 
     Returns:
-        The manifest's further entries: how many samples were drawn now, the diagnostics, the folder.
+        `drawn` (samples drawn now), `diagnostics` and `folder`.
 
     Raises:
         InputError: the recipe does not fit itself, its data, or what the folder holds.

@@ -56,7 +56,7 @@ class Comparison:
     )
     kl: float | None = key(None, "sequence KL in nats, if known: prints the exact limit too", "decoder")
 
-    reward: str | None = key(None, "scores the samples where the files have no rewards: file.py:name, ...", "reward")
+    reward: str | None = key(None, "scores the samples in place of the files' rewards: file.py:name, ...", "reward")
     reward_kwargs: dict = key({}, "its keyword arguments", "reward")
     gold_reward: str | None = key(None, "judges what the reward decodes; unset: the files' gold_rewards", "reward")
     gold_reward_kwargs: dict = key({}, "its keyword arguments", "reward")
@@ -293,7 +293,7 @@ def compare(asked: Comparison) -> Compared:
         seed=seed,
         kl=asked.kl,
         win_rates=[
-            decoder_row(policy, base, decoder, judge, kl=asked.kl or None, confidence=level, seed=seed)
+            decoder_row(policy, base, decoder, judge, kl=asked.kl, confidence=level, seed=seed)
             for decoder in _decoders(asked, procedure, least)
         ],
         judge=_judged(asked, table, procedure),
@@ -347,6 +347,10 @@ def tell(asked: Comparison, result: Compared) -> None:
         f"  * the decoder asked for; its answers are {abs(longer):.0f} characters {way} than the base's. At equal "
         "length: by logistic regression on the difference."
     )
+    if result.judged_by == GOLD:
+        named = "the gold_rewards of the files" if asked.gold_reward is None else asked.gold_reward
+        no_limit = "" if asked.kl is None else "; the limit holds for the reward that decodes, so there is none here"
+        say(f"    judged by {named}{no_limit}.")
     if result.judge:
         say(f"  {result.judge}")
     if asked.output:

@@ -5,7 +5,6 @@ A near name is worse than none: `scale_rewards` is not a `gold_reward` spelt wro
 
 from __future__ import annotations
 
-_ON_POLICY = "steps are on-policy and RLOO's: leave it out"
 _ONE_LOSS = (
     "the loss is RLOO's, with the sequence KL in the reward, which the transform's optimum rests on: leave it out"
 )

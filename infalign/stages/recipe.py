@@ -83,8 +83,8 @@ class Recipe:
     target_kl: float | None = key(None, "sequence KL in nats at the optimum; beta follows from it", "ctrl")
     kl_control: bool = key(True, "steer beta in training so that the measured KL comes to target_kl", "ctrl")
     num_calibration_samples: int = key(100, "K, base samples per prompt", "ctrl")
-    calibration_method: Literal["midrank", "interpolated"] = key(
-        "midrank", "interpolated: for K below about 32", "ctrl"
+    calibration_method: Literal["midrank", "interpolated", "pooled"] = key(
+        "midrank", "interpolated: for K below about 32; pooled: rank among the prompt's rollouts, too", "ctrl"
     )
 
     strategy: str = key(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from infalign.decoding.answers import EXTRACTORS
-from infalign.decoding.strategies import BUILT_IN, TAKES_PROCEDURE
+from infalign.decoding.strategies import STRATEGIES, TAKES_PROCEDURE
 from infalign.decoding.strategy import Strategy
 from infalign.runtime.config import nearest
 from infalign.runtime.plugins import find_object
@@ -25,18 +25,18 @@ def load_strategy(recipe: Recipe, procedure: Procedure) -> Strategy:
         InputError: an unknown name, arguments that it does not take, or an object that is no strategy.
     """
     name, arguments = recipe.strategy, dict(recipe.strategy_kwargs)
-    if name in BUILT_IN:
+    if name in STRATEGIES:
         first = {"procedure": procedure} if name in TAKES_PROCEDURE else {"n": recipe.n}
         if name == "majority_vote":
             arguments = _with_extractor(arguments, recipe)
-        made = _made(BUILT_IN[name], {**first, **arguments}, recipe)
+        made = _made(STRATEGIES[name], {**first, **arguments}, recipe)
         _check_beginning(made, recipe.max_completion_length)
         return made
     found = find_object(name, recipe.base_dir, what="strategy") if ":" in name or "." in name else None
     if found is None:
         raise InputError(
-            f"strategy {name!r} is unknown{nearest(name, BUILT_IN)} "
-            f"(one of {', '.join(BUILT_IN)}, or path.py:name for your own)"
+            f"strategy {name!r} is unknown{nearest(name, STRATEGIES)} "
+            f"(one of {', '.join(STRATEGIES)}, or path.py:name for your own)"
         )
     is_made = not isinstance(found.value, type) and hasattr(found.value, "step")
     strategy: Any = found.value if is_made else _made(found.value, arguments, recipe)

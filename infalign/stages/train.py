@@ -70,7 +70,7 @@ def train(recipe: Recipe, experiment: Experiment | None = None) -> dict[str, Any
     """Train the policy, or find it trained.
 
     Returns:
-        `folder` of the policy, `trained` (False when it was reused).
+        `folder` of the policy, `trained` (False when it was reused) and, when it was trained now, `steps`.
 
     Raises:
         InputError: the recipe does not fit itself, the calibration is missing or another one, or a check at step 0.
@@ -247,7 +247,7 @@ def kl_settings(experiment: Experiment, ours: Mapping[str, Any]) -> dict[str, fl
     steered = recipe.kl_control and recipe.target_kl is not None and ours.get("beta_start") is None
     if not steered or recipe.target_kl is None:
         return {"beta": aim.beta, "target_kl": None}
-    if recipe.objective == "direct":  # unbiased whatever K is
+    if recipe.objective == "direct" or recipe.calibration_method == "pooled":  # the top of Phi is not cut off by K
         return {"beta": aim.beta, "target_kl": recipe.target_kl}
     beta = beta_for_kl(aim.transform, recipe.num_calibration_samples, recipe.target_kl)
     return {"beta": beta, "target_kl": recipe.target_kl}

@@ -16,7 +16,6 @@ leave-one-out baseline gives `m (U - U_{-i})`, the gradient of W for losses that
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,12 +35,10 @@ class Direct:
     Args:
         procedure: decodes both sides.
         beta: the KL coefficient that a trainer takes when it is given none (the optimum's, `optimal_transform`).
-        num_generations: G, samples of a prompt; None is the trainer's.
     """
 
     procedure: Procedure
     beta: float | None = None
-    num_generations: int | None = None
     label: str = "direct"
 
 
@@ -111,28 +108,3 @@ def direct_rewards(beats_G: Array, procedure: Procedure) -> Array:
     found = np.full(beats_G.size, np.nan)
     found[order] = (count - 1) * (all_of_them @ ascending - (below + above))
     return found
-
-
-def direct_rewards_of_groups(
-    rewards_B: Array, references_B: Sequence[ArrayLike], procedure: Procedure, num_generations: int
-) -> tuple[Array, Array]:
-    """(rewards, f) of a batch in which every `num_generations` samples in a row share a prompt.
-
-    Args:
-        rewards_B: raw rewards, NaN for no score.
-        references_B: the base samples' rewards of each sample's prompt.
-        procedure: decodes both sides.
-        num_generations: samples of a prompt.
-
-    Raises:
-        InputError: the batch is not made of whole groups, or as of the functions above.
-    """
-    if rewards_B.size % num_generations:
-        raise InputError(f"{rewards_B.size} samples are not groups of num_generations={num_generations}")
-    beats = np.empty(rewards_B.size)
-    found = np.empty(rewards_B.size)
-    for start in range(0, rewards_B.size, num_generations):
-        group = slice(start, start + num_generations)
-        beats[group] = beats_decoded_base(rewards_B[group], references_B[start], procedure)
-        found[group] = direct_rewards(beats[group], procedure)
-    return found, beats

@@ -13,11 +13,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from infalign.calibration.pooling import pooled_ranks
 from infalign.calibration.quantile import Method, calibrate, clip_to_open
 from infalign.rewards.loader import Reward, load_reward
 from infalign.runtime.distributed import gathered, rank, together
 from infalign.theory.transforms import check_transform
-from infalign.training.direct import Direct, direct_rewards_of_groups
+from infalign.training.direct import Direct, beats_decoded_base, direct_rewards
 from infalign.types import InputError, RewardError
 
 DATA_COLUMNS = "infalign_columns"
@@ -35,12 +36,16 @@ class CTRLReward:
         reward: the raw reward: a callable in TRL's form, anything `load_reward` takes, or a loaded `Reward`.
         transform: `Phi`, a vectorised function of u in (0, 1); u is clipped to [1/(2(K+1)), 1 - 1/(2(K+1))]. Or
             `direct.Direct(procedure)`: rewards whose policy gradient is that of the win rate itself.
-        method: of calibration, "midrank" or "interpolated".
+        method: of calibration, "midrank" or "interpolated"; or "pooled", which also ranks among the prompt's rollouts
+            (`calibration.pooling`) and needs `CTRLTrainer`, which knows their log-probabilities.
         column: the dataset column with each prompt's reference rewards.
         on_error: what a reward that keeps failing does: "error" stops, "mask" leaves its samples out.
+        num_generations: G, rollouts of a prompt, which come one after the other: what the direct objective and pooled
+            calibration need to know. `CTRLTrainer` sets it.
 
     Attributes:
         raw: the guarded raw reward.
+        log_ratios_B: log pi - log pi_ref of the rollouts that are about to be scored; `CTRLTrainer` sets it.
         procedure: the transform's procedure when it knows one, else None.
     """
 
@@ -49,9 +54,10 @@ class CTRLReward:
         reward: Any,
         transform: Transform | Direct,
         *,
-        method: Method = "midrank",
+        method: Method | Literal["pooled"] = "midrank",
         column: str = "ref_rewards",
         on_error: Literal["error", "mask"] = "error",
+        num_generations: int | None = None,
     ) -> None:
         if not callable(transform) and not isinstance(transform, Direct):
             raise InputError(
@@ -61,7 +67,9 @@ class CTRLReward:
             check_transform(transform, f"transform {transform!r:.80}")
         self.raw = reward if isinstance(reward, Reward) else load_reward(reward, on_error=on_error)
         self.transform = transform
-        self.method: Method = method
+        self.method: Method | Literal["pooled"] = method
+        self.num_generations = num_generations
+        self.log_ratios_B: NDArray[np.float64] | None = None
         self.column = column
         self.procedure = getattr(transform, "procedure", None)
         self.__name__ = "ctrl"
@@ -111,13 +119,16 @@ class CTRLReward:
         references = columns.pop(self.column)
         columns = data_columns(columns)
         raw_B = self.raw(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
-        calibrated_B = calibrate(raw_B[:, None], references, self.method)[:, 0]
-        if isinstance(self.transform, Direct):
-            transformed_B = _direct(self.transform, raw_B, references)  # NaN where a group has too few scores
+        plain: Method = "midrank" if self.method == "pooled" else self.method
+        calibrated_B = calibrate(raw_B[:, None], references, plain)[:, 0]
+        effective: float | None = None
+        if isinstance(self.transform, Direct) or self.method == "pooled":
+            transformed_B, effective = self._of_groups(raw_B, references)
         else:
             counts_B = np.array([np.count_nonzero(~np.isnan(np.asarray(row, dtype=float))) for row in references])
             transformed_B = np.asarray(self.transform(clip_to_open(calibrated_B, counts_B)), dtype=np.float64)
-        scored_B = ~np.isnan(raw_B if not isinstance(self.transform, Direct) else transformed_B)
+        # the direct objective has no value for a group with too few scores
+        scored_B = ~np.isnan(transformed_B if isinstance(self.transform, Direct) else raw_B)
         if not np.isfinite(transformed_B[scored_B]).all():
             raise RewardError(f"the transform {self.transform!r} is not finite on (0, 1): bound it")
         if log_metric is not None and scored_B.any():
@@ -126,19 +137,56 @@ class CTRLReward:
                     log_metric(f"reward/{name}", float(values[scored_B].mean()))
         if log_metric is not None:
             log_metric("reward/unscored", float(1.0 - scored_B.mean()))
+            if effective is not None:
+                log_metric("calibration/effective_samples", effective)
         return [float(value) if scored else None for value, scored in zip(transformed_B, scored_B, strict=True)]
 
+    def _of_groups(
+        self, raw_B: NDArray[np.float64], references: Sequence[Any]
+    ) -> tuple[NDArray[np.float64], float | None]:
+        """Values that depend on all samples of a prompt, and the mean effective number of samples of a pooled rank.
 
-def _direct(objective: Direct, raw_B: NDArray[np.float64], references: Sequence[Any]) -> NDArray[np.float64]:
-    """This rank's direct rewards; a prompt's samples may lie on several ranks, so groups are made of all of them."""
-    if objective.num_generations is None:
-        raise InputError("the direct objective needs to know how many samples a prompt has: Direct(num_generations=G)")
-    parts = gathered((raw_B, list(references)))  # in rank order, as TRL lays the batch out
-    rewards_B = np.concatenate([rewards for rewards, _ in parts])
-    rows = [row for _, rows in parts for row in rows]
-    found, _ = direct_rewards_of_groups(rewards_B, rows, objective.procedure, objective.num_generations)
-    start = sum(rewards.size for rewards, _ in parts[: rank()]) if len(parts) > 1 else 0
-    return found[start : start + raw_B.size]
+        A prompt's samples may lie on several ranks, so groups are made of everybody's.
+        """
+        if self.num_generations is None:
+            raise InputError(
+                "the direct objective and pooled calibration need to know how many samples a prompt has: "
+                "CTRLReward(..., num_generations=G)"
+            )
+        if self.method == "pooled" and self.log_ratios_B is None:
+            raise InputError(
+                "pooled calibration needs the rollouts' log-probabilities, which CTRLTrainer hands on (for the TRL "
+                "versions that it was tested with): use it, or method='midrank'"
+            )
+        own = np.zeros(raw_B.size) if self.log_ratios_B is None else self.log_ratios_B
+        parts = gathered((raw_B, list(references), own))  # in rank order, as TRL lays the batch out
+        rewards = np.concatenate([one for one, _, _ in parts])
+        rows = [row for _, rows, _ in parts for row in rows]
+        ratios = np.concatenate([one for _, _, one in parts])
+        if rewards.size % self.num_generations:
+            raise InputError(f"{rewards.size} samples are not groups of num_generations={self.num_generations}")
+        found, effective = np.empty(rewards.size), []
+        for start in range(0, rewards.size, self.num_generations):
+            group = slice(start, start + self.num_generations)
+            if self.method == "pooled":
+                below, up_to, count = pooled_ranks(rewards[group], rows[start], ratios[group])
+                effective.append(count)
+                found[group] = self._of_ranks(below, up_to, count)
+            elif isinstance(self.transform, Direct):
+                beats = beats_decoded_base(rewards[group], rows[start], self.transform.procedure)
+                found[group] = direct_rewards(beats, self.transform.procedure)
+        before = sum(one.size for one, _, _ in parts[: rank()]) if len(parts) > 1 else 0
+        return found[before : before + raw_B.size], float(np.mean(effective)) if effective else None
+
+    def _of_ranks(self, below_G: NDArray[np.float64], up_to_G: NDArray[np.float64], count: float) -> Any:
+        """Rewards of a prompt's samples from the base's mass below them and up to them."""
+        if isinstance(self.transform, Direct):
+            cdf = self.transform.procedure.cdf
+            scored = ~np.isnan(below_G)  # a tie block gets the mean of G at its two ends: decoded, it loses or ties
+            beats = np.full(below_G.size, np.nan)
+            beats[scored] = (cdf(below_G[scored]) + cdf(up_to_G[scored])) / 2.0
+            return direct_rewards(beats, self.transform.procedure)
+        return self.transform(clip_to_open((below_G + up_to_G) / 2.0, np.array(count)))
 
 
 def data_columns(columns: Mapping[str, Sequence[Any]]) -> dict[str, Any]:

@@ -8,13 +8,14 @@ The algorithm stays TRL's: leave-one-out advantages of `Phi(C(x, y)) - beta * su
 - `_get_per_token_logps_and_entropies`: each distinct prompt once (`models/shared_prefix.py`), the head in pieces.
 - `_prepare_inputs`: whole prompt groups stay together when a generation is cut into steps.
 - `_generate_and_score_completions`: logs `kl_seq`, and at step 0 checks KL ~ 0 and mean calibrated reward ~ 1/2.
+- `_calculate_rewards`: the rollouts' log-ratios, for pooled calibration.
 - `training_step`, `_compute_loss`: a loss that is not finite is never propagated, on any rank.
 - `_get_train_sampler`, `train`, `_save_checkpoint`: exact resume; checkpoints are whole or not there (`checkpoints`).
 - `save_model`: weights that are not finite are never saved.
 - `evaluate`: held-out win rate under the procedure, and sequence KL.
 
-The second to fifth are active for TRL versions in `TESTED_TRL`; for another version TRL's own path runs, with a
-warning.
+The sampler, the shared log-probabilities and whole groups are active for TRL versions in `TESTED_TRL`; for another
+version TRL's own path runs there, with a warning.
 """
 
 # TRL and transformers type their attributes as unions of everything that they may ever hold.
@@ -29,7 +30,7 @@ import shutil
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +151,7 @@ class CTRLTrainer(RLOOTrainer):
             check_data_sets(self.ctrl_reward, train_dataset, eval_dataset)
             if isinstance(self.ctrl_reward.transform, Direct) and args.num_generations is not None:
                 check_group(self.ctrl_reward.transform.procedure, args.num_generations)
-                self.ctrl_reward.transform = replace(self.ctrl_reward.transform, num_generations=args.num_generations)
+            self.ctrl_reward.num_generations = args.num_generations
         if hasattr(train_dataset, "__len__"):
             check_batch(args, len(train_dataset))
         given = run_identity(functions, self.ctrl_reward, train_dataset, args.beta)
@@ -312,6 +313,15 @@ class CTRLTrainer(RLOOTrainer):
             return end
         progress = min(1.0, self.state.global_step / (ANNEAL * self.state.max_steps))
         return float(start * (end / start) ** progress)
+
+    def _calculate_rewards(
+        self, inputs: list[dict[str, Any]], prompts: Any, completions: Any, completion_ids_list: Any
+    ) -> Tensor:
+        if self.ctrl_reward is not None and self._scored_logps is not None and len(self._scored_logps) == 2:
+            policy_BT, reference_BT = self._scored_logps
+            drawn_BT = self._drawn(torch.zeros_like(policy_BT))
+            self.ctrl_reward.log_ratios_B = ((policy_BT - reference_BT) * drawn_BT).sum(1).double().cpu().numpy()
+        return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
 
     def _log_rollouts(self, batch: dict[str, Any], inputs: list[dict[str, Any]]) -> None:
         """Log the sequence KL (k1, nats) with its standard error; at step 0, check it and the calibration."""

@@ -12,7 +12,7 @@ from infalign.calibration.few_samples import expected_cost
 
 @pytest.mark.parametrize(("count", "loss"), [(8, 0.066), (16, 0.039), (32, 0.021), (64, 0.011), (100, 0.007)])
 def test_expected_cost_of_best_of_4(count, loss):
-    """theory.md section 6, N=4, t=10, KL 1."""
+    """infalign/theory/README.md, equation 12: N=4, t=10, KL 1."""
     found = expected_cost(transforms.exponential(10.0), BestOfN(4), count, 1.0, draws=600)
     assert found == pytest.approx(loss, abs=max(0.0025, 0.12 * loss))
 

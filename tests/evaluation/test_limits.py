@@ -37,7 +37,7 @@ def test_without_ties_it_is_the_continuous_limit(procedure):
 
 
 def test_a_binary_reward_leaves_little():
-    """theory.md section 3: p = .5, Best-of-4: no policy exceeds .531."""
+    """infalign/theory/README.md, equation 7: p = .5, Best-of-4: no policy exceeds .531."""
     rewards = [np.array([0.0, 1.0] * 8)] * 3
     assert tie_limit(BestOfN(4), rewards, 10.0) == pytest.approx(0.53125, abs=1e-4)
     assert tie_limit(BestOfN(4), rewards, 0.0) == 0.5

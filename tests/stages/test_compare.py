@@ -141,7 +141,7 @@ def test_a_judge_is_asked_in_both_orders(files, tmp_path):
 
 def test_a_known_kl_brings_the_limit(files):
     row = by_label(run(files, kl=1.0))["BestOfN(4)"]
-    assert row.limit == pytest.approx(0.941123, abs=1e-5)  # theory.md, section 5
+    assert row.limit == pytest.approx(0.941123, abs=1e-5)  # of `win_rate_limit`, known to more digits
     assert row.attainment == pytest.approx((row.mean - 0.5) / 0.441123, abs=1e-4)
 
 

@@ -70,11 +70,11 @@ def test_procedures(keys, expected, own):
 def test_objectives(own):
     u = np.linspace(0.01, 0.99, 7)
     best = load_objective(load_recipe(own, {"target_kl": 1.0}), BestOfN(4))
-    assert best.beta == pytest.approx(1 / 12.04099, rel=1e-5)  # theory.md section 5
+    assert best.beta == pytest.approx(1 / 12.04099, rel=1e-5)
     assert (best.kl, best.win_rate) == (pytest.approx(1.0), pytest.approx(0.941123, abs=1e-6))
     np.testing.assert_allclose(best.transform(u), optimal_transform(BestOfN(4), kl=1.0)(u))
     keys = {"transform": "exponential", "transform_kwargs": {"t": 10}}
-    for given in ({"target_kl": 1.0}, {"beta": 1 / 4.14401}):  # the same row of theory.md section 5, from either side
+    for given in ({"target_kl": 1.0}, {"beta": 1 / 4.14401}):  # the same optimum, from either side
         found = load_objective(load_recipe(own, {**keys, **given}), BestOfN(4))
         assert found.beta == pytest.approx(1 / 4.14401, rel=1e-5)
         assert (found.kl, found.win_rate) == (pytest.approx(1.0, abs=1e-5), pytest.approx(0.935097, abs=1e-5))

@@ -280,7 +280,7 @@ def test_interface() -> None:
     shown = r"OptimalTransform\(BestOfN\(4\), kl=1, beta=0\.08304\d+, win_rate=0\.941123\)"
     assert re.fullmatch(shown, repr(best))
     assert best.win_rate(BestOfN(4)) == best.win_rate  # one face with TiltedPolicy, and a number all the same
-    for n, expected in ((1, 0.773659), (2, 0.875864), (8, 0.966239), (32, 0.976647)):  # theory.md section 5
+    for n, expected in ((1, 0.773659), (2, 0.875864), (8, 0.966239), (32, 0.976647)):  # known to six digits
         assert best.win_rate(BestOfN(n)) == pytest.approx(expected, abs=6e-7)
     assert best(U.reshape(-1, 1)).shape == (401, 1)
     assert np.isnan(best([0.5, np.nan])).tolist() == [False, True]

@@ -16,7 +16,7 @@ from infalign.theory.levels import tied_limit, tied_optimum, tied_win_rate
 from infalign.theory.procedures import BestOfN, KthOfN, Procedure, RandomN, SoftBestOfN, WorstOfN
 from infalign.types import InputError
 
-# theory.md section 5: 1/beta and W_1, W_2, W_4, W_8, W_32 of Best-of-N at KL = 1 nat
+# Known to six digits: 1/beta and W_1, W_2, W_4, W_8, W_32 of Best-of-N at KL = 1 nat
 BEST_TABLE = [
     (identity, 7.34947, [0.864579, 0.873332, 0.877000, 0.878692, 0.879905]),
     (log, 5.30540, [0.863115] * 5),

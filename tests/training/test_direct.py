@@ -11,7 +11,7 @@ from infalign import BestOfN, KthOfN, RandomN, SoftBestOfN, WorstOfN, win_rate
 from infalign.stages.objective import load_objective
 from infalign.stages.recipe import load_recipe
 from infalign.training.config import CTRLConfig
-from infalign.training.direct import Direct, beats_decoded_base, direct_rewards, direct_rewards_of_groups
+from infalign.training.direct import Direct, beats_decoded_base, direct_rewards
 from infalign.training.reward import CTRLReward
 from infalign.training.trainer import CTRLTrainer
 from infalign.types import InputError
@@ -82,7 +82,7 @@ def test_samples_without_a_score_are_as_if_they_were_not_there():
     rng = np.random.default_rng(1)
     ours, theirs = rng.normal(size=6), rng.normal(size=8)
     gaps = np.insert(ours, [2, 5], np.nan)
-    found, _ = direct_rewards_of_groups(gaps, [np.append(theirs, np.nan)] * 8, BestOfN(4), 8)
+    found = direct_rewards(beats_decoded_base(gaps, np.append(theirs, np.nan), BestOfN(4)), BestOfN(4))
     wanted = direct_rewards(beats_decoded_base(ours, theirs, BestOfN(4)), BestOfN(4))
     assert np.isnan(found[np.isnan(gaps)]).all()
     np.testing.assert_allclose(found[~np.isnan(gaps)], wanted)
@@ -91,8 +91,8 @@ def test_samples_without_a_score_are_as_if_they_were_not_there():
 def test_increasing_maps_of_the_reward_change_nothing():
     rng = np.random.default_rng(2)
     ours, theirs = rng.normal(size=8), rng.normal(size=16)
-    first, _ = direct_rewards_of_groups(ours, [theirs] * 8, BestOfN(4), 8)
-    second, _ = direct_rewards_of_groups(np.exp(3 * ours), [np.exp(3 * theirs)] * 8, BestOfN(4), 8)
+    first = direct_rewards(beats_decoded_base(ours, theirs, BestOfN(4)), BestOfN(4))
+    second = direct_rewards(beats_decoded_base(np.exp(3 * ours), np.exp(3 * theirs), BestOfN(4)), BestOfN(4))
     np.testing.assert_array_equal(first, second)
 
 
@@ -101,10 +101,11 @@ def test_too_few_of_anything_is_one_line(tmp_path):
         beats_decoded_base([1.0], [1.0, 2.0, 3.0, np.nan], BestOfN(4))
     assert np.isnan(direct_rewards(np.arange(4.0), BestOfN(4))).all()  # no score for any of them, as for a missing one
     with pytest.raises(InputError, match="5 samples are not groups of num_generations=2"):
-        direct_rewards_of_groups(np.arange(5.0), [[0.0]] * 5, BestOfN(1), 2)
+        score = CTRLReward(token_sum, Direct(BestOfN(1)), num_generations=2)
+        score(["p"] * 5, ["c"] * 5, [[1, 2]] * 5, ref_rewards=[[1.0, 2.0]] * 5)
     with pytest.raises(InputError, match="needs num_generations above 4, got 4"):
         make(tiny_causal(tmp_path / "model", "llama"), tmp_path, num_generations=4)
-    with pytest.raises(InputError, match="needs to know how many samples a prompt has"):
+    with pytest.raises(InputError, match="need to know how many samples a prompt has"):
         CTRLReward(token_sum, Direct(BestOfN(1)))(["p"], ["c"], [[1, 2]], ref_rewards=[[1.0, 2.0]])
 
 

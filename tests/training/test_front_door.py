@@ -271,7 +271,7 @@ def test_the_card_has_the_procedures_tag(procedure, tag, llama, tmp_path):
 
 
 def test_the_card_knows_the_kl_of_every_transform(llama, tmp_path):
-    """Identity at beta .2 aims at .650117 nats (theory.md, section 5); a transform without a policy has no KL."""
+    """Identity at beta .2 aims at .650117 nats; a transform without a policy has no KL."""
     subject = CTRLTrainer(llama, CTRLReward(token_sum, identity), CTRLConfig(**config(tmp_path)), references())
     subject.args.beta = 0.2
     assert "| KL coefficient | 0.2 (target KL 0.6501 nats) |" in model_card(subject, "name")

@@ -98,7 +98,7 @@ def test_the_end_is_told():
 
 @pytest.mark.parametrize(("count", "wanted"), [(8, 0.22), (16, 0.40), (64, 0.82)])
 def test_few_samples_reach_less_than_they_aim_at(count, wanted):
-    """The KL of a table of logits trained on K samples at the optimum's own beta (theory.md, section 10): two seeds."""
+    """The KL of a table of logits trained on K samples at the optimum's beta (recipes/LOG.md, 2026-11-26)."""
     transform = optimal_transform(BestOfN(4), kl=1.0)
     reached = next(kl for kl in np.linspace(0.05, 1.0, 96) if beta_for_kl(transform, count, kl) < transform.beta)
     assert reached == pytest.approx(wanted, abs=0.04)
