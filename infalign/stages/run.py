@@ -60,7 +60,8 @@ def run(config: Recipe | Mapping[str, Any] | str | Path, *, dry: bool = False, *
         preflight(experiment)
     if dry:
         return dry_run(experiment)
-    say(f"infalign: {experiment.procedure}, transform {recipe.transform}, output in {recipe.output}")
+    aim = "direct objective" if recipe.objective == "direct" else f"transform {recipe.transform}"
+    say(f"infalign: {experiment.procedure}, {aim}, output in {recipe.output}")
     calibrated = calibrate(recipe, experiment)
     trained = train(recipe, experiment)
     evaluated = evaluate(recipe, experiment)

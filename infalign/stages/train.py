@@ -26,7 +26,7 @@ from infalign.stages.sampling import table_rewards
 from infalign.stages.training_keys import adapter_of, split_training
 from infalign.training.checks import best_model_settings, check_loop
 from infalign.training.config import CTRLConfig
-from infalign.training.direct import Direct
+from infalign.training.direct import Direct, check_group
 from infalign.training.packages import missing_packages
 from infalign.training.progress import TrainingProgress, quiet
 from infalign.training.reward import DATA_COLUMNS, PROMPT_IDS, CTRLReward
@@ -129,6 +129,8 @@ def check_ready(experiment: Experiment) -> None:
         InputError: one of these is not so.
     """
     arguments = training_arguments(experiment)
+    if experiment.recipe.objective == "direct":
+        check_group(experiment.procedure, int(arguments.num_generations))
     finished = (experiment.policy_path / MANIFEST).exists()
     if arguments.push_to_hub and is_main() and not finished:
         try:

@@ -8,6 +8,7 @@ and beta > 0, in `GRPOTrainer`, whose default scaling would divide the transform
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import numpy as np
@@ -118,13 +119,16 @@ class CTRLReward:
         self.require_references(columns, "the dataset")
         references = columns.pop(self.column)
         columns = data_columns(columns)
-        raw_B = self.raw(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
+        of_groups = isinstance(self.transform, Direct) or self.method == "pooled"
         plain: Method = "midrank" if self.method == "pooled" else self.method
-        calibrated_B = calibrate(raw_B[:, None], references, plain)[:, 0]
+        with together() if of_groups else nullcontext():  # a rank that fails must not leave the others gathering
+            raw_B = self.raw(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
+            calibrated_B = calibrate(raw_B[:, None], references, plain)[:, 0]
         effective: float | None = None
-        if isinstance(self.transform, Direct) or self.method == "pooled":
+        if of_groups:
             transformed_B, effective = self._of_groups(raw_B, references)
         else:
+            assert not isinstance(self.transform, Direct)
             counts_B = np.array([np.count_nonzero(~np.isnan(np.asarray(row, dtype=float))) for row in references])
             transformed_B = np.asarray(self.transform(clip_to_open(calibrated_B, counts_B)), dtype=np.float64)
         # the direct objective has no value for a group with too few scores

@@ -25,12 +25,14 @@ CHECKS = [
     "padded_batches",
     "evaluate",
     "reward_fails_on_one_rank",
+    "reward_of_a_group_fails_on_one_rank",
     "wrong_count_on_one_rank",
     "reward_is_late_on_one_rank",
     "nan_loss_on_one_rank",
     "nan_loss_stays",
     "non_finite_weights_are_not_saved",
     "invariance",
+    "groups_over_ranks",
 ]
 SHARDING = {"cpu_ddp": "none", "cpu_zero2": "zero2", "cpu_zero3": "zero3"}
 TIME_OUT = 420  # seconds: a rank that waits for ever fails the test
@@ -68,27 +70,30 @@ def test_resumed_equals_uninterrupted_bit_by_bit(check, launched):
     assert abs(found["kl"][0]) < 1e-4
 
 
-def test_two_processes_train_like_one(launched, one_process):
+@pytest.mark.parametrize(("check", "alone"), [("invariance", "whole_batch"), ("groups_over_ranks", "whole_groups")])
+def test_two_processes_train_like_one(check, alone, launched, one_process):
     """Eight rollouts, 4 + 4 on two processes: losses and weights with SGD, in float64 (ZeRO-3: float32)."""
-    losses, weights = one_process
-    found = result(launched, "invariance")
+    losses, weights = one_process[alone]
+    found = result(launched, check)
     assert found["dtype"] == ("torch.float32" if launched[0] == "cpu_zero3" else "torch.float64")
     assert max(abs(loss) for loss in losses) > 1e-2, "a loss of zero compares nothing"
     np.testing.assert_allclose(found["losses"], losses, atol=1e-5, rtol=0)
-    np.testing.assert_allclose(np.load(launched[1] / "invariance" / "weights.npy"), weights, atol=1e-5, rtol=0)
+    np.testing.assert_allclose(np.load(launched[1] / check / "weights.npy"), weights, atol=1e-5, rtol=0)
 
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory):
     """Losses and weights of one process with a batch of eight."""
-    folder = tmp_path_factory.mktemp("one")
+    folder, checks = tmp_path_factory.mktemp("one"), ["whole_batch", "whole_groups"]
     tiny_causal(folder / "model", "llama")
-    command = [sys.executable, "-W", "ignore", str(Path(__file__).parent / "worker.py"), str(folder), "whole_batch"]
+    command = [sys.executable, "-W", "ignore", str(Path(__file__).parent / "worker.py"), str(folder), *checks]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=TIME_OUT, check=False)
     assert done.returncode == 0, done.stderr[-5000:]
-    found = json.loads((folder / "whole_batch.json").read_text())
-    return found["losses"], np.load(folder / "whole_batch" / "weights.npy")
+    return {
+        check: (json.loads((folder / f"{check}.json").read_text())["losses"], np.load(folder / check / "weights.npy"))
+        for check in checks
+    }
 
 
 def test_held_out_evaluation_of_an_odd_number_of_prompts(launched):
@@ -101,6 +106,7 @@ def test_held_out_evaluation_of_an_odd_number_of_prompts(launched):
     ("check", "message"),
     [
         ("reward_fails_on_one_rank", "RewardError: rank 1: reward 'fails' failed once"),
+        ("reward_of_a_group_fails_on_one_rank", "RewardError: rank 1: reward 'fails_early' failed once"),
         ("wrong_count_on_one_rank", "RewardError: rank 1: reward 'short' returned 3 values for 4 completions"),
         ("reward_is_late_on_one_rank", "RewardError: rank 1: reward 'late' failed once (TimeoutError"),
         ("nan_loss_stays", "TrainingError: 3 steps in a row"),

@@ -24,6 +24,7 @@ from infalign.runtime.launch import join
 from infalign.theory.procedures import BestOfN
 from infalign.theory.transforms import identity
 from infalign.training.config import CTRLConfig
+from infalign.training.direct import Direct
 from infalign.training.reward import CTRLReward
 from infalign.training.trainer import CTRLTrainer
 from tests.training.test_resume import final, rows
@@ -128,6 +129,18 @@ def check_reward_fails_on_one_rank() -> dict:
     return told(make(FOLDER / "fails", CTRLReward(guarded(fails), identity), save_strategy="no"))
 
 
+def check_reward_of_a_group_fails_on_one_rank() -> dict:
+    """Where ranks gather each other's rewards a failing one must not leave the other waiting."""
+
+    def fails_early(completion_ids, trainer_state=None, **_):
+        if rank() == 1 and trainer_state.global_step == 1:
+            raise RuntimeError("the reward server is down")
+        return token_sum(completion_ids)
+
+    reward = of_groups(guarded(fails_early))
+    return told(make(FOLDER / "fails_early", reward, save_strategy="no", num_generations=8))
+
+
 def check_wrong_count_on_one_rank() -> dict:
     def short(completion_ids, trainer_state=None, **_):
         rewards = token_sum(completion_ids)
@@ -216,9 +229,27 @@ def check_whole_batch() -> dict:
     return invariant(FOLDER / "whole_batch", per_device_train_batch_size=8)
 
 
-def invariant(folder: Path, **layout) -> dict:
+def check_groups_over_ranks() -> dict:
+    """One prompt's eight rollouts on two processes: the direct objective on pooled ranks, with beta steered."""
+    return invariant(FOLDER / "groups_over_ranks", of_groups(), per_device_train_batch_size=4, **STEERED)
+
+
+def check_whole_groups() -> dict:
+    """One process with all of them."""
+    return invariant(FOLDER / "whole_groups", of_groups(), per_device_train_batch_size=8, **STEERED)
+
+
+STEERED = {"num_generations": 8, "beta": 0.2, "target_kl": 0.05}
+
+
+def of_groups(reward=token_sum) -> CTRLReward:
+    return CTRLReward(reward, Direct(BestOfN(4)), method="pooled")
+
+
+def invariant(folder: Path, reward=token_sum, **layout) -> dict:
     subject = make(
         folder,
+        reward,
         max_steps=4,
         save_strategy="no",
         optim="sgd",
