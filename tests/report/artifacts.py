@@ -12,7 +12,7 @@ import numpy as np
 from infalign.calibration.diagnostics import Diagnostics, tie_rate, uniformity
 from infalign.calibration.table import SampleTable, Wanted, write_samples, write_scores
 from infalign.decoding.by_procedure import ByProcedure
-from infalign.decoding.replay import Table
+from infalign.decoding.replay import Pool
 from infalign.evaluation.compute import Contest, measure_compute
 from infalign.evaluation.winrate import win_rate
 from infalign.runtime.artifacts import write_json, write_manifest
@@ -180,10 +180,10 @@ def _contests(base_PM: np.ndarray, policy_PM: np.ndarray) -> list[Contest]:
     ]
 
 
-def _table(rewards_M: np.ndarray, rng: np.random.Generator, tokens: int) -> Table:
+def _table(rewards_M: np.ndarray, rng: np.random.Generator, tokens: int) -> Pool:
     lengths = rng.integers(tokens // 2, 3 * tokens // 2, rewards_M.size)
     samples = [Sample("k", at, (1,) * int(length), np.zeros(1), "", True) for at, length in enumerate(lengths)]
-    return Table(samples, rewards_M)
+    return Pool(samples, rewards_M)
 
 
 def _row(policy_PM: np.ndarray, base_PM: np.ndarray, procedure: Procedure, judge: str) -> dict[str, Any]:
