@@ -80,7 +80,7 @@ class Recipe:
     transform: str = key("optimal", "optimal, exponential, identity, log, normal_icdf, or path.py:name", "ctrl")
     transform_kwargs: dict = key({}, "{t: 10} for exponential; a builder's arguments", "ctrl")
     beta: float | None = key(None, "KL coefficient; give exactly one of beta and target_kl", "ctrl")
-    target_kl: float | None = key(None, "sequence KL in nats at the optimum; beta follows from it", "ctrl")
+    target_kl: float | None = key(None, "sequence KL in nats that training keeps; beta follows from it", "ctrl")
     kl_control: bool = key(True, "steer beta in training so that the measured KL comes to target_kl", "ctrl")
     num_calibration_samples: int = key(100, "K, base samples per prompt", "ctrl")
     calibration_method: Literal["midrank", "interpolated", "pooled"] = key(
