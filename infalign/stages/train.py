@@ -130,7 +130,7 @@ def check_ready(experiment: Experiment) -> None:
     """
     arguments = training_arguments(experiment)
     if experiment.recipe.objective == "direct":
-        check_group(experiment.procedure, int(arguments.num_generations))
+        check_group(experiment.procedure, int(arguments.num_generations or 1))
     finished = (experiment.policy_path / MANIFEST).exists()
     if arguments.push_to_hub and is_main() and not finished:
         try:
