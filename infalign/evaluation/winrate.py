@@ -80,10 +80,20 @@ def win_rate(
     _check_same(len(policy), len(base))
     values: list[float] = []
     for ours, theirs in zip(policy, base, strict=True):
-        # order weights belong to ranks, so both sides are sorted; tied samples win alike, whichever has which weight
-        weights = _order_weights(procedure, ours.size), _order_weights(procedure, theirs.size)
-        values.append(_cross(np.sort(ours), weights[0], np.sort(theirs), weights[1]))
+        values.append(prompt_win_rate(ours, theirs, procedure))
     return summarise(np.array(values), confidence, seed)
+
+
+def prompt_win_rate(ours_M: Array, theirs_M: Array, procedure: Procedure) -> float:
+    """One prompt's `win_rate`, from at least `procedure.n` rewards a side.
+
+    >>> from infalign import BestOfN
+    >>> prompt_win_rate(np.array([1.0, 3.0]), np.array([2.0, 0.0]), BestOfN(2))
+    1.0
+    """
+    # order weights belong to ranks, so both sides are sorted; tied samples win alike, whichever has which weight
+    weights = _order_weights(procedure, ours_M.size), _order_weights(procedure, theirs_M.size)
+    return _cross(np.sort(ours_M), weights[0], np.sort(theirs_M), weights[1])
 
 
 def judged_win_rate(

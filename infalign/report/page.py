@@ -134,11 +134,20 @@ def training_line(findings: Findings) -> str:
         return ""
     parts = policy["parts"]
     words = [f"{policy['steps']} steps" if "steps" in policy else "", f"procedure {parts.get('procedure', '?')}"]
-    words += [f"transform {short_transform(parts.get('transform', '?'))}"]
-    words += [f"β {parts['beta']:.4g}"] if "beta" in parts else []
+    transform = parts.get("transform", "?")
+    words += ["direct objective" if transform == "direct" else f"transform {short_transform(transform)}"]
+    words += [_coefficient(parts, findings.log or [])] if "beta" in parts else []
     seconds = [row["train_runtime"] for row in findings.log or [] if "train_runtime" in row]
     words += [f"{seconds[-1] / 60:.1f} minutes"] if seconds else []
     return ", ".join(word for word in words if word) + "."
+
+
+def _coefficient(parts: Mapping[str, Any], log: Sequence[Mapping[str, Any]]) -> str:
+    """β, or from where to where it went."""
+    logged = [row["beta"] for row in log if "beta" in row]
+    if not logged or f"{logged[0]:.3g}" == f"{logged[-1]:.3g}":
+        return f"β {logged[-1] if logged else parts['beta']:.4g}"
+    return f"β from {logged[0]:.3g} to {logged[-1]:.3g}"
 
 
 def package_versions(findings: Findings) -> dict[str, dict[str, str]]:

@@ -8,6 +8,7 @@ from typing import Any
 from infalign import __version__
 from infalign.theory.objective import objective
 from infalign.theory.procedures import BUILT_IN, BestOfN
+from infalign.training.direct import Direct
 
 _CARD = """\
 ---
@@ -27,7 +28,7 @@ calibrated against samples of the base policy, transformed for the procedure, an
 | procedure | {procedure} |
 | reward | {reward} |
 | transform | {transform} |
-| KL coefficient | {beta:.6g} ({kl}) |
+| KL coefficient | {beta:.6g} ({aim}) |
 | rollouts | {rollouts} a prompt, temperature {temperature:g}, at most {tokens} tokens |
 | steps | {steps} |
 | made with | infalign {version} |
@@ -52,9 +53,13 @@ def model_card(trainer: Any, name: str) -> str:
     """The card of a `CTRLTrainer`'s policy; a local base model is named without its folder."""
     procedure = getattr(trainer.procedure, "name", "")
     transform = getattr(trainer.ctrl_reward, "transform", None)
+    direct = isinstance(transform, Direct)
     kl = None
     if transform is not None:
-        kl = objective(trainer.procedure or BestOfN(1), transform, beta=trainer.args.beta).kl
+        kl = objective(trainer.procedure or BestOfN(1), None if direct else transform, beta=trainer.args.beta).kl
+    aim = "target KL not known" if kl is None else f"target KL {kl:.4g} nats"
+    if trainer.kl_control is not None:
+        aim = f"at the end; steered to keep a KL of {trainer.args.target_kl:.4g} nats"
     base = str(getattr(trainer.model.config, "_name_or_path", "") or "unknown")
     return _CARD.format(
         name=name,
@@ -63,9 +68,9 @@ def model_card(trainer: Any, name: str) -> str:
         procedure=trainer.procedure or "plain sampling",
         n=getattr(trainer.procedure, "n", 1),
         reward=getattr(getattr(trainer.ctrl_reward, "raw", None), "name", ", ".join(trainer.reward_func_names)),
-        transform=transform if transform is not None else "none",
-        beta=trainer.args.beta,
-        kl="target KL not known" if kl is None else f"target KL {kl:.4g} nats",
+        transform="none: the win rate itself (direct objective)" if direct else transform or "none",
+        beta=trainer.args.beta if trainer.kl_control is None else trainer.kl_control.beta,
+        aim=aim,
         rollouts=trainer.num_generations,
         temperature=trainer.temperature,
         tokens=trainer.max_completion_length,

@@ -3,7 +3,8 @@
 Resume takes the newest checkpoint whose files are all there, says which it skipped and why, and refuses one that
 another recipe, model or number of processes made (before anything is loaded), naming the way out.
 
-A checkpoint also holds what TRL's trainer keeps between steps and leaves out: rollouts in use, counters, metrics. A
+A checkpoint also holds what TRL's trainer keeps between steps and leaves out: rollouts in use, counters, metrics, and
+the earlier rollouts that pooled calibration ranks among. A
 generation of rollouts serves `steps_per_generation * num_iterations` micro-steps; without it a run that resumes inside
 one would draw others, from a policy that has moved on.
 """
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -26,7 +28,7 @@ from infalign.runtime.distributed import rank
 from infalign.types import InputError
 
 KIND = "checkpoint"
-
+_ARRAY = "arrays/"
 
 ROWS = 64
 """Of a data set, spread over it, that are read for its identity."""
@@ -172,19 +174,25 @@ def _step(path: Path) -> int:
 # --- rollouts and counters --------------------------------------------------------------------------------------------
 
 
-def save_rollout_state(folder: Path, buffer: list[dict[str, torch.Tensor]] | None, counters: dict[str, Any]) -> None:
-    """Write this rank's rollouts and counters into a checkpoint.
+def save_rollout_state(
+    folder: Path,
+    buffer: list[dict[str, torch.Tensor]] | None,
+    counters: dict[str, Any],
+    arrays: Mapping[str, NDArray[Any]],
+) -> None:
+    """Write this rank's rollouts, counters and arrays into a checkpoint.
 
     Args:
         folder: the checkpoint.
         buffer: the micro-batches of the generation in use, None between generations.
         counters: JSON-like values to have again after resuming.
+        arrays: likewise.
     """
     tensors = {
         f"{number}/{name}": value.detach().cpu().contiguous()
         for number, part in enumerate(buffer or [])
         for name, value in part.items()
-    }
+    } | {f"{_ARRAY}{name}": torch.from_numpy(value) for name, value in arrays.items()}
     save_file(
         tensors, _rollouts_file(folder), metadata={"counters": json.dumps(counters), "parts": str(len(buffer or []))}
     )
@@ -192,15 +200,19 @@ def save_rollout_state(folder: Path, buffer: list[dict[str, torch.Tensor]] | Non
 
 def load_rollout_state(
     folder: Path, device: torch.device
-) -> tuple[list[dict[str, torch.Tensor]] | None, dict[str, Any]]:
-    """This rank's buffer (None between generations) and counters."""
+) -> tuple[list[dict[str, torch.Tensor]] | None, dict[str, Any], dict[str, NDArray[Any]]]:
+    """This rank's buffer (None between generations), counters and arrays."""
+    arrays: dict[str, NDArray[Any]] = {}
     with safe_open(_rollouts_file(folder), framework="pt") as file:
         metadata = file.metadata()
         buffer: list[dict[str, torch.Tensor]] = [{} for _ in range(int(metadata["parts"]))]
         for key in file.keys():  # noqa: SIM118 - a safetensors file is no mapping
             number, _, name = key.partition("/")
-            buffer[int(number)][name] = file.get_tensor(key).to(device)
-    return buffer or None, json.loads(metadata["counters"])
+            if key.startswith(_ARRAY):
+                arrays[name] = file.get_tensor(key).numpy()
+            else:
+                buffer[int(number)][name] = file.get_tensor(key).to(device)
+    return buffer or None, json.loads(metadata["counters"]), arrays
 
 
 def _rollouts_file(folder: Path) -> Path:

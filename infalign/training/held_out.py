@@ -1,7 +1,8 @@
 """Win rate and KL on held-out prompts while training: fresh samples of the current policy against the calibration's.
 
-Every rank makes equally many passes through the model, whatever its share of the prompts: with sharded weights each
-pass is a collective. Rewards come after, agreed on by all ranks.
+Samples are drawn with the same random streams at every measurement, so that a curve shows the policy and not the draw;
+several prompts share a pass, as in training. Every rank makes equally many passes through the model, whatever its share
+of the prompts: with sharded weights each pass is a collective. Rewards come after, agreed on by all ranks.
 """
 
 # TRL and transformers type their attributes as unions of everything that they may ever hold.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,14 +20,29 @@ import torch
 from numpy.typing import NDArray
 from trl.trainer.utils import use_adapter
 
+from infalign.calibration.quantile import calibrate
+from infalign.evaluation.limits import attainment
 from infalign.evaluation.winrate import win_rate
 from infalign.runtime.distributed import even_share, gathered, together
+from infalign.theory.optimum import LARGEST_KL, win_rate_limit
 from infalign.theory.procedures import BestOfN
 from infalign.training.reward import PROMPT_IDS, data_columns
 from infalign.training.rollouts import rollout_uniforms
 from infalign.types import InputError
 
+Array = NDArray[np.float64]
 Rows = list[tuple[list[int], list[float]]]
+"""Token ids of completions, and the policy's log-probabilities of them."""
+
+
+@dataclass(frozen=True)
+class _OnAPrompt:
+    """One prompt's scored rewards and reference rewards, mean log-ratio (nats) and mean length (tokens)."""
+
+    rewards_M: Array
+    references_K: Array
+    kl: float
+    length: float
 
 
 def measure(trainer: Any, rows: Sequence[dict[str, Any]], count: int) -> dict[str, float]:
@@ -37,7 +54,11 @@ def measure(trainer: Any, rows: Sequence[dict[str, Any]], count: int) -> dict[st
         count: samples a prompt.
 
     Returns:
-        `winrate` under the trainer's procedure, `winrate_1` (standard), `kl_seq` (nats).
+        `winrate` under the trainer's procedure, `winrate_1` (standard), `kl_seq` (nats), `attainment` of the exact
+        limit at this KL (left out where the KL is too small to tell), `completion_length` (tokens), and
+        `quantile_distance`: how far the rewards' quantiles among the references are from uniform, which the base's are
+        (the largest gap between the two distribution functions: 1/2 for a policy that is always above the base's
+        median).
 
     Raises:
         InputError: there are no rows, or they have no reference rewards.
@@ -45,40 +66,73 @@ def measure(trainer: Any, rows: Sequence[dict[str, Any]], count: int) -> dict[st
     if not rows:
         raise InputError("the eval_dataset is empty: give it prompts, or leave it out")
     trainer.ctrl_reward.require_references(rows[0], "the eval_dataset")
-    drawn = []
-    numbered = list(enumerate(rows))
-    for one in even_share(numbered):  # a rank with a row less samples the first one again, and forgets it
-        number, row = one or (0, None)
-        prompt_ids, samples = _sample(trainer, rows[number], count, number)
-        drawn.append((row, samples, _mean_kl(trainer, prompt_ids, samples)))
-    scored: list[NDArray[np.float64]] = []
+    share = even_share(list(range(len(rows))))
+    at_once = max(1, trainer.args.per_device_train_batch_size * trainer.args.steps_per_generation // count)
+    drawn: list[tuple[int, Rows, Array]] = []
+    for start in range(0, len(share), at_once):
+        part = share[start : start + at_once]
+        # a rank with a row less samples the first one again, and leaves it out
+        numbers = [0 if number is None else number for number in part]
+        prompts = [_prompt_ids(trainer, rows[number]) for number in numbers]
+        samples = _sample(trainer, prompts, numbers, count)
+        kl_B = _log_ratios(trainer, [ids for ids in prompts for _ in range(count)], samples)
+        for place, number in enumerate(part):
+            own = slice(place * count, (place + 1) * count)
+            if number is not None:
+                drawn.append((number, samples[own], kl_B[own]))
+    scored: list[Array] = []
     with together():
-        scored = [_rewards(trainer, row, samples) for row, samples, _ in drawn if row is not None]
-    references = [np.asarray(row[trainer.ctrl_reward.column], dtype=float) for row, _, _ in drawn if row is not None]
-    kls = [kl for row, _, kl in drawn if row is not None]
+        scored = [_rewards(trainer, rows[number], samples) for number, samples, _ in drawn]
+    column = trainer.ctrl_reward.column
+    measured = [
+        (
+            number,
+            _OnAPrompt(rewards, np.asarray(rows[number][column], dtype=float), float(kl_M.mean()), _length(samples)),
+        )
+        for rewards, (number, samples, kl_M) in zip(scored, drawn, strict=True)
+    ]
     # an average over prompts of all ranks, not of the ranks' averages: their shares may differ by one
-    everything = [one for part in gathered(list(zip(scored, references, kls, strict=True))) for one in part]
-    kept = [(ours, theirs) for ours, theirs, _ in everything if ours.size >= trainer.procedure.n]
-    ours, theirs = [one for one, _ in kept], [one for _, one in kept]
-    return {
-        "winrate": win_rate(ours, theirs, trainer.procedure).mean,
+    everything = sorted((one for part in gathered(measured) for one in part), key=lambda one: one[0])
+    return _summary([one for _, one in everything], trainer.procedure)
+
+
+def _summary(measured: Sequence[_OnAPrompt], procedure: Any) -> dict[str, float]:
+    kept = [one for one in measured if one.rewards_M.size >= procedure.n]
+    ours, theirs = [one.rewards_M for one in kept], [one.references_K for one in kept]
+    wins, kl = win_rate(ours, theirs, procedure).mean, float(np.mean([one.kl for one in measured]))
+    quantiles = np.sort(np.concatenate(calibrate(ours, theirs)))
+    uniform = (np.arange(quantiles.size) + 0.5) / quantiles.size
+    found = {
+        "winrate": wins,
         "winrate_1": win_rate(ours, theirs, BestOfN(1)).mean,
-        "kl_seq": float(np.mean([kl for _, _, kl in everything])),
+        "kl_seq": kl,
+        "completion_length": float(np.mean([one.length for one in measured])),
+        "quantile_distance": float(np.abs(quantiles - uniform).max()),
     }
+    share = attainment(wins, win_rate_limit(procedure, min(max(kl, 0.0), LARGEST_KL)), kl)
+    return found if np.isnan(share) else found | {"attainment": share}
 
 
-def _sample(trainer: Any, row: dict[str, Any], count: int, number: int) -> tuple[list[int], Rows]:
-    """The tokens of row `number`'s prompt, and `count` completions of it with their log-probabilities."""
-    ids = row[PROMPT_IDS] if PROMPT_IDS in row else trainer._tokenize_prompts([row["prompt"]])[0][0]
-    prompts = [list(ids)] * count
+def _prompt_ids(trainer: Any, row: dict[str, Any]) -> list[int]:
+    return list(row[PROMPT_IDS] if PROMPT_IDS in row else trainer._tokenize_prompts([row["prompt"]])[0][0])
+
+
+def _sample(trainer: Any, prompts: Sequence[list[int]], numbers: Sequence[int], count: int) -> Rows:
+    """`count` completions of each prompt, one prompt's after the other's."""
     length = trainer.max_completion_length
-    # rows of equal prompts have streams of their own, by their place
-    first = number * count
-    uniforms_BT = rollout_uniforms(prompts, seed=trainer.args.seed, generation=-1, first_row=first, count=length)
-    return prompts[0], trainer._decode(prompts, uniforms_BT)
+    uniforms_BT = np.concatenate(
+        [
+            # rows of equal prompts have streams of their own, by their place
+            rollout_uniforms(
+                [ids] * count, seed=trainer.args.seed, generation=-1, first_row=number * count, count=length
+            )
+            for ids, number in zip(prompts, numbers, strict=True)
+        ]
+    )
+    return trainer._decode([ids for ids in prompts for _ in range(count)], uniforms_BT)
 
 
-def _rewards(trainer: Any, row: dict[str, Any], samples: Rows) -> NDArray[np.float64]:
+def _rewards(trainer: Any, row: dict[str, Any], samples: Rows) -> Array:
     """The raw rewards of one prompt's completions, without those that have no score."""
     reward, count = trainer.ctrl_reward, len(samples)
     texts = trainer.processing_class.batch_decode([ids for ids, _ in samples], skip_special_tokens=True)
@@ -94,20 +148,28 @@ def _rewards(trainer: Any, row: dict[str, Any], samples: Rows) -> NDArray[np.flo
     return rewards[~np.isnan(rewards)]
 
 
-def _mean_kl(trainer: Any, prompt: list[int], samples: Rows) -> float:
-    """The mean log-ratio of policy to reference over one prompt's completions, nats."""
+def _length(samples: Rows) -> float:
+    return float(np.mean([len(ids) for ids, _ in samples]))
+
+
+def _log_ratios(trainer: Any, prompts: Sequence[list[int]], samples: Rows) -> Array:
+    """(B,) log pi - log pi_ref of completions, nats: the mean over the policy's own is its KL."""
     device = trainer.accelerator.device
-    width = max(len(ids) for ids, _ in samples)
-    ids = torch.tensor([prompt + ids + [0] * (width - len(ids)) for ids, _ in samples], device=device)
-    real = [[1] * (len(prompt) + len(ids)) + [0] * (width - len(ids)) for ids, _ in samples]
-    mask = torch.tensor(real, device=device)
+    before, after = max(map(len, prompts)), max(len(ids) for ids, _ in samples)
+    rows = [
+        ([0] * (before - len(prompt)) + prompt, ids + [0] * (after - len(ids)), len(prompt), len(ids))
+        for prompt, (ids, _) in zip(prompts, samples, strict=True)
+    ]
+    ids_BT = torch.tensor([prompt + ids for prompt, ids, _, _ in rows], device=device)
+    place_T = torch.arange(before + after, device=device) - before  # 0 is the first completion token
+    prompt_B, length_B = (torch.tensor([row[column] for row in rows], device=device)[:, None] for column in (2, 3))
+    mask_BT = ((place_T >= -prompt_B) & (place_T < length_B)).long()
     with torch.no_grad(), _reference(trainer) as reference:
-        logps, _, _ = trainer._get_per_token_logps_and_entropies(
-            reference, ids, mask, width, batch_size=trainer.args.per_device_eval_batch_size
+        logps_BT, _, _ = trainer._get_per_token_logps_and_entropies(
+            reference, ids_BT, mask_BT, after, batch_size=trainer.args.per_device_eval_batch_size
         )
-    # E[log pi] over the policy's own samples less E[log pi_ref] over the same: nats a sequence
-    policy = np.array([sum(logps) for _, logps in samples])
-    return float(policy.mean() - (logps * mask[:, -width:]).sum(1).double().mean().item())
+    theirs = (logps_BT * mask_BT[:, before:]).sum(1).double().cpu().numpy()
+    return np.array([sum(logps) for _, logps in samples]) - theirs
 
 
 @contextlib.contextmanager

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from infalign.calibration.pooling import pooled_ranks
+from infalign.calibration.pooling import Visits, pooled_ranks
 from infalign.calibration.quantile import Method, calibrate, clip_to_open
+from infalign.evaluation.winrate import prompt_win_rate
 from infalign.rewards.loader import Reward, load_reward
 from infalign.runtime.distributed import gathered, rank, together
 from infalign.theory.transforms import check_transform
@@ -27,7 +30,20 @@ DATA_COLUMNS = "infalign_columns"
 PROMPT_IDS = "infalign_prompt_ids"
 """A column of a training set that holds each prompt's tokens, as calibration had them."""
 
-Transform = Callable[[NDArray[np.float64]], NDArray[np.float64]]
+Array = NDArray[np.float64]
+Transform = Callable[[Array], Array]
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """The rollouts of all ranks, a prompt a row, with each prompt's reference rewards and the name of its visits."""
+
+    rewards_PG: Array
+    log_ratios_PG: Array
+    references: Sequence[Any]
+    keys: Sequence[str]
+    mine: slice
+    """This rank's rollouts among all of them."""
 
 
 class CTRLReward:
@@ -37,16 +53,18 @@ class CTRLReward:
         reward: the raw reward: a callable in TRL's form, anything `load_reward` takes, or a loaded `Reward`.
         transform: `Phi`, a vectorised function of u in (0, 1); u is clipped to [1/(2(K+1)), 1 - 1/(2(K+1))]. Or
             `direct.Direct(procedure)`: rewards whose policy gradient is that of the win rate itself.
-        method: of calibration, "midrank" or "interpolated"; or "pooled", which also ranks among the prompt's rollouts
-            (`calibration.pooling`) and needs `CTRLTrainer`, which knows their log-probabilities.
+        method: of calibration, "midrank" or "interpolated"; or "pooled", which also ranks among the prompt's rollouts,
+            earlier visits' included (`calibration.pooling`), and needs `CTRLTrainer`, which knows their
+            log-probabilities.
         column: the dataset column with each prompt's reference rewards.
         on_error: what a reward that keeps failing does: "error" stops, "mask" leaves its samples out.
-        num_generations: G, rollouts of a prompt, which come one after the other: what the direct objective and pooled
-            calibration need to know. `CTRLTrainer` sets it.
+        num_generations: G, rollouts of a prompt, which come one after the other: what the direct objective, pooled
+            calibration and the logged win rate need to know. `CTRLTrainer` sets it.
 
     Attributes:
         raw: the guarded raw reward.
         log_ratios_B: log pi - log pi_ref of the rollouts that are about to be scored; `CTRLTrainer` sets it.
+        visits: rollouts of earlier visits, for pooled calibration.
         procedure: the transform's procedure when it knows one, else None.
     """
 
@@ -70,7 +88,8 @@ class CTRLReward:
         self.transform = transform
         self.method: Method | Literal["pooled"] = method
         self.num_generations = num_generations
-        self.log_ratios_B: NDArray[np.float64] | None = None
+        self.log_ratios_B: Array | None = None
+        self.visits = Visits()
         self.column = column
         self.procedure = getattr(transform, "procedure", None)
         self.__name__ = "ctrl"
@@ -118,15 +137,19 @@ class CTRLReward:
     ) -> list[float | None]:
         self.require_references(columns, "the dataset")
         references = columns.pop(self.column)
+        keys = _visit_keys(prompts, references, columns) if self.method == "pooled" else [""] * len(references)
         columns = data_columns(columns)
         of_groups = isinstance(self.transform, Direct) or self.method == "pooled"
         plain: Method = "midrank" if self.method == "pooled" else self.method
-        with together() if of_groups else nullcontext():  # a rank that fails must not leave the others gathering
+        grouped = of_groups or (self.num_generations is not None and self.procedure is not None)
+        with together() if grouped else nullcontext():  # a rank that fails must not leave the others gathering
             raw_B = self.raw(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
             calibrated_B = calibrate(raw_B[:, None], references, plain)[:, 0]
-        effective: float | None = None
+        groups = self._everybodys(raw_B, references, keys) if grouped else None
+        logged: dict[str, float] = {}
         if of_groups:
-            transformed_B, effective = self._of_groups(raw_B, references)
+            assert groups is not None
+            transformed_B = self._of_groups(groups, logged)
         else:
             assert not isinstance(self.transform, Direct)
             counts_B = np.array([np.count_nonzero(~np.isnan(np.asarray(row, dtype=float))) for row in references])
@@ -135,23 +158,20 @@ class CTRLReward:
         scored_B = ~np.isnan(transformed_B if isinstance(self.transform, Direct) else raw_B)
         if not np.isfinite(transformed_B[scored_B]).all():
             raise RewardError(f"the transform {self.transform!r} is not finite on (0, 1): bound it")
-        if log_metric is not None and scored_B.any():
+        if scored_B.any():
             for name, values in (("raw", raw_B), ("calibrated", calibrated_B), ("transformed", transformed_B)):
                 with np.errstate(over="ignore"):  # the mean of rewards near the largest float
-                    log_metric(f"reward/{name}", float(values[scored_B].mean()))
+                    logged[f"reward/{name}"] = float(values[scored_B].mean())
+        logged["reward/unscored"] = float(1.0 - scored_B.mean())
+        if groups is not None and (wins := self._win_rate(groups)) is not None:
+            logged["winrate"] = wins
         if log_metric is not None:
-            log_metric("reward/unscored", float(1.0 - scored_B.mean()))
-            if effective is not None:
-                log_metric("calibration/effective_samples", effective)
+            for name, value in logged.items():
+                log_metric(name, value)
         return [float(value) if scored else None for value, scored in zip(transformed_B, scored_B, strict=True)]
 
-    def _of_groups(
-        self, raw_B: NDArray[np.float64], references: Sequence[Any]
-    ) -> tuple[NDArray[np.float64], float | None]:
-        """Values that depend on all samples of a prompt, and the mean effective number of samples of a pooled rank.
-
-        A prompt's samples may lie on several ranks, so groups are made of everybody's.
-        """
+    def _everybodys(self, raw_B: Array, references: Sequence[Any], keys: Sequence[str]) -> _Groups:
+        """All ranks' rollouts in whole groups: a prompt's may lie on several."""
         if self.num_generations is None:
             raise InputError(
                 "the direct objective and pooled calibration need to know how many samples a prompt has: "
@@ -163,26 +183,52 @@ class CTRLReward:
                 "versions that it was tested with): use it, or method='midrank'"
             )
         own = np.zeros(raw_B.size) if self.log_ratios_B is None else self.log_ratios_B
-        parts = gathered((raw_B, list(references), own))  # in rank order, as TRL lays the batch out
-        rewards = np.concatenate([one for one, _, _ in parts])
-        rows = [row for _, rows, _ in parts for row in rows]
-        ratios = np.concatenate([one for _, _, one in parts])
+        parts = gathered((raw_B, list(references), own, list(keys)))  # in rank order, as TRL lays the batch out
+        before = sum(len(part[0]) for part in parts[: rank()]) if len(parts) > 1 else 0
+        rewards, ratios = (np.concatenate([part[column] for part in parts]) for column in (0, 2))
         if rewards.size % self.num_generations:
             raise InputError(f"{rewards.size} samples are not groups of num_generations={self.num_generations}")
-        found, effective = np.empty(rewards.size), []
-        for start in range(0, rewards.size, self.num_generations):
-            group = slice(start, start + self.num_generations)
-            if self.method == "pooled":
-                below, up_to, count = pooled_ranks(rewards[group], rows[start], ratios[group])
-                effective.append(count)
-                found[group] = self._of_ranks(below, up_to, count)
-            elif isinstance(self.transform, Direct):
-                beats = beats_decoded_base(rewards[group], rows[start], self.transform.procedure)
-                found[group] = direct_rewards(beats, self.transform.procedure)
-        before = sum(one.size for one, _, _ in parts[: rank()]) if len(parts) > 1 else 0
-        return found[before : before + raw_B.size], float(np.mean(effective)) if effective else None
+        shape = (-1, self.num_generations)
+        return _Groups(
+            rewards_PG=rewards.reshape(shape),
+            log_ratios_PG=ratios.reshape(shape),
+            references=[row for part in parts for row in part[1]][:: self.num_generations],
+            keys=[key for part in parts for key in part[3]][:: self.num_generations],
+            mine=slice(before, before + raw_B.size),
+        )
 
-    def _of_ranks(self, below_G: NDArray[np.float64], up_to_G: NDArray[np.float64], count: float) -> Any:
+    def _of_groups(self, groups: _Groups, logged: dict[str, float]) -> Array:
+        """This rank's values that depend on all samples of a prompt; what pooled ranks are worth is logged."""
+        values_PG, effective = np.empty(groups.rewards_PG.shape), []
+        for number, (rewards_G, references) in enumerate(zip(groups.rewards_PG, groups.references, strict=True)):
+            if self.method == "pooled":
+                key, ratios_G = groups.keys[number], groups.log_ratios_PG[number]
+                below, up_to, count = pooled_ranks(rewards_G, references, ratios_G, earlier=self.visits.of(key))
+                self.visits.add(key, rewards_G, ratios_G)
+                effective.append(count)
+                values_PG[number] = self._of_ranks(below, up_to, count)
+            elif isinstance(self.transform, Direct):
+                beats_G = beats_decoded_base(rewards_G, references, self.transform.procedure)
+                values_PG[number] = direct_rewards(beats_G, self.transform.procedure)
+        if effective:
+            logged["calibration/effective_samples"] = float(np.mean(effective))
+        return values_PG.reshape(-1)[groups.mine]
+
+    def _win_rate(self, groups: _Groups) -> float | None:
+        """How often the decoded rollouts beat the decoded calibration samples; None where there are too few of them.
+
+        It is the procedure's win rate on the prompts that are trained on, against the samples that they are ranked in.
+        """
+        procedure, values = self.procedure, []
+        if not hasattr(procedure, "order_weights"):
+            return None
+        for rewards_G, references in zip(groups.rewards_PG, groups.references, strict=True):
+            ours, theirs = (row[~np.isnan(row)] for row in (rewards_G, np.asarray(references, dtype=np.float64)))
+            if min(ours.size, theirs.size) >= procedure.n:
+                values.append(prompt_win_rate(ours, theirs, procedure))
+        return float(np.mean(values)) if values else None
+
+    def _of_ranks(self, below_G: Array, up_to_G: Array, count: float) -> Any:
         """Rewards of a prompt's samples from the base's mass below them and up to them."""
         if isinstance(self.transform, Direct):
             cdf = self.transform.procedure.cdf
@@ -191,6 +237,15 @@ class CTRLReward:
             beats[scored] = (cdf(below_G[scored]) + cdf(up_to_G[scored])) / 2.0
             return direct_rewards(beats, self.transform.procedure)
         return self.transform(clip_to_open((below_G + up_to_G) / 2.0, np.array(count)))
+
+
+def _visit_keys(prompts: Sequence[Any], references: Sequence[Any], columns: Mapping[str, Sequence[Any]]) -> list[str]:
+    """A name for each row's prompt with its data: two rows share it where a rollout of one could be the other's."""
+    rows = zip(prompts, references, columns.get(DATA_COLUMNS) or [None] * len(prompts), strict=True)
+    return [
+        blake2b(repr((prompt, np.asarray(row, dtype=float).tolist(), data)).encode(), digest_size=12).hexdigest()
+        for prompt, row, data in rows
+    ]
 
 
 def data_columns(columns: Mapping[str, Sequence[Any]]) -> dict[str, Any]:

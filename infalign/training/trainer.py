@@ -426,11 +426,13 @@ class CTRLTrainer(RLOOTrainer):
                 notice(f"{folder.name} is skipped: {why}")
         if found:
             check_resumable(Path(found), self.identity)
-            self._buffered_inputs, counters = load_rollout_state(Path(found), self.accelerator.device)
+            self._buffered_inputs, counters, arrays = load_rollout_state(Path(found), self.accelerator.device)
             self._step, self._total_train_tokens = counters["step"], counters["tokens"]
             self._metrics["train"] = defaultdict(list, counters["metrics"])
             if counters.get("kl_control"):
                 self.kl_control = KLControl(**counters["kl_control"])
+            if self.ctrl_reward is not None and counters.get("visits"):
+                self.ctrl_reward.visits.load({"keys": counters["visits"], **arrays})
             say(f"continuing from {Path(found).name}")
             self.model.train()  # what is logged before the first step belongs to training
             self.add_callback(ContinueLoss(self, counters["loss"], counters["logged_at"]))
@@ -462,7 +464,9 @@ class CTRLTrainer(RLOOTrainer):
                     "logged_at": self._globalstep_last_logged,
                     "kl_control": asdict(self.kl_control) if self.kl_control else None,
                 }
-                save_rollout_state(folder, self._buffered_inputs if in_use else None, counters)
+                arrays = self.ctrl_reward.visits.state() if self.ctrl_reward else {"keys": []}
+                counters["visits"] = arrays.pop("keys")
+                save_rollout_state(folder, self._buffered_inputs if in_use else None, counters, arrays)
         finally:
             self.args.save_total_limit = limit
         if is_main():
@@ -604,8 +608,9 @@ class CTRLTrainer(RLOOTrainer):
     ) -> dict[str, float]:
         """Win rate under the procedure and sequence KL on held-out prompts, with the current policy.
 
-        Logged as `eval_winrate` (the procedure's), `eval_winrate_1` (standard) and `eval_kl_seq`; use
-        `metric_for_best_model: winrate` with `load_best_model_at_end: true` to keep the best checkpoint.
+        Logged as `eval_winrate` (the procedure's), `eval_winrate_1` (standard), `eval_kl_seq` and what else
+        `held_out.measure` gives; use `metric_for_best_model: winrate` with `load_best_model_at_end: true` to keep the
+        best checkpoint.
 
         Args:
             eval_dataset: a data set, the name of one of several, or a dictionary of them, each logged as

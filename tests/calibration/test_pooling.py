@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from infalign import BestOfN, CTRLReward, calibrate, optimal_transform
-from infalign.calibration.pooling import LARGEST, pooled_ranks
+from infalign.calibration.pooling import LARGEST, Visits, pooled_ranks
 from infalign.training.config import CTRLConfig
 from infalign.training.direct import Direct
 from infalign.training.trainer import CTRLTrainer
@@ -108,3 +108,72 @@ def test_without_log_probabilities_it_says_so():
         reward(["p", "p"], ["a", "b"], [[1], [2]], ref_rewards=[[1.0, 2.0]] * 2)
     with pytest.raises(InputError, match="has no reference reward"):
         pooled_ranks([1.0], [NAN], [0.0])
+
+
+class TestEarlierVisits:
+    def test_they_rank_like_base_samples_of_their_weight(self):
+        rng = np.random.default_rng(5)
+        rewards, refs, old = rng.normal(size=6), rng.normal(size=8), rng.normal(size=(2, 6))
+        ratios, visits = rng.normal(0, 1, (3, 6)), Visits()
+        for one, ratio in zip(old, ratios, strict=False):
+            visits.add("a", one, ratio)
+        below, up_to, count = pooled_ranks(rewards, refs, ratios[2], earlier=visits.of("a"))
+        # the definition: a pool of everything, the group's own samples last
+        values = np.concatenate([refs, old.reshape(-1), rewards])
+        weights = np.concatenate([np.ones(8), np.minimum(np.exp(-ratios), LARGEST).reshape(-1)])
+        expected = [
+            (weights[values < own].sum() + 0.5 * weights[values == own].sum()) / weights.sum() for own in rewards
+        ]
+        np.testing.assert_allclose((below + up_to) / 2, expected)
+        assert count == pytest.approx(weights.sum() ** 2 / (weights**2).sum())
+
+    def test_the_newest_are_kept_and_a_state_goes_on(self):
+        visits = Visits(newest=3)
+        visits.add("a", [1.0, 2.0], [0.0, 0.0])
+        visits.add("b", [NAN], [0.0])
+        visits.add("a", [3.0, NAN, 4.0], [0.0, 0.0, np.log(2.0)])
+        again = Visits(newest=3)
+        again.load(visits.state())
+        for one in (visits, again):
+            assert [column.tolist() for column in one.of("a")] == [[2.0, 3.0, 4.0], [1.0, 1.0, 0.5]]
+            assert one.of("b")[0].size == 0 == one.of("c")[0].size
+        empty = Visits()
+        empty.load(Visits().state())
+        assert empty.of("a")[0].size == 0
+
+    def test_with_the_visits_errors_fall_further(self):
+        """K = 4 and ten visits of a policy shifted by half a standard deviation: nearer than the group alone."""
+        rng, errors = np.random.default_rng(6), {"group": [], "visits": []}
+        exact = np.vectorize(NormalDist().cdf)
+        for _ in range(100):
+            refs, visits = rng.normal(size=4), Visits()
+            for _ in range(10):
+                rewards = rng.normal(0.5, 1, 8)
+                ratios = 0.5 * rewards - 0.125
+                for name, earlier in (("group", {}), ("visits", {"earlier": visits.of("a")})):
+                    below, up_to, _ = pooled_ranks(rewards, refs, ratios, **earlier)
+                    errors[name].append(((below + up_to) / 2 - exact(rewards)) ** 2)
+                visits.add("a", rewards, ratios)
+        assert np.mean(errors["visits"]) < 0.6 * np.mean(errors["group"])
+
+    def test_a_prompt_that_is_visited_again_counts_more_samples(self, tmp_path):
+        transform = optimal_transform(BestOfN(4), kl=1.0)
+        model = tiny_causal(tmp_path / "model", "llama")
+        arguments = CTRLConfig(**config(tmp_path / "out", num_generations=8, max_steps=3, beta=0.2))
+        one = references().select([0])
+        subject = CTRLTrainer(model, CTRLReward(token_sum, transform, method="pooled"), arguments, train_dataset=one)
+        subject.train()
+        counts = [row["calibration/effective_samples"] for row in subject.state.log_history if "reward/raw" in row]
+        assert counts == pytest.approx([28, 36, 44], rel=0.05)  # 20 references and 8 rollouts a visit
+
+    def test_rows_of_one_prompt_with_other_data_have_visits_of_their_own(self):
+        def mirrored(prompts, completions, completion_ids, sign, **_):
+            return [s * len(ids) for s, ids in zip(sign, completion_ids, strict=True)]
+
+        reward = CTRLReward(mirrored, Direct(BestOfN(1)), method="pooled", num_generations=2)
+        for sign in (1, -1):
+            reward.log_ratios_B = np.zeros(2)
+            data = [{"sign": sign}] * 2
+            reward(["p"] * 2, ["a", "b"], [[1], [2, 3]], ref_rewards=[[0.0]] * 2, infalign_columns=data)
+        assert sorted(reward.visits.state()["rewards"]) == [-2.0, -1.0, 1.0, 2.0]
+        assert reward.visits.state()["counts"].tolist() == [2, 2]

@@ -206,3 +206,13 @@ def test_a_reward_that_sometimes_gives_none(tmp_path):
         {**keys, "reward": f"{tmp_path / 'score.py'}:sometimes", "reward_on_error": "mask", "eval_samples": 16}
     )
     assert 0 < found["evaluation"].main.mean < 1
+
+
+@pytest.mark.parametrize("method", ["midrank", "pooled"])
+@pytest.mark.parametrize("aim", [{"target_kl": 0.3}, {"beta": 0.2}], ids=["kept", "beta"])
+def test_the_direct_objective_from_the_calibration_to_the_page(method, aim, tmp_path):
+    keys = {name: value for name, value in tiny_experiment(tmp_path).items() if name not in ("target_kl", "beta")}
+    found = infalign.run({**keys, **aim, "objective": "direct", "calibration_method": method})
+    assert found["trained"] and 0 < found["evaluation"].main.mean < 1
+    assert "direct objective" in (tmp_path / "out" / "policy" / "README.md").read_text()
+    assert "direct objective" in found["report"].read_text()

@@ -12,10 +12,12 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 
+from infalign import BestOfN
 from infalign.stages.policy_folder import initial_model
 from infalign.theory.transforms import identity
 from infalign.training.checkpoints import check_resumable, newest_whole, seal
 from infalign.training.config import CTRLConfig
+from infalign.training.direct import Direct
 from infalign.training.reward import CTRLReward
 from infalign.training.trainer import CTRLTrainer
 from infalign.types import InputError
@@ -39,6 +41,8 @@ LAYOUTS = {
     "beta is steered": {"target_kl": 0.05, "beta": 0.3},
     "steered, two iterations": {"target_kl": 0.05, "beta": 0.3, "num_iterations": 2},
     "logs rarely": {"logging_steps": 4},
+    "pooled": {"method": "pooled"},
+    "pooled, direct, two iterations": {"method": "pooled", "direct": True, "num_iterations": 2},
 }
 
 
@@ -53,10 +57,10 @@ def rows():
     return Dataset.from_dict({"prompt": PROMPTS, "ref_rewards": [rng.normal(220, 40, 20).tolist() for _ in PROMPTS]})
 
 
-def make(model, folder, **changes):
+def make(model, folder, method="midrank", direct=False, **changes):
     settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 1, **changes}
     arguments = CTRLConfig(**config(folder, **settings))
-    reward = CTRLReward(token_sum, identity)
+    reward = CTRLReward(token_sum, Direct(BestOfN(2)) if direct else identity, method=method)
     return CTRLTrainer(model, reward, arguments, train_dataset=rows(), identity={"recipe": "tests"})
 
 

@@ -14,12 +14,16 @@ from transformers import AutoModelForCausalLM, TrainerState
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
+from infalign.evaluation.winrate import win_rate
 from infalign.models.shared_prefix import positions
+from infalign.theory.optimum import optimal_transform, win_rate_limit
 from infalign.theory.procedures import BestOfN
 from infalign.theory.transforms import identity
 from infalign.training.callbacks import GRPOCheck, NegativeKL
 from infalign.training.config import CTRLConfig
+from infalign.training.held_out import measure
 from infalign.training.reward import CTRLReward
+from infalign.training.rollouts import rollout_uniforms
 from infalign.training.trainer import CTRLTrainer
 from infalign.types import InputError, RewardError
 from tests.tiny import tiny_causal
@@ -389,11 +393,67 @@ def test_held_out_evaluation(llama, tmp_path):
         eval_dataset=references(),
     )
     metrics = subject.evaluate()
-    assert set(metrics) == {"eval_winrate", "eval_winrate_1", "eval_kl_seq"}
+    names = ("winrate", "winrate_1", "kl_seq", "completion_length", "quantile_distance")
+    assert set(metrics) == {f"eval_{name}" for name in names}  # the KL of a policy that has not moved has no limit
     assert metrics["eval_kl_seq"] == pytest.approx(0.0, abs=1e-4)
     assert 0 < metrics["eval_winrate"] < 1
+    assert metrics == pytest.approx(subject.evaluate())  # the same random streams
     subject.train()
     assert sum("eval_winrate" in row for row in subject.state.log_history) >= 2
+
+
+@pytest.mark.parametrize("rows", [4, 8, 16])
+def test_held_out_prompts_that_share_a_pass_are_measured_alike(rows, llama, tmp_path):
+    """One prompt a pass, two, all of them: prompts of unequal lengths, samples that end early."""
+    subject = CTRLTrainer(
+        llama,
+        CTRLReward(token_sum, identity),
+        CTRLConfig(**config(tmp_path, per_device_train_batch_size=rows, learning_rate=1e-2, max_steps=6)),
+        procedure=BestOfN(2),
+        train_dataset=references(),
+        eval_dataset=references(),
+    )
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for weight in subject.model.parameters():  # another policy than the reference, the same one in every case
+            weight.add_(0.05 * torch.randn_like(weight))
+    found = measure(subject, list(references()), 4)
+    assert found["kl_seq"] > 0.05
+    assert 0 < found["quantile_distance"] <= 1 and 1 <= found["completion_length"] <= 5
+    assert found["attainment"] == pytest.approx(
+        (found["winrate"] - 0.5) / (win_rate_limit(BestOfN(2), found["kl_seq"]) - 0.5)
+    )
+    by_hand, kls = [], []
+    for number, row in enumerate(references()):
+        prompt = subject._tokenize_prompts([row["prompt"]])[0][0]
+        uniforms = rollout_uniforms([prompt] * 4, seed=42, generation=-1, first_row=4 * number, count=5)
+        samples = subject._decode([prompt] * 4, uniforms)
+        rewards = token_sum([ids for ids, _ in samples])
+        by_hand.append(win_rate([rewards], [row["ref_rewards"]], BestOfN(2)).mean)
+        ids = [torch.tensor([prompt + ids]) for ids, _ in samples]
+        with torch.no_grad():
+            theirs = [
+                sum(
+                    subject.ref_model(one)
+                    .logits[0, :-1]
+                    .log_softmax(-1)
+                    .gather(1, one[0, 1:, None])[len(prompt) - 1 :, 0]
+                )
+                for one in ids
+            ]
+        kls.append(np.mean([sum(logps) - float(other) for (_, logps), other in zip(samples, theirs, strict=True)]))
+    assert found["winrate"] == pytest.approx(np.mean(by_hand))
+    assert found["kl_seq"] == pytest.approx(np.mean(kls), abs=1e-4)
+
+
+def test_the_win_rate_on_train_prompts_is_logged(llama, tmp_path):
+    subject, rolled = trainer(llama, tmp_path, CTRLReward(token_sum, optimal_transform(BestOfN(2), kl=1.0))), []
+    score = subject.ctrl_reward._everybodys
+    subject.ctrl_reward._everybodys = lambda *given: rolled.append(score(*given)) or rolled[-1]
+    subject.train()
+    logged = [row["winrate"] for row in subject.state.log_history if "winrate" in row]
+    expected = [win_rate(one.rewards_PG, one.references, BestOfN(2)).mean for one in rolled]
+    assert logged == pytest.approx(expected) and len(logged) == 2
 
 
 @pytest.mark.parametrize(("kl", "warned"), [(-0.05, True), (-0.01, False), (0.05, False)])
