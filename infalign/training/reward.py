@@ -219,7 +219,8 @@ class CTRLReward:
 
         It is the procedure's win rate on the prompts that are trained on, against the samples that they are ranked in.
         """
-        procedure, values = self.procedure, []
+        procedure: Any = self.procedure
+        values: list[float] = []
         if not hasattr(procedure, "order_weights"):
             return None
         for rewards_G, references in zip(groups.rewards_PG, groups.references, strict=True):
