@@ -6,6 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from infalign.calibration.few_samples import expected_cost
+from infalign.evaluation.shortfall import shortfall, trained
+from infalign.evaluation.summary import Evaluation
+from infalign.runtime.artifacts import read_json
 from infalign.runtime.console import say
 from infalign.runtime.distributed import together
 from infalign.stages.calibrate import calibrate
@@ -66,6 +70,8 @@ def run(config: Recipe | Mapping[str, Any] | str | Path, *, dry: bool = False, *
     trained = train(recipe, experiment)
     evaluated = evaluate(recipe, experiment)
     tell(evaluated)
+    for line in _shortfall(experiment, evaluated):
+        say(f"  {line}")
     page = report(recipe)
     say(f"\nreport: {page}")
     return {
@@ -74,3 +80,19 @@ def run(config: Recipe | Mapping[str, Any] | str | Path, *, dry: bool = False, *
         "evaluation": evaluated,
         "report": page,
     }
+
+
+def _shortfall(experiment: Experiment, evaluated: Evaluation) -> list[str]:
+    """What limited the result, from the policy's training log and the recipe."""
+    recipe, aim = experiment.recipe, experiment.objective
+    path = experiment.policy_path / "training_log.json"
+    count = recipe.num_calibration_samples
+    ranks_alone = recipe.objective == "transform" and recipe.calibration_method != "pooled"
+    return shortfall(
+        evaluated,
+        experiment.procedure,
+        trained(read_json(path, "the training log") if path.exists() else []),
+        target_kl=recipe.target_kl,
+        count=count,
+        cost=expected_cost(aim.transform, aim.procedure, count, aim.kl) if ranks_alone and aim.kl else None,
+    )
