@@ -89,7 +89,7 @@ def shortfall(
         causes.append("held-out prompts do worse than those of training: more prompts (num_train_prompts)")
     if cost is not None and cost > COSTLY:
         causes.append(
-            f"K = {count} calibration samples cost up to {cost:.2f} win rate: more samples, or calibration_method pooled"
+            f"K = {count} samples cost up to {cost:.2f} win rate: more of them, or calibration_method: pooled"
         )
     if not causes:
         causes.append(

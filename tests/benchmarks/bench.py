@@ -34,6 +34,7 @@ from infalign.rewards.loader import load_reward
 from infalign.stages.calibrate import calibrate
 from infalign.stages.experiment import Experiment
 from infalign.stages.recipe import load_recipe
+from infalign.training.direct import Direct
 from infalign.types import SamplingSettings
 from tests.benchmarks.subjects import (
     decoding_bounds,
@@ -88,11 +89,32 @@ def _calibration_seconds(rows: int) -> float:
     return interleaved({"it": lambda: reward(prompts=texts, completions=texts, ref_rewards=references)}, 5)["it"]
 
 
-def _trainers(folder: Path, length: int, rows: int, k: int = K, new: int = NEW) -> tuple[RLOOTrainer, CTRLTrainer]:
+def objectives(folder: Path) -> None:
+    """A step of the direct objective and one with pooled calibration beside a plain CTRL step, everything else equal."""
+    phi = optimal_transform(BestOfN(4), beta=0.1)
+    kinds = {"plain": (phi, "midrank"), "direct": (Direct(BestOfN(4)), "midrank"), "pooled": (phi, "pooled")}
+    judge, data = reward_model(folder), _data(8 * K, 64)
+    trainers = {}
+    for name, (transform, method) in kinds.items():
+        reward = CTRLReward(load_reward(judge), transform, method=method)
+        arguments = CTRLConfig(**_settings(folder, 8 * K, K, NEW))
+        trainers[name] = CTRLTrainer(policy(folder), reward, arguments, train_dataset=data)
+        ready_for_steps(trainers[name])
+    seconds = interleaved({name: stepper(trainer) for name, trainer in trainers.items()}, repeats=5)
+    for name in ("direct", "pooled"):
+        told(
+            f"{name} step", {"plain": seconds["plain"], name: seconds[name]}, prompt=64, k=K, new_tokens=NEW, rows=8 * K
+        )
+
+
+def _data(rows: int, length: int) -> Dataset:
     texts = prompts(rows, length)
     references = np.random.default_rng(0).normal(0, 0.1, 32).tolist()
-    data = Dataset.from_dict({"prompt": texts, "ref_rewards": [references] * len(texts)})
-    settings = {
+    return Dataset.from_dict({"prompt": texts, "ref_rewards": [references] * len(texts)})
+
+
+def _settings(folder: Path, rows: int, k: int, new: int) -> dict[str, Any]:
+    return {
         "output_dir": str(folder / "out"),
         "per_device_train_batch_size": rows,
         "num_generations": k,
@@ -106,6 +128,10 @@ def _trainers(folder: Path, length: int, rows: int, k: int = K, new: int = NEW) 
         "gradient_checkpointing": False,
         "disable_dropout": True,
     }
+
+
+def _trainers(folder: Path, length: int, rows: int, k: int = K, new: int = NEW) -> tuple[RLOOTrainer, CTRLTrainer]:
+    data, settings = _data(rows, length), _settings(folder, rows, k, new)
     path, judge = policy(folder), reward_model(folder)
     theirs = RLOOTrainer(
         path,
@@ -373,6 +399,7 @@ def growth(folder: Path) -> None:
 
 CASES = {
     "step": step,
+    "objectives": objectives,
     "sampling": sampling,
     "scoring": scoring,
     "cache": cache,

@@ -51,10 +51,10 @@ def test_prompts_when_those_of_training_do_better_than_chance_allows():
 
 
 def test_samples():
-    line = "K = 16 calibration samples cost up to 0.04 win rate: more samples, or calibration_method pooled"
+    line = "K = 16 samples cost up to 0.04 win rate: more of them, or calibration_method: pooled"
     assert line in said(measured(0.9), rollouts(0.9), count=16, cost=0.042)
-    assert "calibration samples cost" not in said(measured(0.9), rollouts(0.9), count=512, cost=0.002)
-    assert "calibration samples cost" not in said(measured(0.9), rollouts(0.9), count=16)
+    assert "samples cost" not in said(measured(0.9), rollouts(0.9), count=512, cost=0.002)
+    assert "samples cost" not in said(measured(0.9), rollouts(0.9), count=16)
 
 
 def test_nothing_is_missing_or_nothing_of_these_explains_it():
