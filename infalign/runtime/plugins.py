@@ -121,8 +121,9 @@ def find_file(path: str, base_dir: Path, *, what: str = "reward") -> Path:
     folder = (base_dir / wanted).resolve().parent
     there = sorted(found.name for found in folder.glob("*.py")) if folder.is_dir() else []
     hint = f"; that folder has {', '.join(there[:8])}" if there else ""
+    start = "working directory" if base_dir.resolve() == Path.cwd() else "recipe"
     raise InputError(
-        f"{what} {path!r}: no such file under {base_dir.resolve()}{hint}; paths are relative to the recipe"
+        f"{what} {path!r}: no such file under {base_dir.resolve()}{hint}; paths are relative to the {start}"
     )
 
 

@@ -27,8 +27,8 @@ from infalign.runtime.artifacts import write_json
 from infalign.runtime.config import check, field_hints
 from infalign.runtime.console import notice, say
 from infalign.stages.objective import find_procedure
-from infalign.stages.recipe import key
-from infalign.theory.procedures import Procedure
+from infalign.stages.recipe import PROCEDURE_KWARGS, key
+from infalign.theory.procedures import BUILT_IN, Procedure, takes_n
 from infalign.types import InputError
 
 Floats = NDArray[np.float64]
@@ -46,11 +46,9 @@ class Comparison:
     requests: list[str] = key([], "request files of OpenAI batches, which hold the prompts", "files")
     output: str | None = key(None, "JSON file to write the result to", "files")
 
-    procedure: str = key(
-        "best_of_n", "best_of_n, worst_of_n, kth_of_n, random_n, soft_best_of_n, path.py:name", "decoder"
-    )
+    procedure: str = key("best_of_n", f"{', '.join(BUILT_IN)}, or path.py:name", "decoder")
     n: int | None = key(None, "candidates that the procedure draws; unset: 4, or as many as there are", "decoder")
-    procedure_kwargs: dict = key({}, "{k: 2}, {tilt: 8}, {pmf: [...]}", "decoder")
+    procedure_kwargs: dict = key({}, PROCEDURE_KWARGS, "decoder")
     eval_n: list[int] = key(
         [], "further N of Best-of-N and Worst-of-N; unset: 1, 2, 4, ... up to the samples", "decoder"
     )
@@ -276,7 +274,9 @@ def compare(asked: Comparison) -> Compared:
     """
     output = Path(asked.output).expanduser().absolute() if asked.output else None  # plug-ins may change the folder
     pairs = read_pairs(asked)
-    procedure = find_procedure(asked.procedure, choose_n(asked, pairs), asked.procedure_kwargs, Path())
+    counts = asked.procedure in BUILT_IN and takes_n(asked.procedure)
+    n = choose_n(asked, pairs) if counts else asked.n
+    procedure = find_procedure(asked.procedure, n, asked.procedure_kwargs, Path())
     table = load_table(asked, pairs, procedure)
     del pairs
     least = min(int((~np.isnan(row)).sum()) for side in table.rewards for row in side)
@@ -355,3 +355,8 @@ def tell(asked: Comparison, result: Compared) -> None:
         say(f"  {result.judge}")
     if asked.output:
         say(f"  written to {asked.output}")
+
+
+def compare_verb(asked: Comparison) -> None:
+    """Compare, and print what was measured."""
+    tell(asked, compare(asked))

@@ -75,6 +75,9 @@ def generate(
         InputError: no policy, no prompts, or not one that can be decoded.
         RewardError: the reward fails on every row.
     """
+    for name, value in {"prompts": prompts, "output": output, "split": split}.items():
+        if value is not None and not isinstance(value, str):
+            raise InputError(f"--{name} takes one {'name' if name == 'split' else 'path'}, got {value!r}")
     if STANDARD in (prompts, output) and world_size() > 1:
         raise InputError(
             "--prompts - and --output - are one process' own: give files, or leave --accelerate_config out"

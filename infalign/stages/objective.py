@@ -9,9 +9,9 @@ from typing import Any
 from infalign.rewards.fingerprint import callable_digest, digest
 from infalign.runtime.config import nearest
 from infalign.runtime.plugins import find_object
-from infalign.stages.recipe import Recipe
+from infalign.stages.recipe import Recipe, refuse_n
 from infalign.theory.objective import Objective, objective
-from infalign.theory.procedures import BUILT_IN, Procedure
+from infalign.theory.procedures import BUILT_IN, NEEDS, Procedure, takes_n
 from infalign.theory.transforms import CATALOGUE, check_transform
 from infalign.types import InputError
 
@@ -22,27 +22,26 @@ def load_procedure(recipe: Recipe) -> Procedure:
     Raises:
         InputError: an unknown name, or arguments that it does not take.
     """
-    return find_procedure(recipe.procedure, recipe.n, recipe.procedure_kwargs, recipe.base_dir)
+    name = recipe.procedure
+    n = recipe.n if name in BUILT_IN and takes_n(name) else None  # what `load_recipe` did not refuse is the default
+    return find_procedure(name, n, recipe.procedure_kwargs, recipe.base_dir)
 
 
-_NEEDS = {
-    "kth_of_n": ("k", "{k: 2} for the second best"),
-    "soft_best_of_n": ("tilt", "{tilt: 8}"),
-    "random_n": ("pmf", "{pmf: [0.5, 0.5]}, the chances of 1, 2, ... samples"),
-}
-"""What a built-in procedure takes beside n, with an example."""
-
-
-def find_procedure(name: str, n: int, kwargs: Mapping[str, Any], base_dir: Path) -> Procedure:
-    """The procedure of that name; errors as `load_procedure`."""
+def find_procedure(name: str, n: int | None, kwargs: Mapping[str, Any], base_dir: Path) -> Procedure:
+    """The procedure of that name, with `n` candidates (None: 4 where it takes a number); errors as `load_procedure`."""
     arguments: dict[str, Any] = dict(kwargs)
     if name in BUILT_IN:
         build: Any = BUILT_IN[name]
-        wanted, example = _NEEDS.get(name, ("", ""))
+        wanted, example = NEEDS.get(name, ("", ""))
         if wanted and wanted not in arguments:
             raise InputError(f"procedure {name} needs procedure_kwargs: {example}")
-        arguments = arguments if name == "random_n" else {"n": n, **arguments}
+        if takes_n(name):
+            arguments = {"n": 4 if n is None else n, **arguments}
+        else:
+            refuse_n(name, n)
     else:
+        if n is not None:
+            arguments = {"n": n, **arguments}
         found = find_object(name, base_dir, what="procedure") if ":" in name or "." in name else None
         if found is None:
             raise InputError(
@@ -50,6 +49,10 @@ def find_procedure(name: str, n: int, kwargs: Mapping[str, Any], base_dir: Path)
                 f"(one of {', '.join(BUILT_IN)}, or path.py:name for your own)"
             )
         build = found.value
+    if isinstance(build, Procedure) and arguments:
+        raise InputError(
+            f"procedure {name!r} is {build!r} already and takes no arguments, got {arguments}: leave them out"
+        )
     built = build if isinstance(build, Procedure) else _called(build, arguments, "procedure", name)
     if not isinstance(built, Procedure):
         raise InputError(f"procedure {name!r} gave {type(built).__name__}, not an infalign Procedure")

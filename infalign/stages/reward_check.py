@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -12,12 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from infalign.data.columns import renamed
+from infalign.data.columns import parse_columns, renamed
 from infalign.data.completions import read_completions
 from infalign.data.prompts import prompts_from_rows
 from infalign.data.sources import iter_rows
 from infalign.rewards.contract import Text, shape_completions
 from infalign.rewards.loader import Reward, load_reward
+from infalign.runtime.config import check
 from infalign.runtime.console import notice, say
 from infalign.types import InputError, Prompt, RewardError, prompt_key
 
@@ -63,6 +65,30 @@ class Checked:
     alone: float = 0.0
     reversed: float = 0.0
     tied: int = 0
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """The arguments of `infalign reward check`."""
+    parser.add_argument("spec", metavar="SPEC", help="as a recipe's reward: file.py:name, module:name, model, URL")
+    parser.add_argument("--reward_kwargs", default="{}", help="keyword arguments, e.g. '{target: 20}'")
+    parser.add_argument("--prompts", help="file of prompts with their columns, in place of the built-in ones")
+    parser.add_argument("--samples", help="file of rows of prompt and completions, in place of the built-in ones")
+    parser.add_argument("--columns", help="other names of the file's columns, e.g. prompt=question,completions=answers")
+    parser.add_argument("--split", help="split of a folder that has several")
+
+
+def reward_verb(given: Namespace) -> None:
+    """Check the reward of parsed arguments, and print what was found."""
+    kwargs = check({}, {"reward_kwargs": given.reward_kwargs}, {"reward_kwargs": dict[str, Any]})["reward_kwargs"]
+    results = reward_check(
+        given.spec,
+        kwargs,
+        prompts=given.prompts,
+        samples=given.samples,
+        columns=parse_columns(given.columns),
+        split=given.split,
+    )
+    tell(given.spec, results)
 
 
 def reward_check(

@@ -74,3 +74,8 @@ def run(config: Recipe | Mapping[str, Any] | str | Path, *, dry: bool = False, *
         "evaluation": evaluated,
         "report": page,
     }
+
+
+def run_verb(recipe: Recipe, *, dry_run: bool = False) -> None:
+    """`run` under the name that its option has on the command line."""
+    run(recipe, dry=dry_run)
