@@ -29,7 +29,7 @@ Rows = list[tuple[Prompt, str]]
 
 QUESTIONS = ("How do I boil an egg?", "Who wrote Hamlet?")
 ANSWERS = (
-    "Put it into boiling water for eight minutes, then into cold water. Enjoy!",
+    "Thanks for asking! Put it into boiling water for eight minutes, then, please, into cold water.",
     "William Shakespeare wrote it around 1600.",
     "I don't know, and I don't care.",
     "42",
