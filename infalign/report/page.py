@@ -134,7 +134,8 @@ def training_line(findings: Findings) -> str:
         return ""
     parts = policy["parts"]
     words = [f"{policy['steps']} steps" if "steps" in policy else "", f"procedure {parts.get('procedure', '?')}"]
-    words += [f"transform {short_transform(parts.get('transform', '?'))}"]
+    transform = short_transform(parts.get("transform", "?"))
+    words += ["direct objective" if transform == "direct" else f"transform {transform}"]
     words += [f"β {parts['beta']:.4g}"] if "beta" in parts else []
     seconds = [row["train_runtime"] for row in findings.log or [] if "train_runtime" in row]
     words += [f"{seconds[-1] / 60:.1f} minutes"] if seconds else []

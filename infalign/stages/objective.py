@@ -59,6 +59,11 @@ def find_procedure(name: str, n: int | None, kwargs: Mapping[str, Any], base_dir
     return built
 
 
+def objective_name(recipe: Recipe) -> str:
+    """What is optimised, in words: the transform, which the direct objective has none of."""
+    return "direct objective" if recipe.objective == "direct" else f"transform {recipe.transform}"
+
+
 def load_objective(recipe: Recipe, procedure: Procedure) -> Objective:
     """The recipe's objective; `target_kl` gives the beta at which its transform aims at that KL.
 

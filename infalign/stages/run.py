@@ -12,6 +12,7 @@ from infalign.stages.calibrate import calibrate
 from infalign.stages.estimate import dry_run
 from infalign.stages.evaluate import check_samples, evaluate, tell
 from infalign.stages.experiment import Experiment
+from infalign.stages.objective import objective_name
 from infalign.stages.recipe import Recipe, load_recipe, require, require_plain
 from infalign.stages.report import report
 from infalign.stages.train import check_ready, train, training_arguments
@@ -60,8 +61,7 @@ def run(config: Recipe | Mapping[str, Any] | str | Path, *, dry: bool = False, *
         preflight(experiment)
     if dry:
         return dry_run(experiment)
-    aim = "direct objective" if recipe.objective == "direct" else f"transform {recipe.transform}"
-    say(f"infalign: {experiment.procedure}, {aim}, output in {recipe.output}")
+    say(f"infalign: {experiment.procedure}, {objective_name(recipe)}, output in {recipe.output}")
     calibrated = calibrate(recipe, experiment)
     trained = train(recipe, experiment)
     evaluated = evaluate(recipe, experiment)
