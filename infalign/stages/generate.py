@@ -110,7 +110,7 @@ def generate(
         tokens_per_batch=recipe.tokens_per_batch,
     )
     identity = _identity(experiment, batches, asked)
-    with together():  # every rank looks, and one of them speaks
+    with together("the look at what is made already"):  # every rank looks, and one of them speaks
         made = is_made(path, identity, recipe.overwrite)
     if made:
         say(f"{path} is made already ({len(asked.rows)} completions by {_strategy(experiment)!r})")

@@ -57,7 +57,7 @@ def run(config: Recipe | Mapping[str, Any] | str | Path, *, dry: bool = False, *
     require(recipe, "model_name_or_path", "reward", "output_dir")
     require_plain(recipe)
     experiment = Experiment(recipe)
-    with together():  # every rank looks, and one of them speaks
+    with together("the checks before `run`"):  # every rank looks, and one of them speaks
         preflight(experiment)
     if dry:
         return dry_run(experiment)
