@@ -8,13 +8,14 @@ import importlib
 import importlib.util
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from infalign.runtime.config import nearest
 from infalign.runtime.imports import (
     IMPORTED,
     PREFIX,
@@ -92,6 +93,36 @@ def find_object(spec: str, base_dir: Path, *, what: str = "reward") -> Found | N
     source = [name, *module_digest(defined_in)]
     others = {one: path for one, path in modules.items() if one != defined_in.__name__}
     return Found(value, _telling(name, left.rpartition(".")[2]), source, others, folders)
+
+
+def find_own(name: str, known: Collection[str], base_dir: Path, *, what: str) -> Any:
+    """The object that is named where a built-in one of `known` could be; as `find_object`.
+
+    Raises:
+        InputError: it is neither; the nearest name and all names are given.
+    """
+    found = find_object(name, base_dir, what=what) if ":" in name or "." in name else None
+    if found is None:
+        raise InputError(
+            f"{what} {name!r} is unknown{nearest(name, known)} "
+            f"(one of {', '.join(known)}, or path.py:name for your own)"
+        )
+    return found.value
+
+
+def built(build: Any, arguments: Mapping[str, Any], name: str, *, what: str, kwargs: Mapping[str, Any]) -> Any:
+    """What `build` makes of `arguments`, among which are the recipe's `kwargs`.
+
+    Raises:
+        InputError: it refuses them, or has not enough.
+    """
+    try:
+        return build(**arguments)
+    except InputError as error:
+        raise InputError(f"{what} {name!r}: {error}") from error
+    except (TypeError, ValueError) as error:
+        verb = "needs more than" if "missing" in str(error) else "does not take"
+        raise InputError(f"{what} {name!r} {verb} {what}_kwargs {dict(kwargs)}: {error}") from error
 
 
 @contextlib.contextmanager

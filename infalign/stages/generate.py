@@ -42,7 +42,7 @@ from infalign.stages.generated_file import (
 )
 from infalign.stages.output import nothing_left_behind
 from infalign.stages.recipe import Recipe, require
-from infalign.stages.reference import REFERENCE, reference_sampler
+from infalign.stages.reference_sampler import REFERENCE, reference_sampler
 from infalign.stages.strategy import load_strategy
 from infalign.types import InputError, Prompt, RewardError
 

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from infalign.rewards.fingerprint import callable_digest, digest
-from infalign.runtime.config import nearest
-from infalign.runtime.plugins import find_object
+from infalign.runtime.plugins import built, find_own
 from infalign.stages.recipe import Recipe, refuse_n
 from infalign.theory.objective import Objective, objective
 from infalign.theory.procedures import BUILT_IN, NEEDS, Procedure, takes_n
@@ -40,23 +39,18 @@ def find_procedure(name: str, n: int | None, kwargs: Mapping[str, Any], base_dir
         else:
             refuse_n(name, n)
     else:
-        if n is not None:
-            arguments = {"n": n, **arguments}
-        found = find_object(name, base_dir, what="procedure") if ":" in name or "." in name else None
-        if found is None:
-            raise InputError(
-                f"procedure {name!r} is unknown{nearest(name, BUILT_IN)} "
-                f"(one of {', '.join(BUILT_IN)}, or path.py:name for your own)"
-            )
-        build = found.value
+        build = find_own(name, BUILT_IN, base_dir, what="procedure")
+        arguments = kwargs = arguments if n is None else {"n": n, **arguments}
     if isinstance(build, Procedure) and arguments:
         raise InputError(
             f"procedure {name!r} is {build!r} already and takes no arguments, got {arguments}: leave them out"
         )
-    built = build if isinstance(build, Procedure) else _called(build, arguments, "procedure", name)
-    if not isinstance(built, Procedure):
-        raise InputError(f"procedure {name!r} gave {type(built).__name__}, not an infalign Procedure")
-    return built
+    procedure = (
+        build if isinstance(build, Procedure) else built(build, arguments, name, what="procedure", kwargs=kwargs)
+    )
+    if not isinstance(procedure, Procedure):
+        raise InputError(f"procedure {name!r} gave {type(procedure).__name__}, not an infalign Procedure")
+    return procedure
 
 
 def objective_name(recipe: Recipe) -> str:
@@ -90,34 +84,16 @@ def load_objective(recipe: Recipe, procedure: Procedure) -> Objective:
 
 
 def _transform(recipe: Recipe) -> Any:
-    name = recipe.transform
+    name, kwargs = recipe.transform, recipe.transform_kwargs
     if name in CATALOGUE:
-        if name == "exponential" and "t" not in recipe.transform_kwargs:
+        if name == "exponential" and "t" not in kwargs:
             raise InputError(
                 "transform exponential needs transform_kwargs: {t: ...}: about 5 for Best-of-2, 10 for Best-of-4, "
                 "negative for Worst-of-N"
             )
-        entry: Any = CATALOGUE[name]
-        return _called(entry, recipe.transform_kwargs, "transform", name)
-    found = find_object(name, recipe.base_dir, what="transform") if ":" in name or "." in name else None
-    if found is None:
-        known = ["optimal", *CATALOGUE]
-        raise InputError(
-            f"transform {name!r} is unknown{nearest(name, known)} "
-            f"(one of {', '.join(known)}, or path.py:name for your own)"
-        )
-    transform = (
-        _called(found.value, recipe.transform_kwargs, "transform", name) if recipe.transform_kwargs else found.value
-    )
+        return built(CATALOGUE[name], kwargs, name, what="transform", kwargs=kwargs)
+    transform = find_own(name, ["optimal", *CATALOGUE], recipe.base_dir, what="transform")
+    if kwargs:
+        transform = built(transform, kwargs, name, what="transform", kwargs=kwargs)
     check_transform(transform, f"transform {name!r}")
     return transform
-
-
-def _called(build: Any, arguments: dict[str, Any], what: str, name: str) -> Any:
-    try:
-        return build(**arguments)
-    except InputError:
-        raise
-    except (TypeError, ValueError) as error:
-        verb = "needs" if "missing" in str(error) else "does not take"
-        raise InputError(f"{what} {name!r} {verb} {what}_kwargs {arguments}: {error}") from error

@@ -19,7 +19,7 @@ from infalign.decoding.strategies import STRATEGIES, TAKES_PROCEDURE
 from infalign.runtime.address import address_problem
 from infalign.runtime.config import check, field_hints, read_yaml
 from infalign.runtime.launch import FLAGS as LAUNCH_FLAGS
-from infalign.stages.foreign_keys import explain
+from infalign.stages.keys_of_other_trainers import explain
 from infalign.theory.procedures import BUILT_IN, NEEDS, takes_n
 from infalign.theory.transforms import CATALOGUE
 from infalign.types import InputError, SamplingSettings
@@ -33,6 +33,17 @@ def key(default: Any, text: str, kind: str) -> Any:
     if isinstance(default, (dict, list)):
         return field(default_factory=lambda: default.copy(), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def settle_paths(recipe: Any) -> None:
+    """Note where a recipe's folders are as it is made: a plug-in may change the working directory later."""
+    object.__setattr__(recipe, "_output", Path(recipe.output_dir).expanduser().absolute())
+    object.__setattr__(recipe, "base_dir", Path(recipe.base_dir).absolute())
+
+
+def settled_output(recipe: Any) -> Path:
+    """A recipe's `output_dir` as a path, from where the working directory was when the recipe was made."""
+    return vars(recipe)["_output"]
 
 
 PROCEDURE_KWARGS = "; ".join(f"{name}: {example}" for name, (_, example) in NEEDS.items())
@@ -155,19 +166,8 @@ class Recipe:
             repetition_penalty=self.repetition_penalty,
         )
 
-    def __post_init__(self) -> None:
-        settle_paths(self)
-
-    @property
-    def output(self) -> Path:
-        """`output_dir` as a path, from where the working directory was when the recipe was made."""
-        return vars(self)["_output"]
-
-
-def settle_paths(recipe: Any) -> None:
-    """Note where a recipe's folders are as it is made: a plug-in may change the working directory later."""
-    object.__setattr__(recipe, "_output", Path(recipe.output_dir).expanduser().absolute())
-    object.__setattr__(recipe, "base_dir", Path(recipe.base_dir).absolute())
+    __post_init__ = settle_paths
+    output = property(settled_output)
 
 
 def own_keys(declaration: type = Recipe) -> list[dataclasses.Field]:

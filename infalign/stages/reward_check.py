@@ -126,18 +126,18 @@ def _samples(
     """The rows by form, at most `MOST` of each."""
     if samples is not None:
         file = read_completions(samples, columns=columns, split=split)
-        found = [(one.prompt, text) for one in file.rows for text in one.texts or ()]
+        pairs = [(one.prompt, text) for one in file.rows for text in one.texts or ()]
     else:
-        asked = [_prompt(question) for question in QUESTIONS]
-        asked += [_prompt([{"role": "user", "content": question}]) for question in QUESTIONS]
+        questions = [_prompt(question) for question in QUESTIONS]
+        questions += [_prompt([{"role": "user", "content": question}]) for question in QUESTIONS]
         if prompts is not None:
             limit = MOST // len(ANSWERS)
             rows = renamed(list(islice(iter_rows(prompts, split=split), limit)), columns, prompts)
-            asked = list(prompts_from_rows(rows, prompts).prompts)
-        found = [(prompt, answer) for prompt in asked for answer in ANSWERS]
+            questions = list(prompts_from_rows(rows, prompts).prompts)
+        pairs = [(prompt, answer) for prompt in questions for answer in ANSWERS]
     forms = {
-        "text": [row for row in found if isinstance(row[0].content, str)],
-        "chat": [row for row in found if not isinstance(row[0].content, str)],
+        "text": [pair for pair in pairs if isinstance(pair[0].content, str)],
+        "chat": [pair for pair in pairs if not isinstance(pair[0].content, str)],
     }
     return {form: rows[:MOST] for form, rows in forms.items() if rows}
 
@@ -194,17 +194,19 @@ def _tied(rows: Rows, scores_B: Floats) -> int:
     return sum(len(same) for same in texts.values() if len(same) > 1)
 
 
-def tell(spec: str, found: Sequence[Checked]) -> None:
-    """Print what was found.
+def tell(spec: str, results: Sequence[Checked]) -> None:
+    """Print the results.
 
     Raises:
         RewardError: the reward broke on every form of samples, or scored none of them.
     """
-    worked = [one for one in found if one.scores_B is not None]
+    worked = [one for one in results if one.scores_B is not None]
     if not worked:
-        raise RewardError(f"{spec} scored no {' and no '.join(one.form for one in found)} prompts: {found[-1].problem}")
+        raise RewardError(
+            f"{spec} scored no {' and no '.join(one.form for one in results)} prompts: {results[-1].problem}"
+        )
     say(f"reward {spec}")
-    for one in found:
+    for one in results:
         same = one is not worked[0] and _same(worked[0], one)
         say(f"\n{one.form} prompts, {len(one.rows)} completions")
         for line in [f"broke: {one.problem}"] if one.scores_B is None else _lines(one, listed=not same):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from infalign import BestOfN, KthOfN, RandomN, SoftBestOfN, WorstOfN, optimal_transform, tilt, transforms
-from infalign.stages.objective import load_objective, load_procedure
+from infalign.stages.objective import find_procedure, load_objective, load_procedure
 from infalign.stages.recipe import load_recipe
 from infalign.theory.objective import differing
 from infalign.types import InputError
@@ -154,6 +154,13 @@ def test_random_n_takes_no_n(own):
     with pytest.raises(InputError, match="procedure random_n takes no n, got 4"):  # the default is no exception
         load_recipe(own, {**keys, "n": 4})
     assert load_recipe(own, {**keys, "n": 8, "strategy": "rejection"}).n == 8
+
+
+def test_a_builder_that_takes_no_n_is_told_what_it_got(own):
+    with pytest.raises(
+        InputError, match=r"does not take procedure_kwargs {'n': 3, 'm': 1}: best\(\) got an unexpected"
+    ):
+        find_procedure("own.py:best", 3, {"m": 1}, own.parent)
 
 
 def test_a_procedure_that_is_made_already_takes_no_arguments(own):
