@@ -9,8 +9,9 @@ import sys
 
 import pytest
 
-from infalign.cli import VERBS, main
+from infalign.cli import VERBS, Verb, main
 from infalign.runtime import launch
+from infalign.theory.procedures import BUILT_IN
 
 
 def test_help_is_fast_and_names_every_verb():
@@ -39,7 +40,7 @@ def test_every_verb_has_help(verb, capsys):
     assert main([verb, "--help"]) == 0
     out = capsys.readouterr().out
     own = {"reward-model": "--freeze_backbone", "compare": "--policy"}.get(verb, "--num_calibration_samples")
-    assert VERBS[verb] in out and own in out
+    assert VERBS[verb].help in out and own in out
 
 
 @pytest.mark.parametrize("verb", sorted(set(VERBS) - {"theory", "env", "reward"}))
@@ -90,7 +91,13 @@ def test_theory_as_json_and_plot(capsys, tmp_path):
         (["theory", "--kl", "-1"], "kl"),
         (["theory", "--n", "4.5", "--kl", "1"], "argument --n: invalid int value: '4.5'"),
         (["theory", "--procedur", "best_of_n"], "unrecognized arguments: --procedur"),
-        (["theory", "--procedure", "kth_of_n", "--kl", "1"], "procedure kth_of_n"),
+        (["theory", "--procedure", "kth_of_n", "--kl", "1"], "procedure kth_of_n needs procedure_kwargs: {k: 2}"),
+        (
+            ["theory", "--procedure", "random_n", "--pmf", "0.5", "0.5", "--n", "8"],
+            "random_n takes no n, got 8: pmf says",
+        ),
+        (["theory", "--procedure", "nowhere.py:p"], "; paths are relative to the working directory"),
+        (["reward", "check", "nowhere.py:r"], "; paths are relative to the working directory"),
         (["theory", "--procedure", "kth_of_n", "--k", "9", "--kl", "1"], "9"),
         (["theory", "--kl", "1", "--plot", "x.pdf"], "--plot writes a PNG, got 'x.pdf'"),
         (["env", "x"], "env takes no arguments, got x"),
@@ -105,6 +112,56 @@ def test_a_mistake_is_one_line_and_exit_code_2(words, message, capsys):
     captured = capsys.readouterr()
     assert message in captured.err
     assert captured.err.startswith("infalign: error: ") and captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("verb", ["run", "compare", "theory"])
+def test_help_names_every_procedure(verb, capsys):
+    assert main([verb, "--help"]) == 0
+    assert ", ".join(BUILT_IN) in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_verb_is_a_row(capsys, monkeypatch):
+    """Its line in the overview, its help, its options, and what it tells come from the row."""
+    row = Verb("the folders", "recipe:recipe_folders", recipe="", arguments="")
+    monkeypatch.setitem(VERBS, "folders", row)
+    assert main(["folders"]) == 0
+    assert main(["--help"]) == 0
+    assert "  folders       the folders\n" in capsys.readouterr().out
+    assert main(["folders", "--help"]) == 0
+    assert "usage: infalign folders" in capsys.readouterr().out
+
+
+def test_theory_takes_a_procedure_of_ones_own(tmp_path, capsys):
+    (tmp_path / "own.py").write_text("from infalign import KthOfN\ndef second(n):\n    return KthOfN(2, n)\n")
+    own = ["--procedure", f"{tmp_path}/own.py:second", "--procedure_kwargs", "{n: 8}"]
+    assert main(["theory", *own, "--kl", "1"]) == 0
+    mine = capsys.readouterr().out
+    assert main(["theory", "--procedure", "kth_of_n", "--k", "2", "--n", "8", "--kl", "1"]) == 0
+    assert mine == capsys.readouterr().out and "KthOfN(2, 8)" in mine
+
+
+def test_a_recipe_of_nearly_that_name_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text("n: 4\n")
+    for given, near in {"mime.yaml": "mine.yaml", "mine.yml": "mine.yaml", f"{tmp_path}/mimes": "mine.yaml"}.items():
+        assert main(["run", "--config", given]) == 2
+        assert capsys.readouterr().err == f"infalign: error: no recipe at {given}: did you mean {near}?\n"
+    assert main(["run", "--config", "quickstrt"]) == 2
+    assert "no recipe at quickstrt: did you mean " in (told := capsys.readouterr().err)
+    assert told.endswith("recipes/quickstart.yaml?\n")
+
+
+def test_python_and_the_command_line_quiet_the_libraries():
+    """bitsandbytes says on every CPU which kernel it lacks; what the user has set stays."""
+    code = (
+        "import logging, os, infalign; infalign.run; print(logging.getLogger('bitsandbytes').level, "
+        "os.environ['TRANSFORMERS_VERBOSITY'], os.environ['TOKENIZERS_PARALLELISM'])"
+    )
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "true"}
+    environment.pop("TRANSFORMERS_VERBOSITY", None)
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.split() == ["40", "error", "true"]
 
 
 def test_debug_shows_the_traceback():

@@ -25,7 +25,7 @@ ENOUGH = 0.95  # attainment from which on nothing is missing
 
 
 @dataclass(frozen=True)
-class Trained:
+class Rollouts:
     """The procedure's win rate of the last rollouts against the calibration samples, and their sequence KL in nats."""
 
     win_rate: float
@@ -37,24 +37,24 @@ class Trained:
         return attainment(self.win_rate, limit, self.kl)
 
 
-def trained(log: Sequence[Mapping[str, Any]]) -> Trained | None:
+def last_rollouts(log: Sequence[Mapping[str, Any]]) -> Rollouts | None:
     """From a training log's rows; None where it has no win rates.
 
-    >>> trained([{"step": 1, "winrate": 0.5, "kl_seq": 0.0}, {"step": 10, "winrate": 0.75, "kl_seq": 0.5}])
-    Trained(win_rate=0.75, kl=0.5)
+    >>> last_rollouts([{"step": 1, "winrate": 0.5, "kl_seq": 0.0}, {"step": 10, "winrate": 0.75, "kl_seq": 0.5}])
+    Rollouts(win_rate=0.75, kl=0.5)
     """
     rows = [row for row in log if "winrate" in row and "kl_seq" in row]
     if not rows:
         return None
     since = (1.0 - LAST) * rows[-1]["step"]
     last = [row for row in rows if row["step"] > since]
-    return Trained(*(float(np.mean([row[name] for row in last])) for name in ("winrate", "kl_seq")))
+    return Rollouts(*(float(np.mean([row[name] for row in last])) for name in ("winrate", "kl_seq")))
 
 
 def shortfall(
     evaluation: Evaluation,
     procedure: Procedure,
-    rollouts: Trained | None,
+    rollouts: Rollouts | None,
     *,
     target_kl: float | None = None,
     count: int | None = None,

@@ -95,7 +95,7 @@ class OpenAISampler:
         """All requests at the server, so many at a time; the first that fails for good cancels the others."""
         dialect = self._dialect
         assert dialect is not None
-        count = 1 if dialect.one_by_one else self.server.concurrency
+        count = 1 if dialect.of_transformers else self.server.concurrency
         async with self.server.client() as client:
             return await at_a_time(count, requests, lambda one: self._ask(client, dialect, one, settings, seed))
 
@@ -152,7 +152,7 @@ class OpenAISampler:
         ids, finished = answer.ids, answer.stopped
         if ids is None:
             ids = tuple(self.tokenizer(answer.text, add_special_tokens=False).input_ids)
-            if self._dialect.one_more and answer.tokens is not None:
+            if self._dialect.of_transformers and answer.tokens is not None:
                 finished = answer.tokens <= limit
         end = next((place for place, token in enumerate(ids) if token in self.end_ids), limit)
         if end < limit:
@@ -255,13 +255,12 @@ class Dialect:
     logprobs: bool
 
     @property
-    def one_more(self) -> bool:
-        """Whether a token beyond the limit is asked for, to tell a completion that ends at the limit from a cut one."""
-        return self.fields == "generation_config"
+    def of_transformers(self) -> bool:
+        """Whether it is that of `transformers serve`.
 
-    @property
-    def one_by_one(self) -> bool:
-        """Whether requests must not overlap for their seeds to mean anything."""
+        A token beyond the limit is asked for, to tell a completion that ends at the limit from a cut one; and requests
+        must not overlap for their seeds to mean anything.
+        """
         return self.fields == "generation_config"
 
     def takes(self, settings: SamplingSettings) -> bool:
@@ -305,7 +304,7 @@ def request_body(
     found: dict[str, Any] = {
         "model": model,
         "prompt": prompt if isinstance(prompt, str) else list(prompt),
-        "max_tokens": settings.max_tokens + dialect.one_more,
+        "max_tokens": settings.max_tokens + dialect.of_transformers,
         "temperature": settings.temperature,
         "top_p": settings.top_p,
         "seed": seed,

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from infalign.rewards.contract import TRAINERS, Text, as_rewards
 from infalign.rewards.contract import strip_reasoning as strip
 from infalign.runtime.calls import CoroutineRunner, in_thread, is_async, own_copy
-from infalign.runtime.retry import RetryPolicy, times
+from infalign.runtime.plugins import one_line
+from infalign.runtime.retry import RetryPolicy, announce, times
 from infalign.types import InputError, RewardError
 
 logger = logging.getLogger(__name__)
@@ -150,6 +151,7 @@ class GuardedReward:
                 pause = self._retry.pause(attempt, error)
                 if pause is None:
                     raise _AllFailed(attempt) from error
+                announce(f"{self.kind} {self.name!r}", one_line(error), attempt, self.retries, pause)
             self.counts["retries"] += 1
             time.sleep(pause)
 
@@ -172,9 +174,8 @@ class GuardedReward:
 
     def _failed(self, failure: _AllFailed, count: int) -> NDArray[np.float64]:
         cause = failure.__cause__
-        lines = str(cause).strip().splitlines()
-        what = f"{type(cause).__name__}: {lines[0][:200]}" if lines else type(cause).__name__
-        message = f"{self.kind} {self.name!r} failed {times(failure.attempts)} ({what})"
+        assert cause is not None  # the last attempt's
+        message = f"{self.kind} {self.name!r} failed {times(failure.attempts)} ({one_line(cause)})"
         if _is_alarm_in_thread(cause):
             raise RewardError(f"{message}: {self._without_alarm()}") from cause
         if self.on_error == "error":

@@ -6,8 +6,12 @@ prints.
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
 import time
+import warnings
+from pathlib import Path
 from types import TracebackType
 
 from tqdm import tqdm
@@ -21,6 +25,23 @@ def say(text: str = "") -> None:
     """Print a line on rank 0."""
     if is_main():
         print(text, flush=True)
+
+
+def quiet_libraries() -> None:
+    """Telemetry off, and none of the libraries' start-up chatter; a user's own settings win."""
+    for name, value in {
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TRL_EXPERIMENTAL_SILENCE": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TRACKIO_TELEMETRY": "0",
+    }.items():
+        os.environ.setdefault(name, value)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # says on every CPU which kernel it lacks
+    if not Path("/dev/nvidiactl").exists():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|torch)\..*")
 
 
 def notice(text: str) -> None:

@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import psutil
 
@@ -22,7 +22,7 @@ from infalign.types import InputError, RewardError, TrainingError
 
 Item = TypeVar("Item")
 
-_TOLD = {kind.__name__: kind for kind in (InputError, RewardError, TrainingError)}
+_OURS = {kind.__name__: kind for kind in (InputError, RewardError, TrainingError)}
 
 
 _SAID = "infalign-said-"
@@ -125,25 +125,76 @@ def barrier() -> None:
         raise PeerError("another process has stopped") from error
 
 
-def gathered(value: Any) -> list[Any]:
-    """A picklable value of every rank, in rank order; `[value]` without a launcher.
+class _Tagged(NamedTuple):
+    """What a rank puts into an exchange: what it takes part in, and its value."""
+
+    what: str
+    value: Any
+
+
+class _Failure(NamedTuple):
+    """The value of a rank whose `together` has failed."""
+
+    kind: str
+    message: str
+
+
+def gathered(value: Any, what: str = "an exchange of values") -> list[Any]:
+    """A picklable value of every rank, in rank order; `[value]` without a launcher. `what` names the exchange.
 
     Raises:
-        PeerError: one of them is gone.
+        PeerError: one of them is gone, or has failed in a `together` block (rank 0 raises its failure by name).
+        TrainingError: they do not all take part in `what` (the others get a `PeerError`).
     """
+    parts = _exchanged(what, value)
+    failed = _first_failed(parts)
+    if failed is not None:
+        _raise_failure(failed, parts[failed].value)
+    _check_in_step(parts)
+    return [part.value for part in parts]
+
+
+def _exchanged(what: str, value: Any) -> list[_Tagged]:
+    """What every rank takes part in now, with its value."""
+    mine = _Tagged(what, value)
     if not _connected():
-        return [value]
-    values: list[Any] = [None] * world_size()
+        return [mine]
+    parts: list[Any] = [None] * world_size()
     try:
-        sys.modules["torch"].distributed.all_gather_object(values, value)
+        sys.modules["torch"].distributed.all_gather_object(parts, mine)
     except RuntimeError as error:
         raise PeerError("another process has stopped") from error
-    return values
+    return [part if isinstance(part, _Tagged) else _Tagged("a collective of other code", part) for part in parts]
+
+
+def _first_failed(parts: Sequence[_Tagged]) -> int | None:
+    return next((number for number, part in enumerate(parts) if isinstance(part.value, _Failure)), None)
+
+
+def _raise_failure(failed: int, failure: _Failure, mine: Exception | None = None) -> NoReturn:
+    """The failure of a rank: by name on rank 0; on the others, which say nothing, after `mine`."""
+    message = f"rank {failed}: {failure.message}"
+    if is_main() and failure.kind in _OURS:
+        raise _known(_OURS[failure.kind](message))
+    raise PeerError(message) from mine
+
+
+def _check_in_step(parts: Sequence[_Tagged]) -> None:
+    """Raise when ranks take part in different exchanges: the values of one mean nothing to the other."""
+    places = [part.what for part in parts]
+    other = next((number for number, place in enumerate(places) if place != places[0]), None)
+    if other is not None:
+        fail(
+            TrainingError(
+                f"the processes have lost step: rank 0 is at {places[0]} and rank {other} at {places[other]}: see that "
+                "a reward or plug-in does the same collectives on every rank, or report it with --debug"
+            )
+        )
 
 
 def any_rank(flag: bool) -> bool:
     """True when the flag is set on any rank."""
-    return any(gathered(flag))
+    return any(gathered(flag, "a question to all ranks"))
 
 
 def fail(error: Exception) -> NoReturn:
@@ -152,8 +203,10 @@ def fail(error: Exception) -> NoReturn:
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
+def together(what: str = "a block that all ranks pass") -> Iterator[None]:
     """A block that all ranks pass at the same time: when it fails on one, it fails on all, and none waits for ever.
+
+    `what` names it for the message to ranks that have lost step.
 
     Rank 0 raises the failure by name (with the rank it happened on), every other rank a `PeerError`; a failure that
     is none of infalign's own errors is raised where it happened, with its traceback.
@@ -165,16 +218,15 @@ def together() -> Iterator[None]:
         if isinstance(error, PeerError) or getattr(error, _KNOWN, False):
             raise
         mine = error
-    told = gathered(None if mine is None else (type(mine).__name__, str(mine)))
-    failed = next((number for number, what in enumerate(told) if what is not None), None)
+    parts = _exchanged(what, None if mine is None else _Failure(type(mine).__name__, str(mine)))
+    failed = _first_failed(parts)
     if failed is None:
+        _check_in_step(parts)
         return
-    kind, message = told[failed]
-    if mine is not None and (failed == rank() == 0 or kind not in _TOLD or len(told) == 1):
+    failure: _Failure = parts[failed].value
+    if mine is not None and (failed == rank() == 0 or failure.kind not in _OURS or len(parts) == 1):
         raise _known(mine)
-    if is_main() and kind in _TOLD:
-        raise _known(_TOLD[kind](f"rank {failed}: {message}"))
-    raise PeerError(f"rank {failed}: {message}") from mine
+    _raise_failure(failed, failure, mine)
 
 
 def _known(error: Exception) -> Exception:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import httpx
 
 from infalign.runtime.address import is_loopback
-from infalign.runtime.retry import RetryPolicy, may_pass, times
+from infalign.runtime.retry import RetryPolicy, announce, may_pass, times
 
 Answer = TypeVar("Answer")
 Asked = TypeVar("Asked")
@@ -87,6 +87,7 @@ class Endpoint:
             pause = self.retry.pause(attempt, failure)
             if pause is None:
                 raise ConnectionError(f"the server at {address} failed {times(attempt)} ({problem}): see that it runs")
+            announce(f"the server at {address}", problem, attempt, self.retry.retries, pause)
             await asyncio.sleep(pause)
 
     def hidden(self, text: str) -> str:

@@ -35,7 +35,6 @@ from infalign.runtime.console import notice
 from infalign.runtime.distributed import world_size
 from infalign.types import InputError
 
-VERBS = ("run", "calibrate", "train", "evaluate", "generate", "reward-model")
 FLAGS = {
     "accelerate_config": "launch on several processes: a name in launch/ (zero3, ...) or the path of a YAML file",
     "num_processes": "processes on all machines together; unset: the file's",

@@ -8,13 +8,14 @@ import importlib
 import importlib.util
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from infalign.runtime.config import nearest
 from infalign.runtime.imports import (
     IMPORTED,
     PREFIX,
@@ -94,6 +95,36 @@ def find_object(spec: str, base_dir: Path, *, what: str = "reward") -> Found | N
     return Found(value, _telling(name, left.rpartition(".")[2]), source, others, folders)
 
 
+def find_own(name: str, known: Collection[str], base_dir: Path, *, what: str) -> Any:
+    """The object that is named where a built-in one of `known` could be; as `find_object`.
+
+    Raises:
+        InputError: it is neither; the nearest name and all names are given.
+    """
+    found = find_object(name, base_dir, what=what) if ":" in name or "." in name else None
+    if found is None:
+        raise InputError(
+            f"{what} {name!r} is unknown{nearest(name, known)} "
+            f"(one of {', '.join(known)}, or path.py:name for your own)"
+        )
+    return found.value
+
+
+def built(build: Any, arguments: Mapping[str, Any], name: str, *, what: str, kwargs: Mapping[str, Any]) -> Any:
+    """What `build` makes of `arguments`, among which are the recipe's `kwargs`.
+
+    Raises:
+        InputError: it refuses them, or has not enough.
+    """
+    try:
+        return build(**arguments)
+    except InputError as error:
+        raise InputError(f"{what} {name!r}: {error}") from error
+    except (TypeError, ValueError) as error:
+        verb = "needs more than" if "missing" in str(error) else "does not take"
+        raise InputError(f"{what} {name!r} {verb} {what}_kwargs {dict(kwargs)}: {error}") from error
+
+
 @contextlib.contextmanager
 def _as_it_is_now(modules: Modules) -> Iterator[None]:
     """Import local modules as their files are now, also where this process imported them before."""
@@ -121,8 +152,9 @@ def find_file(path: str, base_dir: Path, *, what: str = "reward") -> Path:
     folder = (base_dir / wanted).resolve().parent
     there = sorted(found.name for found in folder.glob("*.py")) if folder.is_dir() else []
     hint = f"; that folder has {', '.join(there[:8])}" if there else ""
+    start = "working directory" if base_dir.resolve() == Path.cwd() else "recipe"
     raise InputError(
-        f"{what} {path!r}: no such file under {base_dir.resolve()}{hint}; paths are relative to the recipe"
+        f"{what} {path!r}: no such file under {base_dir.resolve()}{hint}; paths are relative to the {start}"
     )
 
 

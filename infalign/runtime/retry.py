@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from infalign.runtime.console import notice
+
 LONGEST_PAUSE = 60.0
 """Seconds: no pause between two attempts is longer, whatever the server asks for."""
 
@@ -47,6 +49,26 @@ class RetryPolicy:
         # the random factor keeps many clients of one server from coming back all at once
         pause = self.backoff * 2 ** (attempt - 1) * random.uniform(0.5, 1.5) if asked is None else asked
         return min(pause, LONGEST_PAUSE)
+
+
+_ANNOUNCED: set[str] = set()
+
+
+def announce(what: str, problem: str, attempt: int, retries: int, pause: float) -> None:
+    """One warning a process that `what` is tried again after its attempt number `attempt`; later ones are silent.
+
+    Args:
+        what: the address or the reward; each is announced once.
+        problem: what the attempt failed with.
+        attempt, retries, pause: as in `RetryPolicy`.
+    """
+    if what in _ANNOUNCED:
+        return
+    _ANNOUNCED.add(what)
+    notice(
+        f"{what} failed ({problem}): attempt {attempt + 1} of {retries + 1} in {pause:.1f} s; "
+        "further retries are not shown"
+    )
 
 
 def may_pass(failure: BaseException) -> bool:

@@ -27,8 +27,8 @@ from infalign.runtime.artifacts import write_json
 from infalign.runtime.config import check, field_hints
 from infalign.runtime.console import notice, say
 from infalign.stages.objective import find_procedure
-from infalign.stages.recipe import key
-from infalign.theory.procedures import Procedure
+from infalign.stages.recipe import PROCEDURE_KWARGS, key
+from infalign.theory.procedures import BUILT_IN, Procedure, takes_n
 from infalign.types import InputError
 
 Floats = NDArray[np.float64]
@@ -46,11 +46,9 @@ class Comparison:
     requests: list[str] = key([], "request files of OpenAI batches, which hold the prompts", "files")
     output: str | None = key(None, "JSON file to write the result to", "files")
 
-    procedure: str = key(
-        "best_of_n", "best_of_n, worst_of_n, kth_of_n, random_n, soft_best_of_n, path.py:name", "decoder"
-    )
+    procedure: str = key("best_of_n", f"{', '.join(BUILT_IN)}, or path.py:name", "decoder")
     n: int | None = key(None, "candidates that the procedure draws; unset: 4, or as many as there are", "decoder")
-    procedure_kwargs: dict = key({}, "{k: 2}, {tilt: 8}, {pmf: [...]}", "decoder")
+    procedure_kwargs: dict = key({}, PROCEDURE_KWARGS, "decoder")
     eval_n: list[int] = key(
         [], "further N of Best-of-N and Worst-of-N; unset: 1, 2, 4, ... up to the samples", "decoder"
     )
@@ -88,44 +86,46 @@ def load_comparison(flags: Mapping[str, Any]) -> Comparison:
     Raises:
         InputError: everything that is wrong with them, at once.
     """
-    asked = Comparison(**check({}, flags, field_hints(Comparison)))
-    problems = [f"--{name} FILE is needed: samples as JSONL" for name in ("base", "policy") if not getattr(asked, name)]
+    comparison = Comparison(**check({}, flags, field_hints(Comparison)))
+    problems = [
+        f"--{name} FILE is needed: samples as JSONL" for name in ("base", "policy") if not getattr(comparison, name)
+    ]
     for name in ("n", "judge_samples"):
-        if getattr(asked, name) is not None and getattr(asked, name) < 1:
-            problems.append(f"{name} must be at least 1, got {getattr(asked, name)}")
-    if any(one < 1 for one in asked.eval_n):
-        problems.append(f"eval_n must be positive integers, got {asked.eval_n}")
-    if not 0 < asked.confidence < 1:
-        problems.append(f"confidence must be between 0 and 1, got {asked.confidence}")
-    if asked.kl is not None and not asked.kl >= 0:
-        problems.append(f"kl must be nats of at least 0, got {asked.kl}")
-    if not 0 <= asked.seed < 2**32:
-        problems.append(f"seed must be between 0 and 2**32 - 1, got {asked.seed}")
+        if getattr(comparison, name) is not None and getattr(comparison, name) < 1:
+            problems.append(f"{name} must be at least 1, got {getattr(comparison, name)}")
+    if any(one < 1 for one in comparison.eval_n):
+        problems.append(f"eval_n must be positive integers, got {comparison.eval_n}")
+    if not 0 < comparison.confidence < 1:
+        problems.append(f"confidence must be between 0 and 1, got {comparison.confidence}")
+    if comparison.kl is not None and not comparison.kl >= 0:
+        problems.append(f"kl must be nats of at least 0, got {comparison.kl}")
+    if not 0 <= comparison.seed < 2**32:
+        problems.append(f"seed must be between 0 and 2**32 - 1, got {comparison.seed}")
     for name in ("base", "policy"):
-        file, written = Path(getattr(asked, name)), Path(asked.output or "")
-        if asked.output and file.exists() and written.exists() and file.samefile(written):
-            problems.append(f"--output {asked.output} is --{name}'s file, which would be lost: name another one")
+        file, written = Path(getattr(comparison, name)), Path(comparison.output or "")
+        if comparison.output and file.exists() and written.exists() and file.samefile(written):
+            problems.append(f"--output {comparison.output} is --{name}'s file, which would be lost: name another one")
     if problems:
         raise InputError("; ".join(problems))
-    return asked
+    return comparison
 
 
-def read_pairs(asked: Comparison) -> list[Pair]:
+def read_pairs(comparison: Comparison) -> list[Pair]:
     """The samples of the prompts that both files have.
 
     Raises:
         InputError: a file that can't be read, or no prompt in common.
     """
-    keep = bool(asked.reward or asked.gold_reward or asked.judge)
-    renamed = parse_columns(asked.columns)
+    keep = bool(comparison.reward or comparison.gold_reward or comparison.judge)
+    renamed = parse_columns(comparison.columns)
     policy, base = (
-        read_completions(name, columns=renamed, split=asked.split, requests=asked.requests, keep_texts=keep)
-        for name in (asked.policy, asked.base)
+        read_completions(name, columns=renamed, split=comparison.split, requests=comparison.requests, keep_texts=keep)
+        for name in (comparison.policy, comparison.base)
     )
     for file in (policy, base):
         for note in file.notes:
             say(f"{file.name}: {note}")
-    found = paired(policy, base, asked.match)
+    found = paired(policy, base, comparison.match)
     for file, count in zip((policy, base), found.alone, strict=True):
         if count:
             total = count + len(found.pairs)
@@ -140,10 +140,10 @@ def read_pairs(asked: Comparison) -> list[Pair]:
     return found.pairs
 
 
-def choose_n(asked: Comparison, pairs: Sequence[Pair]) -> int:
+def choose_n(comparison: Comparison, pairs: Sequence[Pair]) -> int:
     """How many candidates are decoded: as asked, else 4, or as many scored samples as half of the prompts have."""
-    if asked.n is not None:
-        return asked.n
+    if comparison.n is not None:
+        return comparison.n
     # by prompt, the side with fewer scored samples; samples without rewards are all scored later
     counts = [
         min(len(side) if side.rewards_M is None else int(np.count_nonzero(~np.isnan(side.rewards_M))) for side in pair)
@@ -155,15 +155,15 @@ def choose_n(asked: Comparison, pairs: Sequence[Pair]) -> int:
     return min(4, least)
 
 
-def load_table(asked: Comparison, pairs: Sequence[Pair], procedure: Procedure) -> PairedSamples:
+def load_table(comparison: Comparison, pairs: Sequence[Pair], procedure: Procedure) -> PairedSamples:
     """The samples of the prompts that both files have and the procedure can decode.
 
     Raises:
         InputError: no rewards and nothing to score with, or too few samples everywhere.
     """
     keys = [pair[0].prompt.key for pair in pairs]
-    rewards = [_scores(asked, [pair[side] for pair in pairs], side) for side in (0, 1)]
-    gold = _gold(asked, pairs)
+    rewards = [_scores(comparison, [pair[side] for pair in pairs], side) for side in (0, 1)]
+    gold = _gold(comparison, pairs)
     if gold is not None:  # a sample that one of the two does not score is left out
         for proxy, judge in (
             (row, other) for side in (0, 1) for row, other in zip(rewards[side], gold[side], strict=True)
@@ -198,13 +198,13 @@ def _with_enough(table: PairedSamples, procedure: Procedure) -> PairedSamples:
     )
 
 
-def _scores(asked: Comparison, samples: Sequence[Completions], side: int) -> list[Floats]:
+def _scores(comparison: Comparison, samples: Sequence[Completions], side: int) -> list[Floats]:
     """The rewards of one side: the file's, or those of the reward that was named."""
-    if asked.reward is not None:
-        return _scored(asked.reward, asked.reward_kwargs, samples)
+    if comparison.reward is not None:
+        return _scored(comparison.reward, comparison.reward_kwargs, samples)
     rows = [one.rewards_M for one in samples if one.rewards_M is not None]
     if len(rows) < len(samples):
-        file = (asked.policy, asked.base)[side]
+        file = (comparison.policy, comparison.base)[side]
         raise InputError(
             f"{len(samples) - len(rows)} of {len(samples)} prompts in {file} have no rewards: add them (rewards, "
             "scores), name their column (--columns rewards=NAME), or score with --reward"
@@ -212,11 +212,11 @@ def _scores(asked: Comparison, samples: Sequence[Completions], side: int) -> lis
     return rows
 
 
-def _gold(asked: Comparison, pairs: Sequence[Pair]) -> tuple[list[Floats], list[Floats]] | None:
+def _gold(comparison: Comparison, pairs: Sequence[Pair]) -> tuple[list[Floats], list[Floats]] | None:
     """The gold rewards of both sides, None when nobody gave any."""
     sides = ([pair[0] for pair in pairs], [pair[1] for pair in pairs])
-    if asked.gold_reward is not None:
-        spec, kwargs = asked.gold_reward, asked.gold_reward_kwargs
+    if comparison.gold_reward is not None:
+        spec, kwargs = comparison.gold_reward, comparison.gold_reward_kwargs
         return _scored(spec, kwargs, sides[0]), _scored(spec, kwargs, sides[1])
     given = tuple([one.gold_M for one in side if one.gold_M is not None] for side in sides)
     missing = 2 * len(pairs) - sum(map(len, given))
@@ -265,25 +265,29 @@ class Compared:
     judge: JudgedWins | None
 
 
-def compare(asked: Comparison) -> Compared:
+def compare(comparison: Comparison) -> Compared:
     """Win rates of the policy's samples against the base's under the procedure and every N that they allow.
 
     Returns:
-        What was measured; also written to `asked.output`.
+        What was measured; also written to `comparison.output`.
 
     Raises:
         InputError: files that do not fit, too few samples, or no rewards and nothing to score with.
     """
-    output = Path(asked.output).expanduser().absolute() if asked.output else None  # plug-ins may change the folder
-    pairs = read_pairs(asked)
-    procedure = find_procedure(asked.procedure, choose_n(asked, pairs), asked.procedure_kwargs, Path())
-    table = load_table(asked, pairs, procedure)
+    output = (
+        Path(comparison.output).expanduser().absolute() if comparison.output else None
+    )  # plug-ins may change the folder
+    pairs = read_pairs(comparison)
+    counts = comparison.procedure in BUILT_IN and takes_n(comparison.procedure)
+    n = choose_n(comparison, pairs) if counts else comparison.n
+    procedure = find_procedure(comparison.procedure, n, comparison.procedure_kwargs, Path())
+    table = load_table(comparison, pairs, procedure)
     del pairs
     least = min(int((~np.isnan(row)).sum()) for side in table.rewards for row in side)
     policy, base = (
         Side(table.rewards[side], (table.gold or table.rewards)[side], table.lengths(side)) for side in (0, 1)
     )
-    judge, level, seed = GOLD if table.gold else PROXY, asked.confidence, asked.seed
+    judge, level, seed = GOLD if table.gold else PROXY, comparison.confidence, comparison.seed
     result = Compared(
         procedure=repr(procedure),
         prompts=len(table.keys),
@@ -291,39 +295,39 @@ def compare(asked: Comparison) -> Compared:
         judged_by=judge,
         confidence=level,
         seed=seed,
-        kl=asked.kl,
+        kl=comparison.kl,
         win_rates=[
-            decoder_row(policy, base, decoder, judge, kl=asked.kl, confidence=level, seed=seed)
-            for decoder in _decoders(asked, procedure, least)
+            decoder_row(policy, base, decoder, judge, kl=comparison.kl, confidence=level, seed=seed)
+            for decoder in _decoders(comparison, procedure, least)
         ],
-        judge=_judged(asked, table, procedure),
+        judge=_judged(comparison, table, procedure),
     )
     if output is not None:
         write_json(output, dataclasses.asdict(result))
     return result
 
 
-def _decoders(asked: Comparison, procedure: Procedure, least: int) -> list[Procedure]:
-    sizes = asked.eval_n or [2**power for power in range(12) if 2**power <= least]
+def _decoders(comparison: Comparison, procedure: Procedure, least: int) -> list[Procedure]:
+    sizes = comparison.eval_n or [2**power for power in range(12) if 2**power <= least]
     most = max([procedure.n, *sizes])
     if most > least:
         raise InputError(f"{most} candidates are drawn, but a prompt has {least} scored samples: lower n or eval_n")
     return decoders(procedure, sizes)
 
 
-def _judged(asked: Comparison, table: PairedSamples, procedure: Procedure) -> JudgedWins | None:
-    if asked.judge is None:
+def _judged(comparison: Comparison, table: PairedSamples, procedure: Procedure) -> JudgedWins | None:
+    if comparison.judge is None:
         return None
     return judge_decoded(
-        asked.judge,
-        asked.judge_kwargs,
+        comparison.judge,
+        comparison.judge_kwargs,
         [pair[0].prompt for pair in table.samples],
         ([pair[0].texts or () for pair in table.samples], [pair[1].texts or () for pair in table.samples]),
         table.rewards,
         procedure,
-        count=asked.judge_samples,
-        confidence=asked.confidence,
-        seed=asked.seed,
+        count=comparison.judge_samples,
+        confidence=comparison.confidence,
+        seed=comparison.seed,
     )
 
 
@@ -331,10 +335,10 @@ def _counts(table: PairedSamples, side: int) -> float:
     return float(np.mean([len(pair[side]) for pair in table.samples]))
 
 
-def tell(asked: Comparison, result: Compared) -> None:
+def tell(comparison: Comparison, result: Compared) -> None:
     """Print what was measured: a line for every decoder."""
     say(
-        f"{result.procedure}, {asked.policy} against {asked.base}: {result.prompts} prompts, at least "
+        f"{result.procedure}, {comparison.policy} against {comparison.base}: {result.prompts} prompts, at least "
         f"{result.samples['least']} scored samples a side"
     )
     say()
@@ -348,10 +352,17 @@ def tell(asked: Comparison, result: Compared) -> None:
         "length: by logistic regression on the difference."
     )
     if result.judged_by == GOLD:
-        named = "the gold_rewards of the files" if asked.gold_reward is None else asked.gold_reward
-        no_limit = "" if asked.kl is None else "; the limit holds for the reward that decodes, so there is none here"
+        named = "the gold_rewards of the files" if comparison.gold_reward is None else comparison.gold_reward
+        no_limit = (
+            "" if comparison.kl is None else "; the limit holds for the reward that decodes, so there is none here"
+        )
         say(f"    judged by {named}{no_limit}.")
     if result.judge:
         say(f"  {result.judge}")
-    if asked.output:
-        say(f"  written to {asked.output}")
+    if comparison.output:
+        say(f"  written to {comparison.output}")
+
+
+def compare_verb(comparison: Comparison) -> None:
+    """Compare, and print what was measured."""
+    tell(comparison, compare(comparison))

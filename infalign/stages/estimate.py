@@ -16,8 +16,10 @@ from infalign.runtime.distributed import world_size
 from infalign.runtime.launch import sharding
 from infalign.stages.calibrate import calibration_prompts
 from infalign.stages.experiment import Experiment
+from infalign.stages.objective import objective_name
 from infalign.stages.train import training_arguments
 from infalign.stages.training_keys import adapter_of, split_training
+from infalign.training.config import CTRLConfig
 from infalign.training.memory import (
     PolicyShape,
     Setup,
@@ -42,7 +44,7 @@ def dry_run(experiment: Experiment) -> dict[str, Any]:
         `tokens_per_batch` that the free memory allows.
     """
     splits = experiment.splits
-    beta, reward = experiment.objective.beta, experiment.reward
+    reward = experiment.reward
     arguments = training_arguments(experiment)
     shape, setup = _set_up(experiment, arguments)
     tokens = _tokens(experiment, arguments)
@@ -54,7 +56,8 @@ def dry_run(experiment: Experiment) -> dict[str, Any]:
         f"recipe is valid: {len(splits.train)} train, {len(splits.validation)} validation, "
         f"{len(splits.test)} test prompts"
     )
-    say(f"  {experiment.procedure}, transform {experiment.recipe.transform}, beta {beta:.4g}, reward {reward.name}")
+    aim = objective_name(experiment.recipe)
+    say(f"  {experiment.procedure}, {aim}, {_beta(arguments)}, reward {reward.name}")
     say("  one prompt as the model sees it:")
     say("    " + repr(experiment.tokenizer.decode(experiment.prompt_ids[first.key])))
     say(f"  {shape.parameters / 1e6:.0f} M parameters; this machine multiplies at {rate / 1e9:.0f} GFLOP/s")
@@ -74,6 +77,15 @@ def dry_run(experiment: Experiment) -> dict[str, Any]:
     return {"tokens": tokens, "bytes": held, "seconds": seconds, "tokens_per_batch": fitting, "drawn": 0}
 
 
+def _beta(arguments: CTRLConfig) -> str:
+    """The beta that training starts from, and where it goes from there."""
+    if arguments.beta_start is not None:
+        return f"beta from {arguments.beta_start:.4g} down to {arguments.beta:.4g}"
+    if arguments.target_kl is not None:
+        return f"beta {arguments.beta:.4g} at first, steered to {arguments.target_kl:g} nats"
+    return f"beta {arguments.beta:.4g}"
+
+
 def _fitting_batch(experiment: Experiment, shape: PolicyShape, reward: int) -> int:
     """The largest `tokens_per_batch` for half of the memory that is free beside the policy and the reward; says it."""
     recipe, width = experiment.recipe, _width(experiment)
@@ -81,9 +93,10 @@ def _fitting_batch(experiment: Experiment, shape: PolicyShape, reward: int) -> i
     free = _free_bytes(choose_device(recipe.use_cpu)) - shape.parameters * width - reward
     fitting = fitting_batch(shape, free / 2, longest, width)
     rows = max(1, recipe.tokens_per_batch // longest)
-    most = f"holds one of up to {fitting:,}" if fitting else "does not hold one row of it"
-    say(f"  tokens_per_batch {recipe.tokens_per_batch:,}: {rows} rows of the longest prompt at a time; half of the")
-    say(f"  {max(free, 0) / GIB:.1f} GiB that the models leave free {most} (what is drawn already keeps its own)")
+    most = f"up to tokens_per_batch {fitting:,}" if fitting else "not even one sample"
+    say(f"  tokens_per_batch {recipe.tokens_per_batch:,}: {rows} samples of the longest prompt are drawn at a time")
+    say(f"    the models leave {max(free, 0) / GIB:.1f} GiB free; half of that holds {most}")
+    say("    (samples that are there already keep the value they were drawn with)")
     return fitting
 
 

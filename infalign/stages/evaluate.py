@@ -22,8 +22,8 @@ from infalign.runtime.distributed import barrier, is_main, my_share
 from infalign.stages.experiment import Experiment
 from infalign.stages.output import SAMPLES, clear_if_stale, forget_scores, leaves_nothing
 from infalign.stages.recipe import Recipe, require_plain
-from infalign.stages.sample_facts import Measured, ScoredSamples, compute_facts, examples
 from infalign.stages.sampling import fill, table_rewards
+from infalign.stages.scored_samples import Measured, ScoredSamples, compute_facts, examples
 from infalign.stages.strategy import load_strategy
 from infalign.theory.objective import differing
 from infalign.theory.procedures import Procedure

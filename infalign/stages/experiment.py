@@ -326,7 +326,7 @@ class Experiment:
         Raises:
             InputError: it belongs to another recipe (what differs is named), or holds something else.
         """
-        with together():  # every rank looks, and one of them speaks
+        with together("the claim of output_dir"):  # every rank looks, and one of them speaks
             held = self._held_record()
         barrier()  # every rank has looked before rank 0 writes
         if is_main():

@@ -42,7 +42,7 @@ from infalign.stages.generated_file import (
 )
 from infalign.stages.output import nothing_left_behind
 from infalign.stages.recipe import Recipe, require
-from infalign.stages.reference import REFERENCE, reference_sampler
+from infalign.stages.reference_sampler import REFERENCE, reference_sampler
 from infalign.stages.strategy import load_strategy
 from infalign.types import InputError, Prompt, RewardError
 
@@ -75,6 +75,9 @@ def generate(
         InputError: no policy, no prompts, or not one that can be decoded.
         RewardError: the reward fails on every row.
     """
+    for name, value in {"prompts": prompts, "output": output, "split": split}.items():
+        if value is not None and not isinstance(value, str):
+            raise InputError(f"--{name} takes one {'name' if name == 'split' else 'path'}, got {value!r}")
     if STANDARD in (prompts, output) and world_size() > 1:
         raise InputError(
             "--prompts - and --output - are one process' own: give files, or leave --accelerate_config out"
@@ -107,7 +110,7 @@ def generate(
         tokens_per_batch=recipe.tokens_per_batch,
     )
     identity = _identity(experiment, batches, asked)
-    with together():  # every rank looks, and one of them speaks
+    with together("the look at what is made already"):  # every rank looks, and one of them speaks
         made = is_made(path, identity, recipe.overwrite)
     if made:
         say(f"{path} is made already ({len(asked.rows)} completions by {_strategy(experiment)!r})")

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from infalign.rewards.fingerprint import callable_digest, digest
-from infalign.runtime.config import nearest
-from infalign.runtime.plugins import find_object
-from infalign.stages.recipe import Recipe
+from infalign.runtime.plugins import built, find_own
+from infalign.stages.recipe import Recipe, refuse_n
 from infalign.theory.objective import Objective, objective
-from infalign.theory.procedures import BUILT_IN, Procedure
+from infalign.theory.procedures import BUILT_IN, NEEDS, Procedure, takes_n
 from infalign.theory.transforms import CATALOGUE, check_transform
 from infalign.types import InputError
 
@@ -22,38 +21,41 @@ def load_procedure(recipe: Recipe) -> Procedure:
     Raises:
         InputError: an unknown name, or arguments that it does not take.
     """
-    return find_procedure(recipe.procedure, recipe.n, recipe.procedure_kwargs, recipe.base_dir)
+    name = recipe.procedure
+    n = recipe.n if name in BUILT_IN and takes_n(name) else None  # what `load_recipe` did not refuse is the default
+    return find_procedure(name, n, recipe.procedure_kwargs, recipe.base_dir)
 
 
-_NEEDS = {
-    "kth_of_n": ("k", "{k: 2} for the second best"),
-    "soft_best_of_n": ("tilt", "{tilt: 8}"),
-    "random_n": ("pmf", "{pmf: [0.5, 0.5]}, the chances of 1, 2, ... samples"),
-}
-"""What a built-in procedure takes beside n, with an example."""
-
-
-def find_procedure(name: str, n: int, kwargs: Mapping[str, Any], base_dir: Path) -> Procedure:
-    """The procedure of that name; errors as `load_procedure`."""
+def find_procedure(name: str, n: int | None, kwargs: Mapping[str, Any], base_dir: Path) -> Procedure:
+    """The procedure of that name, with `n` candidates (None: 4 where it takes a number); errors as `load_procedure`."""
     arguments: dict[str, Any] = dict(kwargs)
     if name in BUILT_IN:
         build: Any = BUILT_IN[name]
-        wanted, example = _NEEDS.get(name, ("", ""))
+        wanted, example = NEEDS.get(name, ("", ""))
         if wanted and wanted not in arguments:
             raise InputError(f"procedure {name} needs procedure_kwargs: {example}")
-        arguments = arguments if name == "random_n" else {"n": n, **arguments}
+        if takes_n(name):
+            arguments = {"n": 4 if n is None else n, **arguments}
+        else:
+            refuse_n(name, n)
     else:
-        found = find_object(name, base_dir, what="procedure") if ":" in name or "." in name else None
-        if found is None:
-            raise InputError(
-                f"procedure {name!r} is unknown{nearest(name, BUILT_IN)} "
-                f"(one of {', '.join(BUILT_IN)}, or path.py:name for your own)"
-            )
-        build = found.value
-    built = build if isinstance(build, Procedure) else _called(build, arguments, "procedure", name)
-    if not isinstance(built, Procedure):
-        raise InputError(f"procedure {name!r} gave {type(built).__name__}, not an infalign Procedure")
-    return built
+        build = find_own(name, BUILT_IN, base_dir, what="procedure")
+        arguments = kwargs = arguments if n is None else {"n": n, **arguments}
+    if isinstance(build, Procedure) and arguments:
+        raise InputError(
+            f"procedure {name!r} is {build!r} already and takes no arguments, got {arguments}: leave them out"
+        )
+    procedure = (
+        build if isinstance(build, Procedure) else built(build, arguments, name, what="procedure", kwargs=kwargs)
+    )
+    if not isinstance(procedure, Procedure):
+        raise InputError(f"procedure {name!r} gave {type(procedure).__name__}, not an infalign Procedure")
+    return procedure
+
+
+def objective_name(recipe: Recipe) -> str:
+    """What is optimised, in words: the transform, which the direct objective has none of."""
+    return "direct objective" if recipe.objective == "direct" else f"transform {recipe.transform}"
 
 
 def load_objective(recipe: Recipe, procedure: Procedure) -> Objective:
@@ -82,34 +84,16 @@ def load_objective(recipe: Recipe, procedure: Procedure) -> Objective:
 
 
 def _transform(recipe: Recipe) -> Any:
-    name = recipe.transform
+    name, kwargs = recipe.transform, recipe.transform_kwargs
     if name in CATALOGUE:
-        if name == "exponential" and "t" not in recipe.transform_kwargs:
+        if name == "exponential" and "t" not in kwargs:
             raise InputError(
                 "transform exponential needs transform_kwargs: {t: ...}: about 5 for Best-of-2, 10 for Best-of-4, "
                 "negative for Worst-of-N"
             )
-        entry: Any = CATALOGUE[name]
-        return _called(entry, recipe.transform_kwargs, "transform", name)
-    found = find_object(name, recipe.base_dir, what="transform") if ":" in name or "." in name else None
-    if found is None:
-        known = ["optimal", *CATALOGUE]
-        raise InputError(
-            f"transform {name!r} is unknown{nearest(name, known)} "
-            f"(one of {', '.join(known)}, or path.py:name for your own)"
-        )
-    transform = (
-        _called(found.value, recipe.transform_kwargs, "transform", name) if recipe.transform_kwargs else found.value
-    )
+        return built(CATALOGUE[name], kwargs, name, what="transform", kwargs=kwargs)
+    transform = find_own(name, ["optimal", *CATALOGUE], recipe.base_dir, what="transform")
+    if kwargs:
+        transform = built(transform, kwargs, name, what="transform", kwargs=kwargs)
     check_transform(transform, f"transform {name!r}")
     return transform
-
-
-def _called(build: Any, arguments: dict[str, Any], what: str, name: str) -> Any:
-    try:
-        return build(**arguments)
-    except InputError:
-        raise
-    except (TypeError, ValueError) as error:
-        verb = "needs" if "missing" in str(error) else "does not take"
-        raise InputError(f"{what} {name!r} {verb} {what}_kwargs {arguments}: {error}") from error

@@ -19,6 +19,7 @@ from trl.trainer.utils import create_model_from_path
 
 from infalign.models.loading import load_policy
 from infalign.runtime.artifacts import disk_errors
+from infalign.runtime.console import say
 from infalign.runtime.distributed import barrier, is_main
 from infalign.stages.experiment import Experiment
 from infalign.training.config import CTRLConfig
@@ -81,6 +82,12 @@ def save_policy(trainer: CTRLTrainer, folder: Path, experiment: Experiment) -> N
         if trainer.args.push_to_hub:
             _push(trainer, folder)
     barrier()
+
+
+def tell(result: dict[str, Any]) -> None:
+    """Print where the policy is that `train` has made now; of one that was there it has spoken itself."""
+    if result["trained"]:
+        say(f"policy: {result['folder']} ({result['steps']} steps)")
 
 
 def _push(trainer: CTRLTrainer, folder: Path) -> None:

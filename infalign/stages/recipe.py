@@ -7,6 +7,7 @@ their types, and travels in `Recipe.training`.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -14,10 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from infalign.decoding.strategies import STRATEGIES, TAKES_PROCEDURE
 from infalign.runtime.address import address_problem
 from infalign.runtime.config import check, field_hints, read_yaml
 from infalign.runtime.launch import FLAGS as LAUNCH_FLAGS
-from infalign.stages.foreign_keys import explain
+from infalign.stages.keys_of_other_trainers import explain
+from infalign.theory.procedures import BUILT_IN, NEEDS, takes_n
+from infalign.theory.transforms import CATALOGUE
 from infalign.types import InputError, SamplingSettings
 
 _TRL_REWARDS = {"accuracy_reward", "reasoning_accuracy_reward", "think_format_reward", "get_soft_overlong_punishment"}
@@ -29,6 +33,26 @@ def key(default: Any, text: str, kind: str) -> Any:
     if isinstance(default, (dict, list)):
         return field(default_factory=lambda: default.copy(), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def settle_paths(recipe: Any) -> None:
+    """Note where a recipe's folders are as it is made: a plug-in may change the working directory later."""
+    object.__setattr__(recipe, "_output", Path(recipe.output_dir).expanduser().absolute())
+    object.__setattr__(recipe, "base_dir", Path(recipe.base_dir).absolute())
+
+
+def settled_output(recipe: Any) -> Path:
+    """A recipe's `output_dir` as a path, from where the working directory was when the recipe was made."""
+    return vars(recipe)["_output"]
+
+
+PROCEDURE_KWARGS = "; ".join(f"{name}: {example}" for name, (_, example) in NEEDS.items())
+"""Help text: what the built-in procedures take beside n."""
+
+
+def training_help(config: str) -> str:
+    """The help text of a recipe's training keys, which belong to TRL's `config`."""
+    return f"every field of TRL's {config} and ModelConfig (learning_rate, max_steps, use_peft, ...)"
 
 
 @dataclass(frozen=True)
@@ -71,13 +95,13 @@ class Recipe:
     gold_reward: str | None = key(None, "a second reward that judges in `evaluate`", "reward")
     gold_reward_kwargs: dict = key({}, "its keyword arguments", "reward")
 
-    procedure: str = key("best_of_n", "best_of_n, worst_of_n, kth_of_n, random_n, soft_best_of_n, path.py:name", "ctrl")
+    procedure: str = key("best_of_n", f"{', '.join(BUILT_IN)}, or path.py:name", "ctrl")
     n: int = key(4, "candidates that the procedure draws", "ctrl")
-    procedure_kwargs: dict = key({}, "{k: 2}, {tilt: 8}, {pmf: [...]}", "ctrl")
+    procedure_kwargs: dict = key({}, PROCEDURE_KWARGS, "ctrl")
     objective: Literal["transform", "direct"] = key(
         "transform", "direct: the win rate's own unbiased gradient, no transform", "ctrl"
     )
-    transform: str = key("optimal", "optimal, exponential, identity, log, normal_icdf, or path.py:name", "ctrl")
+    transform: str = key("optimal", f"optimal, {', '.join(CATALOGUE)}, or path.py:name", "ctrl")
     transform_kwargs: dict = key({}, "{t: 10} for exponential; a builder's arguments", "ctrl")
     beta: float | None = key(None, "KL coefficient; give exactly one of beta and target_kl", "ctrl")
     target_kl: float | None = key(None, "sequence KL in nats that training keeps; beta follows from it", "ctrl")
@@ -87,9 +111,7 @@ class Recipe:
         "midrank", "interpolated: for K below about 32; pooled: rank among the prompt's rollouts, too", "ctrl"
     )
 
-    strategy: str = key(
-        "procedure", "procedure, rejection, majority_vote, early_rejection, adaptive, or path.py:name", "decoding"
-    )
+    strategy: str = key("procedure", f"{', '.join(STRATEGIES)}, or path.py:name", "decoding")
     strategy_kwargs: dict = key(
         {}, "{threshold: 0.9}, {answer: boxed}, {check_tokens: 16, keep: 0.5}, {cost: 0.1}", "decoding"
     )
@@ -129,7 +151,7 @@ class Recipe:
     seed: int = key(42, "of every random stream", "output")
     overwrite: bool = key(False, "make stale stages anew instead of refusing, and score all samples anew", "output")
 
-    training: dict = field(default_factory=dict, metadata={"kind": "training"})
+    training: dict = field(default_factory=dict, metadata={"kind": "training", "help": training_help("RLOOConfig")})
     base_dir: Path = field(default=Path(), metadata={"kind": "internal"})
 
     @property
@@ -144,19 +166,8 @@ class Recipe:
             repetition_penalty=self.repetition_penalty,
         )
 
-    def __post_init__(self) -> None:
-        settle_paths(self)
-
-    @property
-    def output(self) -> Path:
-        """`output_dir` as a path, from where the working directory was when the recipe was made."""
-        return vars(self)["_output"]
-
-
-def settle_paths(recipe: Any) -> None:
-    """Note where a recipe's folders are as it is made: a plug-in may change the working directory later."""
-    object.__setattr__(recipe, "_output", Path(recipe.output_dir).expanduser().absolute())
-    object.__setattr__(recipe, "base_dir", Path(recipe.base_dir).absolute())
+    __post_init__ = settle_paths
+    output = property(settled_output)
 
 
 def own_keys(declaration: type = Recipe) -> list[dataclasses.Field]:
@@ -174,8 +185,10 @@ def load_recipe(config: str | Path | Mapping[str, Any] | None = None, flags: Map
     Raises:
         InputError: everything that is wrong with it, at once.
     """
-    recipe = Recipe(**read_keys(Recipe, config, flags, _training_hints, explain))
-    recipe = _with_trl_names(recipe)
+    keys = read_keys(Recipe, config, flags, _training_hints, explain)
+    recipe = _with_trl_names(Recipe(**keys))
+    if "n" in keys and (recipe.strategy in TAKES_PROCEDURE or recipe.strategy not in STRATEGIES):
+        refuse_n(recipe.procedure, recipe.n)  # the other strategies take their number of candidates from it
     _check_together(recipe)
     return recipe
 
@@ -202,6 +215,8 @@ def read_keys(
     values, base_dir = dict(config) if isinstance(config, Mapping) else {}, Path()
     if config is not None and not isinstance(config, Mapping):
         path = find_recipe(str(config))
+        if not path.is_file():
+            raise InputError(f"no recipe at {path}: {_near_recipe(path) or 'give --config the path of a YAML file'}")
         values, base_dir = read_yaml(path), path.parent
     values = {name: value for name, value in values.items() if name not in LAUNCH_FLAGS}  # the command line's
     hints = {name: hint for name, hint in field_hints(declaration).items() if name not in ("training", "base_dir")}
@@ -225,10 +240,34 @@ def find_recipe(name: str) -> Path:
     return next((one for one in [path, *shipped] if one.is_file()), path)
 
 
+def _near_recipe(path: Path) -> str:
+    """The recipe of nearly that name, beside it or among the shipped ones, as a question; empty where there is none."""
+    there = {file.stem: file for folder in (*recipe_folders(), path.parent) for file in sorted(folder.glob("*.y*ml"))}
+    close = difflib.get_close_matches(path.stem, there, n=1)
+    if not close:
+        return ""
+    file = there[close[0]]
+    return f"did you mean {file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file}?"
+
+
 def recipe_folders() -> list[Path]:
     """Where the shipped recipes lie: in the wheel, or at the root of a checkout."""
     package = Path(__file__).resolve().parent.parent
     return [package / "share" / "recipes", package.parent / "recipes"]
+
+
+def refuse_n(procedure: str, n: int | None) -> None:
+    """Raise for an n that was given to a built-in procedure which has none.
+
+    Raises:
+        InputError: naming what decides in its place.
+    """
+    if n is not None and procedure in BUILT_IN and not takes_n(procedure):
+        wanted, example = NEEDS[procedure]
+        raise InputError(
+            f"procedure {procedure} takes no n, got {n}: {wanted} says how many candidates are drawn "
+            f"({example}): leave n out"
+        )
 
 
 def _training_hints() -> dict[str, Any]:

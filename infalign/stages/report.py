@@ -9,6 +9,7 @@ from infalign.report.findings import Findings, read_findings
 from infalign.report.gallery import draw_all
 from infalign.report.page import Page, Setting, render_page
 from infalign.runtime.artifacts import write_whole
+from infalign.runtime.console import say
 from infalign.stages.objective import load_objective, load_procedure
 from infalign.stages.recipe import Recipe, own_keys, require
 from infalign.theory.objective import Objective, differing
@@ -46,6 +47,11 @@ def report(recipe: Recipe) -> Path:
     page = folder / "report" / "index.html"
     write_whole(page, lambda path: path.write_text(html, encoding="utf-8"))
     return page
+
+
+def tell(page: Path) -> None:
+    """Print where the page is."""
+    say(f"report: {page}")
 
 
 def recorded_recipe(found: Findings, given: Recipe) -> Recipe:

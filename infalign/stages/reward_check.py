@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -12,12 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from infalign.data.columns import renamed
+from infalign.data.columns import parse_columns, renamed
 from infalign.data.completions import read_completions
 from infalign.data.prompts import prompts_from_rows
 from infalign.data.sources import iter_rows
 from infalign.rewards.contract import Text, shape_completions
 from infalign.rewards.loader import Reward, load_reward
+from infalign.runtime.config import check
 from infalign.runtime.console import notice, say
 from infalign.types import InputError, Prompt, RewardError, prompt_key
 
@@ -27,7 +29,7 @@ Rows = list[tuple[Prompt, str]]
 
 QUESTIONS = ("How do I boil an egg?", "Who wrote Hamlet?")
 ANSWERS = (
-    "Put it into boiling water for eight minutes, then into cold water. Enjoy!",
+    "Thanks for asking! Put it into boiling water for eight minutes, then, please, into cold water.",
     "William Shakespeare wrote it around 1600.",
     "I don't know, and I don't care.",
     "42",
@@ -65,6 +67,30 @@ class Checked:
     tied: int = 0
 
 
+def add_arguments(parser: ArgumentParser) -> None:
+    """The arguments of `infalign reward check`."""
+    parser.add_argument("spec", metavar="SPEC", help="as a recipe's reward: file.py:name, module:name, model, URL")
+    parser.add_argument("--reward_kwargs", default="{}", help="keyword arguments, e.g. '{target: 20}'")
+    parser.add_argument("--prompts", help="file of prompts with their columns, in place of the built-in ones")
+    parser.add_argument("--samples", help="file of rows of prompt and completions, in place of the built-in ones")
+    parser.add_argument("--columns", help="other names of the file's columns, e.g. prompt=question,completions=answers")
+    parser.add_argument("--split", help="split of a folder that has several")
+
+
+def reward_verb(given: Namespace) -> None:
+    """Check the reward of parsed arguments, and print what was found."""
+    kwargs = check({}, {"reward_kwargs": given.reward_kwargs}, {"reward_kwargs": dict[str, Any]})["reward_kwargs"]
+    results = reward_check(
+        given.spec,
+        kwargs,
+        prompts=given.prompts,
+        samples=given.samples,
+        columns=parse_columns(given.columns),
+        split=given.split,
+    )
+    tell(given.spec, results)
+
+
 def reward_check(
     spec: str,
     reward_kwargs: Mapping[str, Any] | None = None,
@@ -100,18 +126,18 @@ def _samples(
     """The rows by form, at most `MOST` of each."""
     if samples is not None:
         file = read_completions(samples, columns=columns, split=split)
-        found = [(one.prompt, text) for one in file.rows for text in one.texts or ()]
+        pairs = [(one.prompt, text) for one in file.rows for text in one.texts or ()]
     else:
-        asked = [_prompt(question) for question in QUESTIONS]
-        asked += [_prompt([{"role": "user", "content": question}]) for question in QUESTIONS]
+        questions = [_prompt(question) for question in QUESTIONS]
+        questions += [_prompt([{"role": "user", "content": question}]) for question in QUESTIONS]
         if prompts is not None:
             limit = MOST // len(ANSWERS)
             rows = renamed(list(islice(iter_rows(prompts, split=split), limit)), columns, prompts)
-            asked = list(prompts_from_rows(rows, prompts).prompts)
-        found = [(prompt, answer) for prompt in asked for answer in ANSWERS]
+            questions = list(prompts_from_rows(rows, prompts).prompts)
+        pairs = [(prompt, answer) for prompt in questions for answer in ANSWERS]
     forms = {
-        "text": [row for row in found if isinstance(row[0].content, str)],
-        "chat": [row for row in found if not isinstance(row[0].content, str)],
+        "text": [pair for pair in pairs if isinstance(pair[0].content, str)],
+        "chat": [pair for pair in pairs if not isinstance(pair[0].content, str)],
     }
     return {form: rows[:MOST] for form, rows in forms.items() if rows}
 
@@ -168,17 +194,19 @@ def _tied(rows: Rows, scores_B: Floats) -> int:
     return sum(len(same) for same in texts.values() if len(same) > 1)
 
 
-def tell(spec: str, found: Sequence[Checked]) -> None:
-    """Print what was found.
+def tell(spec: str, results: Sequence[Checked]) -> None:
+    """Print the results.
 
     Raises:
         RewardError: the reward broke on every form of samples, or scored none of them.
     """
-    worked = [one for one in found if one.scores_B is not None]
+    worked = [one for one in results if one.scores_B is not None]
     if not worked:
-        raise RewardError(f"{spec} scored no {' and no '.join(one.form for one in found)} prompts: {found[-1].problem}")
+        raise RewardError(
+            f"{spec} scored no {' and no '.join(one.form for one in results)} prompts: {results[-1].problem}"
+        )
     say(f"reward {spec}")
-    for one in found:
+    for one in results:
         same = one is not worked[0] and _same(worked[0], one)
         say(f"\n{one.form} prompts, {len(one.rows)} completions")
         for line in [f"broke: {one.problem}"] if one.scores_B is None else _lines(one, listed=not same):

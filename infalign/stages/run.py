@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from infalign.calibration.few_samples import expected_cost
-from infalign.evaluation.shortfall import shortfall, trained
+from infalign.evaluation.shortfall import last_rollouts, shortfall
 from infalign.evaluation.summary import Evaluation
 from infalign.runtime.artifacts import read_json
 from infalign.runtime.console import say
@@ -16,6 +16,7 @@ from infalign.stages.calibrate import calibrate
 from infalign.stages.estimate import dry_run
 from infalign.stages.evaluate import check_samples, evaluate, tell
 from infalign.stages.experiment import Experiment
+from infalign.stages.objective import objective_name
 from infalign.stages.recipe import Recipe, load_recipe, require, require_plain
 from infalign.stages.report import report
 from infalign.stages.train import check_ready, train, training_arguments
@@ -60,12 +61,11 @@ def run(config: Recipe | Mapping[str, Any] | str | Path, *, dry: bool = False, *
     require(recipe, "model_name_or_path", "reward", "output_dir")
     require_plain(recipe)
     experiment = Experiment(recipe)
-    with together():  # every rank looks, and one of them speaks
+    with together("the checks before `run`"):  # every rank looks, and one of them speaks
         preflight(experiment)
     if dry:
         return dry_run(experiment)
-    aim = "direct objective" if recipe.objective == "direct" else f"transform {recipe.transform}"
-    say(f"infalign: {experiment.procedure}, {aim}, output in {recipe.output}")
+    say(f"infalign: {experiment.procedure}, {objective_name(recipe)}, output in {recipe.output}")
     calibrated = calibrate(recipe, experiment)
     trained = train(recipe, experiment)
     evaluated = evaluate(recipe, experiment)
@@ -82,6 +82,11 @@ def run(config: Recipe | Mapping[str, Any] | str | Path, *, dry: bool = False, *
     }
 
 
+def run_verb(recipe: Recipe, *, dry_run: bool = False) -> None:
+    """`run` under the name that its option has on the command line."""
+    run(recipe, dry=dry_run)
+
+
 def _shortfall(experiment: Experiment, evaluated: Evaluation) -> list[str]:
     """What limited the result, from the policy's training log and the recipe."""
     recipe, aim = experiment.recipe, experiment.objective
@@ -91,7 +96,7 @@ def _shortfall(experiment: Experiment, evaluated: Evaluation) -> list[str]:
     return shortfall(
         evaluated,
         experiment.procedure,
-        trained(read_json(path, "the training log") if path.exists() else []),
+        last_rollouts(read_json(path, "the training log") if path.exists() else []),
         target_kl=recipe.target_kl,
         count=count,
         cost=expected_cost(aim.transform, aim.procedure, count, aim.kl) if ranks_alone and aim.kl else None,

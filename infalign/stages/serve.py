@@ -27,7 +27,7 @@ from infalign.runtime.console import say
 from infalign.stages.experiment import Experiment
 from infalign.stages.objective import load_procedure
 from infalign.stages.recipe import Recipe
-from infalign.stages.reference import REFERENCE, reference_sampler
+from infalign.stages.reference_sampler import REFERENCE, reference_sampler
 from infalign.stages.servers import server_url
 from infalign.stages.strategy import load_strategy
 from infalign.types import InputError, Interrupted, Prompt, prompt_key

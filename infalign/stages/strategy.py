@@ -7,8 +7,7 @@ from typing import Any
 from infalign.decoding.answers import EXTRACTORS
 from infalign.decoding.strategies import STRATEGIES, TAKES_PROCEDURE
 from infalign.decoding.strategy import Strategy
-from infalign.runtime.config import nearest
-from infalign.runtime.plugins import find_object
+from infalign.runtime.plugins import built, find_object, find_own
 from infalign.stages.recipe import Recipe
 from infalign.theory.procedures import Procedure
 from infalign.types import InputError
@@ -29,17 +28,12 @@ def load_strategy(recipe: Recipe, procedure: Procedure) -> Strategy:
         first = {"procedure": procedure} if name in TAKES_PROCEDURE else {"n": recipe.n}
         if name == "majority_vote":
             arguments = _with_extractor(arguments, recipe)
-        made = _made(STRATEGIES[name], {**first, **arguments}, recipe)
-        _check_beginning(made, recipe.max_completion_length)
-        return made
-    found = find_object(name, recipe.base_dir, what="strategy") if ":" in name or "." in name else None
-    if found is None:
-        raise InputError(
-            f"strategy {name!r} is unknown{nearest(name, STRATEGIES)} "
-            f"(one of {', '.join(STRATEGIES)}, or path.py:name for your own)"
-        )
-    is_made = not isinstance(found.value, type) and hasattr(found.value, "step")
-    strategy: Any = found.value if is_made else _made(found.value, arguments, recipe)
+        strategy = built(STRATEGIES[name], {**first, **arguments}, name, what="strategy", kwargs=recipe.strategy_kwargs)
+        _check_beginning(strategy, recipe.max_completion_length)
+        return strategy
+    strategy = find_own(name, STRATEGIES, recipe.base_dir, what="strategy")
+    if isinstance(strategy, type) or not hasattr(strategy, "step"):
+        strategy = built(strategy, arguments, name, what="strategy", kwargs=recipe.strategy_kwargs)
     missing = [part for part in ("n", "width", "step") if not hasattr(strategy, part)]
     if missing:
         raise InputError(f"strategy {name!r} gave {type(strategy).__name__}, which lacks {', '.join(missing)}")
@@ -54,18 +48,6 @@ def _check_beginning(strategy: Any, limit: int) -> None:
             f"strategy 'early_rejection': check_tokens is {tokens} and completions have {limit} tokens at most "
             "(max_completion_length): nothing would be saved; lower check_tokens"
         )
-
-
-def _made(build: Any, arguments: dict[str, Any], recipe: Recipe) -> Any:
-    try:
-        return build(**arguments)
-    except InputError as error:
-        raise InputError(f"strategy {recipe.strategy!r}: {error}") from error
-    except (TypeError, ValueError) as error:
-        verb = "needs more than" if "missing" in str(error) else "does not take"
-        raise InputError(
-            f"strategy {recipe.strategy!r} {verb} strategy_kwargs {recipe.strategy_kwargs}: {error}"
-        ) from error
 
 
 def _with_extractor(arguments: dict[str, Any], recipe: Recipe) -> dict[str, Any]:

@@ -3,17 +3,47 @@
 from __future__ import annotations
 
 import json
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from infalign.runtime.config import check
 from infalign.runtime.console import say
+from infalign.stages.objective import find_procedure
 from infalign.theory import transforms
 from infalign.theory.optimum import optimal_transform
-from infalign.theory.procedures import BestOfN, Procedure
+from infalign.theory.procedures import BUILT_IN, BestOfN, Procedure
 from infalign.theory.tilted import tilt
+from infalign.types import InputError
 
 TILTS = (5.0, 10.0)
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """The arguments of `infalign theory`."""
+    parser.add_argument("--procedure", default="best_of_n", help=f"{', '.join(BUILT_IN)}, or path.py:name")
+    parser.add_argument("--n", type=int, help="candidates drawn [4]")
+    parser.add_argument("--k", type=int, help="for kth_of_n: the k-th best")
+    parser.add_argument("--tilt", type=float, help="for soft_best_of_n")
+    parser.add_argument("--pmf", type=float, nargs="+", help="for random_n: P(N=1) P(N=2) ...")
+    parser.add_argument("--procedure_kwargs", default="{}", help="as in a recipe, e.g. '{k: 2}'")
+    parser.add_argument("--kl", type=float, help="nats; give exactly one of --kl and --beta")
+    parser.add_argument("--beta", type=float)
+    parser.add_argument("--json", action="store_true", help="machine-readable")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw transforms, densities and win rates")
+
+
+def theory_verb(given: Namespace) -> None:
+    """`theory` of parsed arguments."""
+    if given.plot and Path(given.plot).suffix.lower() != ".png":
+        raise InputError(f"--plot writes a PNG, got {given.plot!r}: name it FILE.png")
+    kwargs = check({}, {"procedure_kwargs": given.procedure_kwargs}, {"procedure_kwargs": dict[str, Any]})
+    arguments = kwargs["procedure_kwargs"] | {
+        name: getattr(given, name) for name in ("k", "tilt", "pmf") if getattr(given, name) is not None
+    }
+    procedure = find_procedure(given.procedure, given.n, arguments, Path())
+    theory(procedure, kl=given.kl, beta=given.beta, as_json=given.json, plot=given.plot)
 
 
 def theory(

@@ -9,6 +9,7 @@ Theory: InfAlign (arXiv:2412.19792), calibrated procedures; the polynomial form 
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -273,6 +274,22 @@ BUILT_IN: dict[str, Callable[..., Procedure]] = {
     "soft_best_of_n": SoftBestOfN,
 }
 """Procedures a recipe knows by name: `procedure: best_of_n`, with `n` and `procedure_kwargs` as the arguments."""
+
+NEEDS: dict[str, tuple[str, str]] = {
+    "kth_of_n": ("k", "{k: 2} for the second best"),
+    "soft_best_of_n": ("tilt", "{tilt: 8}"),
+    "random_n": ("pmf", "{pmf: [0.5, 0.5]}, the chances of 1, 2, ... samples"),
+}
+"""What one of them takes in `procedure_kwargs`, with an example."""
+
+
+def takes_n(name: str) -> bool:
+    """Whether the built-in procedure of that name has an argument n.
+
+    >>> takes_n("best_of_n"), takes_n("random_n")
+    (True, False)
+    """
+    return "n" in inspect.signature(BUILT_IN[name]).parameters
 
 
 def check_procedure(value: object) -> Procedure:

@@ -90,7 +90,7 @@ def _calibration_seconds(rows: int) -> float:
 
 
 def objectives(folder: Path) -> None:
-    """A step of the direct objective and one with pooled calibration beside a plain CTRL step, everything else equal."""
+    """A step of the direct objective and one with pooled calibration beside a plain CTRL step, all else equal."""
     phi = optimal_transform(BestOfN(4), beta=0.1)
     kinds = {"plain": (phi, "midrank"), "direct": (Direct(BestOfN(4)), "midrank"), "pooled": (phi, "pooled")}
     judge, data = reward_model(folder), _data(8 * K, 64)

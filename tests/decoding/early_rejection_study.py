@@ -27,7 +27,7 @@ from infalign.generation.plan import Request, plan_batches
 from infalign.rewards.scoring import score_samples
 from infalign.stages.experiment import Experiment
 from infalign.stages.recipe import find_recipe, load_recipe
-from infalign.stages.sample_facts import cut_short
+from infalign.stages.scored_samples import cut_short
 from infalign.theory.procedures import BestOfN
 from infalign.types import Prompt, Sample
 

@@ -95,7 +95,10 @@ def test_recipes_that_do_not_fit(case, calibrated, tmp_path, capsys):
         change = {n: v.replace(place, path) if isinstance(v, str) else v for n, v in change.items()}
     work = tmp_path / "work"
     work.mkdir()
-    line = refused(capsys, work, {**keys, "output_dir": str(tmp_path / "fresh"), **change})
+    given = {**keys, "output_dir": str(tmp_path / "fresh"), **change}
+    if given.get("procedure") == "random_n":
+        del given["n"]  # which it does not take
+    line = refused(capsys, work, given)
     assert message in line
 
 

@@ -18,7 +18,7 @@ from infalign.stages.calibrate import calibrate, open_table
 from infalign.stages.experiment import Experiment
 from infalign.stages.policy_folder import save_policy
 from infalign.stages.recipe import load_recipe
-from infalign.stages.train import checkpoint_of, make_trainer, train
+from infalign.stages.train import checkpoint_of, make_trainer, train, training_arguments
 from infalign.stages.training_keys import adapter_of, split_training
 from infalign.theory.tilted import tilt
 from infalign.theory.transforms import identity
@@ -159,6 +159,32 @@ def test_calibrate_tells_what_few_samples_cost(given, tmp_path, capsys):
     calibrate(load_recipe({**tiny_experiment(tmp_path), "transform": "identity", **given}))
     kl = given["target_kl"] or tilt(identity, beta=0.3).kl
     assert f" win rate at KL {kl:.2f} nats\n" in capsys.readouterr().out.partition("expected cost of this K: ")[2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({}, "transform optimal, beta {0.beta:.4g} at first, steered to 0.5 nats"),
+        ({"kl_control": False}, "transform optimal, beta {0.beta:.4g},"),
+        ({"beta_start": 2.0}, "transform optimal, beta from 2 down to {0.beta:.4g}"),
+        ({"objective": "direct"}, "direct objective, beta {0.beta:.4g} at first, steered to 0.5 nats"),
+    ],
+)
+def test_the_dry_run_tells_the_beta_that_training_starts_from(changes, line, tmp_path, capsys):
+    """It told the optimum's, which 12 samples a prompt do not start from; and a transform of the direct objective."""
+    keys = {**tiny_experiment(tmp_path), **changes}
+    infalign.run(keys, dry=True)
+    experiment = Experiment(load_recipe(keys))
+    arguments = training_arguments(experiment)
+    assert line.format(arguments) in capsys.readouterr().out
+    assert (arguments.beta < 0.95 * experiment.objective.beta) == (not changes)
+
+
+def test_the_direct_objective_has_no_cost_of_few_samples(tmp_path, capsys):
+    """The cost is that of a transform of quantiles, which it has none of."""
+    calibrate(load_recipe({**tiny_experiment(tmp_path), "objective": "direct"}))
+    told = capsys.readouterr().out
+    assert "calibration: " in told and "expected cost" not in told
 
 
 def test_one_module_is_trained(tmp_path):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from infalign import BestOfN, win_rate_limit
-from infalign.evaluation.shortfall import Trained, shortfall, trained
+from infalign.evaluation.shortfall import Rollouts, last_rollouts, shortfall
 
 LIMIT = float(win_rate_limit(BestOfN(4), 1.0))
 
@@ -21,7 +21,7 @@ def measured(share, kl=1.0, half_width=0.01):
 
 
 def rollouts(share, kl=1.0):
-    return Trained(0.5 + share * (float(win_rate_limit(BestOfN(4), kl)) - 0.5), kl)
+    return Rollouts(0.5 + share * (float(win_rate_limit(BestOfN(4), kl)) - 0.5), kl)
 
 
 def said(evaluation, *given, **keys):
@@ -65,5 +65,5 @@ def test_nothing_is_missing_or_nothing_of_these_explains_it():
 
 def test_the_last_fifth_of_the_log_counts():
     log = [{"step": step, "winrate": step / 10, "kl_seq": 1.0} for step in range(1, 11)] + [{"train_runtime": 3.0}]
-    assert trained(log) == Trained(pytest.approx(0.95), 1.0)
-    assert trained([{"step": 1, "kl_seq": 0.1}]) is None
+    assert last_rollouts(log) == Rollouts(pytest.approx(0.95), 1.0)
+    assert last_rollouts([{"step": 1, "kl_seq": 0.1}]) is None

@@ -48,6 +48,12 @@ def test_scores_pass_through_and_are_counted():
     assert reward.__name__ == "mine"
 
 
+def test_the_first_retry_is_announced(capsys):
+    GuardedReward(failing(2, ValueError("odd")), name="announced", retries=2, backoff=0.0)(PROMPTS, COMPLETIONS)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: reward 'announced' failed (ValueError: odd): attempt 2 of 3 in ")
+
+
 def test_retries_until_it_works():
     function = failing(2)
     reward = guard(function)

@@ -12,7 +12,7 @@ import pytest
 from trl import DPOConfig, GRPOConfig, ScriptArguments, SFTConfig
 
 from infalign.runtime.config import check, coerce, field_hints, read_flags, read_yaml
-from infalign.stages.foreign_keys import FOREIGN, explain
+from infalign.stages.keys_of_other_trainers import FOREIGN, explain
 from infalign.stages.recipe import Recipe, load_recipe
 from infalign.stages.training_keys import training_hints
 from infalign.types import InputError

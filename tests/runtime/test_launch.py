@@ -12,7 +12,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
 
-from infalign.cli import main
+from infalign.cli import VERBS, main
 from infalign.runtime import launch
 from infalign.stages.recipe import load_recipe
 from infalign.types import InputError
@@ -276,7 +276,7 @@ def recipe(tmp_path):
     return str(path)
 
 
-@pytest.mark.parametrize("verb", launch.VERBS)
+@pytest.mark.parametrize("verb", [name for name, verb in VERBS.items() if verb.launches])
 def test_a_verb_executes_itself_again(verb, recipe, replaced):
     if verb == "reward-model":  # it has keys of its own
         keys = {name: yaml.safe_load(Path(recipe).read_text())[name] for name in ("model_name_or_path", "output_dir")}

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import httpx
 import pytest
 
-from infalign.runtime.retry import LONGEST_PAUSE, RetryPolicy, may_pass
+from infalign.runtime.retry import LONGEST_PAUSE, RetryPolicy, announce, may_pass
 
 
 def failure(status, **headers):
@@ -76,3 +76,13 @@ def test_the_server_says_how_long():
 )
 def test_an_odd_response_is_one_that_says_nothing(error):
     assert 0.5 <= RetryPolicy(retries=1).pause(1, error) <= 1.5
+
+
+def test_the_first_retry_is_announced_once(capsys):
+    """A dead server was silent for half a minute."""
+    for attempt in (1, 2):
+        announce("the server at http://nowhere", "ConnectError", attempt, 4, 1.25)
+    assert capsys.readouterr().err == (
+        "warning: the server at http://nowhere failed (ConnectError): attempt 2 of 5 in 1.2 s; "
+        "further retries are not shown\n"
+    )

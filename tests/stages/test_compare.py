@@ -201,6 +201,13 @@ def test_no_score_at_all_and_no_such_file(files, tmp_path):
         run({**files, "policy": "nofile.jsonl"})
 
 
+def test_random_n_takes_no_n(files):
+    keys = {**files, "procedure": "random_n", "procedure_kwargs": {"pmf": [0.5, 0.5]}}
+    assert run(keys).procedure == "RandomN([0.5, 0.5])"
+    with pytest.raises(InputError, match="procedure random_n takes no n, got 8: pmf says"):
+        run({**keys, "n": 8})
+
+
 def test_from_the_command_line(files, tmp_path, capsys):
     words = [word for name, value in files.items() for word in (f"--{name}", value)]
     output = tmp_path / "out.json"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from infalign import BestOfN, KthOfN, RandomN, SoftBestOfN, WorstOfN, optimal_transform, tilt, transforms
-from infalign.stages.objective import load_objective, load_procedure
+from infalign.stages.objective import find_procedure, load_objective, load_procedure
 from infalign.stages.recipe import load_recipe
 from infalign.theory.objective import differing
 from infalign.types import InputError
@@ -47,7 +47,7 @@ def wrong(n):
 @pytest.fixture
 def own(tmp_path):
     (tmp_path / "own.py").write_text(OWN)
-    (tmp_path / "recipe.yaml").write_text("n: 4\n")
+    (tmp_path / "recipe.yaml").write_text("seed: 4\n")
     return tmp_path / "recipe.yaml"
 
 
@@ -144,6 +144,28 @@ def test_transforms_that_are_none(keys, message, own):
 def test_a_procedure_that_is_none(own):
     with pytest.raises(InputError, match="gave str, not an infalign Procedure"):
         load_procedure(load_recipe(own, {"procedure": "own.py:wrong", "procedure_kwargs": {"n": 1}}))
+
+
+def test_random_n_takes_no_n(own):
+    """It was ignored. A strategy that draws `n` candidates itself takes it all the same."""
+    keys = {"procedure": "random_n", "procedure_kwargs": {"pmf": [0.5, 0.5]}}
+    with pytest.raises(InputError, match=r"procedure random_n takes no n, got 8: pmf says how many .*: leave n out"):
+        load_recipe(own, {**keys, "n": 8})
+    with pytest.raises(InputError, match="procedure random_n takes no n, got 4"):  # the default is no exception
+        load_recipe(own, {**keys, "n": 4})
+    assert load_recipe(own, {**keys, "n": 8, "strategy": "rejection"}).n == 8
+
+
+def test_a_builder_that_takes_no_n_is_told_what_it_got(own):
+    with pytest.raises(
+        InputError, match=r"does not take procedure_kwargs {'n': 3, 'm': 1}: best\(\) got an unexpected"
+    ):
+        find_procedure("own.py:best", 3, {"m": 1}, own.parent)
+
+
+def test_a_procedure_that_is_made_already_takes_no_arguments(own):
+    with pytest.raises(InputError, match=r"is KthOfN\(2, 8\) already and takes no arguments, got {'n': 3}"):
+        load_procedure(load_recipe(own, {"procedure": "own.py:second_best", "procedure_kwargs": {"n": 3}}))
 
 
 @pytest.mark.parametrize(

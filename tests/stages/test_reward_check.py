@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import socket
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -150,3 +152,23 @@ def test_a_reward_that_never_scores_is_an_error_and_one_that_never_differs_is_to
     assert "gave no sample a score" in capsys.readouterr().err
     assert main(["reward", "check", f"{tmp_path}/odd.py:one"]) == 0
     assert "every sample has the same reward, 1: try --samples of your own" in capsys.readouterr().err
+
+
+def test_the_readmes_reward_tells_the_samples_apart(tmp_path):
+    """It counts please and thanks, which occurred in no sample: every reward was 0."""
+    page = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (tmp_path / "polite.py").write_text(page.split("This is `polite.py`:\n\n```python\n")[1].split("```")[0])
+    for found in reward_check(f"{tmp_path}/polite.py:build"):
+        assert found.scores_B is not None and sorted(set(found.scores_B)) == [0.0, 2.0]
+
+
+def test_a_dead_server_is_announced_once(capsys):
+    """Every row is tried five times, which takes half a minute and was silent."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # nobody listens
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        assert main(["reward", "check", url, "--reward_kwargs", "{backoff: 0.01}"]) == 2
+    warning, error = capsys.readouterr().err.splitlines()
+    assert warning.startswith(f"warning: the server at {url} failed (ConnectError: ")
+    assert "): attempt 2 of 5 in 0.0 s; further retries are not shown" in warning
+    assert error.startswith("infalign: error: ")

@@ -21,7 +21,7 @@ from infalign.runtime.artifacts import without_nan
 from infalign.stages.evaluate import evaluate
 from infalign.stages.experiment import Experiment
 from infalign.stages.recipe import load_recipe
-from infalign.stages.sample_facts import Contest, Measured, ScoredSamples, compute_facts, cut_short
+from infalign.stages.scored_samples import Contest, Measured, ScoredSamples, compute_facts, cut_short
 from infalign.stages.strategy import load_strategy
 from infalign.types import InputError
 from tests.e2e.experiment import tiny_experiment

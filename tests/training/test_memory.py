@@ -141,10 +141,10 @@ def test_the_dry_run_suggests_a_batch_that_fits(tmp_path, capsys, monkeypatch):
     row = longest * 2 * 2 * 16 * 4 + 8 * model.config.vocab_size  # two layers, keys and values, one head of 16, float32
     rows = int(500_000 / row)
     assert found <= rows * longest < 2 * found
-    assert f"holds one of up to {found:,} " in capsys.readouterr().out
+    assert f"half of that holds up to tokens_per_batch {found:,}\n" in capsys.readouterr().out
     monkeypatch.setattr(estimate, "_free_bytes", lambda device: weights + 10)
     assert infalign.run(keys, dry=True)["tokens_per_batch"] == 0
-    assert "does not hold one row of it" in capsys.readouterr().out
+    assert "half of that holds not even one sample\n" in capsys.readouterr().out
 
 
 def test_the_dry_run_refuses_an_adapter_that_does_not_fit(tmp_path):

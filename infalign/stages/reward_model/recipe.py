@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from infalign.stages.recipe import key, read_keys, settle_paths
+from infalign.stages.recipe import key, read_keys, settle_paths, settled_output, training_help
 from infalign.types import InputError
 
 
@@ -53,16 +53,11 @@ class RewardModelRecipe:
     seed: int = key(42, "of the split, the folds and the training", "output")
     overwrite: bool = key(False, "make it anew instead of refusing", "output")
 
-    training: dict = field(default_factory=dict, metadata={"kind": "training"})
+    training: dict = field(default_factory=dict, metadata={"kind": "training", "help": training_help("RewardConfig")})
     base_dir: Path = field(default=Path(), metadata={"kind": "internal"})
 
-    def __post_init__(self) -> None:
-        settle_paths(self)
-
-    @property
-    def output(self) -> Path:
-        """`output_dir` as a path, from where the working directory was when the recipe was made."""
-        return vars(self)["_output"]
+    __post_init__ = settle_paths
+    output = property(settled_output)
 
 
 def load_reward_model_recipe(

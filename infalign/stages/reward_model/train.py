@@ -233,7 +233,7 @@ def _train(recipe: RewardModelRecipe, pairs: Pairs, folder: Path, parts: dict[st
     ours, rest = split_training(recipe.training, RewardConfig)
     peft = adapter_of({"lora_task_type": "SEQ_CLS", **rest})
     work = recipe.output / "training"
-    with together():  # a mistake that all ranks find is told once
+    with together("the start of the reward model's training"):  # a mistake that all ranks find is told once
         trainer = make_trainer(
             pairs.base_path,
             _arguments(recipe, ours, work),
