@@ -16,6 +16,7 @@ import json
 import random
 import sys
 from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -82,9 +83,14 @@ def pretrained(documents: list[list[int]], size: int) -> LlamaForCausalLM:
     return model
 
 
+@cache
+def made_tokenizer() -> PreTrainedTokenizerFast:
+    """The tokenizer that `main` wrote."""
+    return PreTrainedTokenizerFast.from_pretrained(HERE / "model")
+
+
 def build() -> Callable[..., list[float]]:
     """The reward: what each token at its place is worth, and how a completion goes with its prompt; both random."""
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(HERE / "model")
     generator = np.random.default_rng(5)
     worth = generator.normal(size=VOCABULARY)
     directions = generator.normal(size=(VOCABULARY, 32)) / np.sqrt(32)
@@ -94,7 +100,7 @@ def build() -> Callable[..., list[float]]:
         return [one(tokens(prompt), tokens(text)) for prompt, text in zip(prompts, completions, strict=True)]
 
     def tokens(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False)["input_ids"][: 4 * COMPLETION]
+        return made_tokenizer()(text, add_special_tokens=False)["input_ids"][: 4 * COMPLETION]
 
     def one(prompt: list[int], text: list[int]) -> float:
         if not prompt or not text:
