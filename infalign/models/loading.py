@@ -23,7 +23,7 @@ from transformers.utils import cached_file
 from transformers.utils.logging import disable_progress_bar
 
 from infalign.runtime.artifacts import fingerprint, whole_folder
-from infalign.runtime.console import say
+from infalign.runtime.console import notice, say
 from infalign.types import InputError
 
 if TYPE_CHECKING:
@@ -258,3 +258,26 @@ def context_length(name_or_path: str, revision: str | None = None, trust_remote_
     except (OSError, ValueError) as error:
         raise InputError(_cannot_load("config", name_or_path, error)) from error
     return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def pad_within_the_vocabulary(model: Any, tokenizer: Any) -> None:
+    """Pad with the end token where the tokenizer's padding has no embedding; under the mask any token is as good.
+
+    Raises:
+        InputError: the end token has none either.
+    """
+    config = model.config.get_text_config()
+    if tokenizer.pad_token_id < config.vocab_size:
+        return
+    if not tokenizer.eos_token_id < config.vocab_size:
+        raise InputError(
+            f"the tokenizer's pad_token {tokenizer.pad_token!r} ({tokenizer.pad_token_id}) and eos_token "
+            f"{tokenizer.eos_token!r} ({tokenizer.eos_token_id}) lie outside the model's vocabulary of "
+            f"{config.vocab_size}: it is another model's tokenizer"
+        )
+    notice(
+        f"the pad token {tokenizer.pad_token!r} ({tokenizer.pad_token_id}) lies outside the model's vocabulary of "
+        f"{config.vocab_size}: {tokenizer.eos_token!r} pads in its place, in the saved policy, too"
+    )
+    tokenizer.pad_token = tokenizer.eos_token
+    config.pad_token_id = model.generation_config.pad_token_id = tokenizer.eos_token_id

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import get_scheduler
 
+from infalign.training.trl_keys import WEIGHT
 from infalign.types import InputError
 
 MOST_KL_AT_START = 0.05  # nats; rounding gives about 1e-4 in float32 and up to 1e-2 in bf16
@@ -168,3 +169,13 @@ def check_rollout_settings(generation_kwargs: Mapping[str, Any], settings: Mappi
             f"generation_kwargs would draw rollouts otherwise than calibration ({shown}): leave it out, and set "
             "temperature and max_completion_length, which both share"
         )
+
+
+def check_weight(functions: Sequence[Any], reward: Any, weights: Sequence[float] | None) -> None:
+    """See that `reward_weights` leaves `reward`, one of the reward functions, as it is.
+
+    Raises:
+        InputError: its weight is not 1.
+    """
+    if weights is not None and len(weights) == len(functions) and weights[functions.index(reward)] != 1.0:
+        raise InputError(f"reward_weights={list(weights)}: {WEIGHT}")

@@ -123,3 +123,23 @@ def as_ctrl_config(args: RLOOConfig, *, knows_beta: bool) -> CTRLConfig:
     shown = "the transform's own" if converted.beta is None else f"{converted.beta:g}"
     notice(f"args is TRL's RLOOConfig: read as CTRLConfig, with beta {shown} and without dropout")
     return converted
+
+
+def own_beta(reward: Any) -> float | None:
+    """The KL coefficient that a reward's transform was made for, if it knows one."""
+    return getattr(getattr(reward, "transform", None), "beta", None)
+
+
+def resolve_beta(args: CTRLConfig, reward: Any) -> float:
+    """The KL coefficient of a run: that of the arguments, or else the transform's own.
+
+    Raises:
+        InputError: neither has one.
+    """
+    beta = args.beta if args.beta is not None else own_beta(reward)
+    if beta is None:
+        raise InputError(
+            "beta is not set and the transform has none of its own: give CTRLConfig(beta=...), or use "
+            "optimal_transform(procedure, kl=...), or tilt(transform, kl=...).beta"
+        )
+    return float(beta)

@@ -47,7 +47,7 @@ from trl.trainer.utils import get_config_model_id
 
 from infalign.generation.hf import decode_rows
 from infalign.models.layout import columnwise
-from infalign.models.loading import keep_four_bits_plain
+from infalign.models.loading import keep_four_bits_plain, pad_within_the_vocabulary
 from infalign.models.shared_prefix import keeps_no_cache, pass_cost, positions, why_plain, without_router_logits
 from infalign.runtime.artifacts import disk_errors, write_whole
 from infalign.runtime.console import notice, say
@@ -70,9 +70,9 @@ from infalign.training.checkpoints import (
     save_rollout_state,
     seal,
 )
-from infalign.training.checks import check_batch, check_calibration_at_start, check_kl_at_start
+from infalign.training.checks import check_batch, check_calibration_at_start, check_kl_at_start, check_weight
 from infalign.training.chunked_head import add_chunked_head
-from infalign.training.config import CTRLConfig, as_ctrl_config
+from infalign.training.config import CTRLConfig, as_ctrl_config, own_beta, resolve_beta
 from infalign.training.data_sets import check_data_sets
 from infalign.training.direct import Direct, check_group
 from infalign.training.held_out import measure
@@ -81,7 +81,6 @@ from infalign.training.packages import missing_packages
 from infalign.training.reward import PROMPT_IDS, CTRLReward
 from infalign.training.rollouts import PromptOrder, rollout_uniforms, shuffled_groups
 from infalign.training.shared_logps import shared_logps
-from infalign.training.trl_keys import WEIGHT
 from infalign.types import InputError, SamplingSettings
 
 TESTED_TRL = ("1.16",)
@@ -139,15 +138,15 @@ class CTRLTrainer(RLOOTrainer):
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = CTRLConfig(f"{name.rstrip('/').rpartition('/')[2]}-CTRL")
-        args = as_ctrl_config(args, knows_beta=_own_beta(self.ctrl_reward) is not None)
+        args = as_ctrl_config(args, knows_beta=own_beta(self.ctrl_reward) is not None)
         if missing := missing_packages(vars(args)):
             raise InputError("; ".join(missing))
-        args.beta = _resolve_beta(args, self.ctrl_reward)
+        args.beta = resolve_beta(args, self.ctrl_reward)
         if isinstance(train_dataset, dict):
             names = ", ".join(map(repr, train_dataset))
             raise InputError(f"train_dataset is a dictionary of data sets ({names}): give one, e.g. dataset['train']")
         if self.ctrl_reward is not None:
-            _require_weight_one(functions, self.ctrl_reward, args.reward_weights)
+            check_weight(functions, self.ctrl_reward, args.reward_weights)
             check_data_sets(self.ctrl_reward, train_dataset, eval_dataset)
             if isinstance(self.ctrl_reward.transform, Direct) and args.num_generations is not None:
                 check_group(self.ctrl_reward.transform.procedure, args.num_generations)
@@ -179,7 +178,7 @@ class CTRLTrainer(RLOOTrainer):
         if is_peft_model(self.model) and self.model.active_peft_config.is_prompt_learning:
             kind = self.model.active_peft_config.peft_type.value
             raise InputError(f"peft_type {kind}: rollouts would be drawn without its virtual tokens; use LoRA")
-        self._pad_within_the_vocabulary()
+        pad_within_the_vocabulary(self.model, self._tokenizer)
         keep_four_bits_plain(self.model)
         self._add_chunked_heads()
         self.identity = {**given, **(identity or {}), "processes": world_size(), "sharding": self._sharding()}
@@ -191,29 +190,6 @@ class CTRLTrainer(RLOOTrainer):
             self.add_callback(KLBudget(args.kl_budget))
         self._warned: set[str] = set()
         self._shares: dict[int, bool] = {}
-
-    def _pad_within_the_vocabulary(self) -> None:
-        """Pad with the end token where the tokenizer's padding has no embedding; under the mask any token is as good.
-
-        Raises:
-            InputError: the end token has none either.
-        """
-        model: Any = self.model
-        tokenizer, config = self._tokenizer, model.config.get_text_config()
-        if tokenizer.pad_token_id < config.vocab_size:
-            return
-        if not tokenizer.eos_token_id < config.vocab_size:
-            raise InputError(
-                f"the tokenizer's pad_token {tokenizer.pad_token!r} ({tokenizer.pad_token_id}) and eos_token "
-                f"{tokenizer.eos_token!r} ({tokenizer.eos_token_id}) lie outside the model's vocabulary of "
-                f"{config.vocab_size}: it is another model's tokenizer"
-            )
-        notice(
-            f"the pad token {tokenizer.pad_token!r} ({tokenizer.pad_token_id}) lies outside the model's vocabulary of "
-            f"{config.vocab_size}: {tokenizer.eos_token!r} pads in its place, in the saved policy, too"
-        )
-        tokenizer.pad_token = tokenizer.eos_token
-        config.pad_token_id = model.generation_config.pad_token_id = tokenizer.eos_token_id
 
     # --- rollouts -------------------------------------------------------------------------------------------------
 
@@ -648,25 +624,6 @@ class CTRLTrainer(RLOOTrainer):
 
 class _NotFinite(Exception):
     """The loss is not finite on some rank: no rank propagates its own."""
-
-
-def _own_beta(reward: CTRLReward | None) -> float | None:
-    return getattr(getattr(reward, "transform", None), "beta", None)
-
-
-def _resolve_beta(args: CTRLConfig, reward: CTRLReward | None) -> float:
-    beta = args.beta if args.beta is not None else _own_beta(reward)
-    if beta is None:
-        raise InputError(
-            "beta is not set and the transform has none of its own: give CTRLConfig(beta=...), or use "
-            "optimal_transform(procedure, kl=...), or tilt(transform, kl=...).beta"
-        )
-    return float(beta)
-
-
-def _require_weight_one(functions: Sequence[Any], reward: CTRLReward, weights: Sequence[float] | None) -> None:
-    if weights is not None and len(weights) == len(functions) and weights[functions.index(reward)] != 1.0:
-        raise InputError(f"reward_weights={list(weights)}: {WEIGHT}")
 
 
 def _trl_is_tested() -> bool:
