@@ -449,10 +449,15 @@ def test_held_out_prompts_that_share_a_pass_are_measured_alike(rows, llama, tmp_
 def test_the_win_rate_on_train_prompts_is_logged(llama, tmp_path):
     subject, rolled = trainer(llama, tmp_path, CTRLReward(token_sum, optimal_transform(BestOfN(2), kl=1.0))), []
     score = subject.ctrl_reward._everybodys
-    subject.ctrl_reward._everybodys = lambda *given: rolled.append(score(*given)) or rolled[-1]
+
+    def seen(raw_B, rows_B, keys):
+        rolled.append((raw_B.reshape(-1, 4), rows_B[::4]))  # groups of four, one after the other
+        return score(raw_B, rows_B, keys)
+
+    subject.ctrl_reward._everybodys = seen
     subject.train()
     logged = [row["winrate"] for row in subject.state.log_history if "winrate" in row]
-    expected = [win_rate(one.rewards_PG, one.references, BestOfN(2)).mean for one in rolled]
+    expected = [win_rate(rewards_PG, rows_PK, BestOfN(2)).mean for rewards_PG, rows_PK in rolled]
     assert logged == pytest.approx(expected) and len(logged) == 2
 
 
