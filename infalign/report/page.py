@@ -52,7 +52,8 @@ class Setting:
 class Page:
     """What the template is filled from.
 
-    `notes` are sentences about what could not be drawn; `settings` are the recipe's, by heading.
+    `notes` are sentences about what could not be drawn, `limited_by` about what limited the result; `settings` are the
+    recipe's, by heading.
     """
 
     title: str
@@ -60,6 +61,7 @@ class Page:
     plots: Sequence[Plot] = ()
     notes: Sequence[str] = ()
     settings: Mapping[str, Sequence[Setting]] = field(default_factory=dict)
+    limited_by: Sequence[str] = ()
 
 
 def render_page(page: Page) -> str:

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from infalign.calibration.few_samples import expected_cost
+from infalign.evaluation.shortfall import last_rollouts, shortfall
+from infalign.evaluation.summary import Evaluation
 from infalign.report.findings import Findings, read_findings
 from infalign.report.gallery import draw_all
 from infalign.report.page import Page, Setting, render_page
@@ -43,7 +48,11 @@ def report(recipe: Recipe) -> Path:
     for plot in plots:
         write_whole(folder / "report" / f"{plot.name}.png", lambda path, png=plot.png: path.write_bytes(png))
     notes = [problem] if problem else []
-    html = render_page(Page(f"infalign · {folder.resolve().name}", found, plots, notes, settings(made_with)))
+    limits = []
+    if objective is not None and found.evaluation is not None and found.log:
+        lines = limited_by(made_with, objective, found.evaluation, found.log)
+        limits = [f"{line[0].upper()}{line[1:]}." for line in lines]
+    html = render_page(Page(f"infalign · {folder.resolve().name}", found, plots, notes, settings(made_with), limits))
     page = folder / "report" / "index.html"
     write_whole(page, lambda path: path.write_text(html, encoding="utf-8"))
     return page
@@ -90,3 +99,16 @@ def settings(recipe: Recipe) -> dict[str, list[Setting]]:
         shown.setdefault(one.metadata["kind"], []).append(entry)
     shown["training"] = [Setting(name, value, meaning="training") for name, value in recipe.training.items()]
     return shown
+
+
+def limited_by(
+    recipe: Recipe, objective: Objective, evaluation: Evaluation, log: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    """What limited a trained policy's result, in sentences without a full stop (`evaluation.shortfall`)."""
+    count = recipe.num_calibration_samples
+    ranks_alone = recipe.objective == "transform" and recipe.calibration_method != "pooled"
+    cost = None
+    if ranks_alone and objective.kl:
+        cost = expected_cost(objective.transform, objective.procedure, count, objective.kl)
+    rollouts = last_rollouts(log)
+    return shortfall(evaluation, objective.procedure, rollouts, target_kl=recipe.target_kl, count=count, cost=cost)

@@ -6,9 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from infalign.calibration.few_samples import expected_cost
-from infalign.evaluation.shortfall import last_rollouts, shortfall
-from infalign.evaluation.summary import Evaluation
 from infalign.runtime.artifacts import read_json
 from infalign.runtime.console import say
 from infalign.runtime.distributed import together
@@ -18,7 +15,7 @@ from infalign.stages.evaluate import check_samples, evaluate, tell
 from infalign.stages.experiment import Experiment
 from infalign.stages.objective import objective_name
 from infalign.stages.recipe import Recipe, load_recipe, require, require_plain
-from infalign.stages.report import report
+from infalign.stages.report import limited_by, report
 from infalign.stages.train import check_ready, train, training_arguments
 from infalign.training.checks import check_batch
 from infalign.types import InputError
@@ -70,7 +67,9 @@ def run(config: Recipe | Mapping[str, Any] | str | Path, *, dry: bool = False, *
     trained = train(recipe, experiment)
     evaluated = evaluate(recipe, experiment)
     tell(evaluated)
-    for line in _shortfall(experiment, evaluated):
+    log = experiment.policy_path / "training_log.json"
+    rows = read_json(log, "the training log") if log.exists() else []
+    for line in limited_by(recipe, experiment.objective, evaluated, rows):
         say(f"  {line}")
     page = report(recipe)
     say(f"\nreport: {page}")
@@ -85,19 +84,3 @@ def run(config: Recipe | Mapping[str, Any] | str | Path, *, dry: bool = False, *
 def run_verb(recipe: Recipe, *, dry_run: bool = False) -> None:
     """`run` under the name that its option has on the command line."""
     run(recipe, dry=dry_run)
-
-
-def _shortfall(experiment: Experiment, evaluated: Evaluation) -> list[str]:
-    """What limited the result, from the policy's training log and the recipe."""
-    recipe, aim = experiment.recipe, experiment.objective
-    path = experiment.policy_path / "training_log.json"
-    count = recipe.num_calibration_samples
-    ranks_alone = recipe.objective == "transform" and recipe.calibration_method != "pooled"
-    return shortfall(
-        evaluated,
-        experiment.procedure,
-        last_rollouts(read_json(path, "the training log") if path.exists() else []),
-        target_kl=recipe.target_kl,
-        count=count,
-        cost=expected_cost(aim.transform, aim.procedure, count, aim.kl) if ranks_alone and aim.kl else None,
-    )

@@ -216,3 +216,10 @@ def test_the_direct_objective_from_the_calibration_to_the_page(method, aim, tmp_
     assert found["trained"] and 0 < found["evaluation"].main.mean < 1
     assert "direct objective" in (tmp_path / "out" / "policy" / "README.md").read_text()
     assert "direct objective" in found["report"].read_text()
+
+
+def test_the_run_and_the_page_say_what_limited_it(tmp_path, capsys):
+    found = infalign.run({**tiny_experiment(tmp_path), "target_kl": 3.0, "learning_rate": 1e-6})
+    said = capsys.readouterr().out
+    line = "of the 3 nats asked for: raise max_steps or learning_rate"
+    assert line in said and line in found["report"].read_text()
