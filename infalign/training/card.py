@@ -59,7 +59,7 @@ def model_card(trainer: Any, name: str) -> str:
         kl = objective(trainer.procedure or BestOfN(1), None if direct else transform, beta=trainer.args.beta).kl
     aim = "target KL not known" if kl is None else f"target KL {kl:.4g} nats"
     if trainer.kl_control is not None:
-        aim = f"at the end; steered to keep a KL of {trainer.args.target_kl:.4g} nats"
+        aim = f"at the end; it was steered: target KL {trainer.args.target_kl:.4g} nats"
     base = str(getattr(trainer.model.config, "_name_or_path", "") or "unknown")
     return _CARD.format(
         name=name,

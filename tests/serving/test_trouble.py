@@ -439,6 +439,7 @@ def test_a_backend_that_is_not_there_is_told_at_the_start(tmp_path):
 
 def test_a_procedure_that_does_not_take_n(tmp_path):
     keys = tiny_keys(tmp_path, procedure="random_n", procedure_kwargs={"pmf": [0.5, 0.5]})
+    del keys["n"]
     with pytest.raises(InputError, match="draws 2 candidates, whatever is asked for"):
         strategies(load_recipe(keys))(3)
     with running(tmp_path, keys) as served:
