@@ -112,10 +112,10 @@ def _ordered(pool: Sequence[Prompt], seed: int) -> list[Group]:
 
 def _too_few(num_train: int | None, num_validation: int, num_test: int, groups: Sequence[Group], taken: int) -> str:
     numbers = {"train": num_train or "some", "validation": num_validation, "test": num_test}
-    asked = " + ".join(f"{number} {name}" for name, number in numbers.items() if number)
+    wanted = " + ".join(f"{number} {name}" for name, number in numbers.items() if number)
     total = sum(map(len, groups))
     copies = (
         f" (of {len(groups)} distinct texts: near copies stay on one side of a split)" if len(groups) < total else ""
     )
     where = f", {taken} of them test prompts or copies of one" if taken else ""
-    return f"asked for {asked} prompts, the data has {total}{copies}{where}; ask for fewer"
+    return f"asked for {wanted} prompts, the data has {total}{copies}{where}; ask for fewer"

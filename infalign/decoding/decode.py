@@ -108,9 +108,9 @@ def decode(
         courses = [Course(by_key[head.key], stream(seed, "decode", head.key)) for head in batch]
         going = list(zip(batch, courses, strict=True))
         while going:
-            asked = [(head, course, course.ask(strategy)) for head, course in going]
-            going = [(head, course) for head, course, step in asked if not isinstance(step, Choose)]
-            _play([one for one in asked if not isinstance(one[2], Choose)], sampler, reference, score, strategy)
+            questions = [(head, course, course.ask(strategy)) for head, course in going]
+            going = [(head, course) for head, course, step in questions if not isinstance(step, Choose)]
+            _play([one for one in questions if not isinstance(one[2], Choose)], sampler, reference, score, strategy)
         yield [Decoded(one.prompt, one.chosen, tuple(one.candidates), one.whole_rewards, one.spent) for one in courses]
 
 

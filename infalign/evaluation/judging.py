@@ -125,7 +125,7 @@ def judged_wins(
     wins = (first + second) / 2.0
     prompts = [str(pair.prompt) for pair, kept in zip(pairs, judged, strict=True) if kept]
     # a tie by either of them names no winner
-    told = (wins != 0.5) & (margins_B[judged] != 0.0)
+    decided = (wins != 0.5) & (margins_B[judged] != 0.0)
     agree = (wins > 0.5) == (margins_B[judged] > 0.0)
     return JudgedWins(
         win_rate=clustered_mean(wins, prompts, confidence, seed).interval,
@@ -134,7 +134,7 @@ def judged_wins(
         # both are chances that the policy's answer is better: on different sides of 1/2 they name different winners
         disagreement=float(((first - 0.5) * (second - 0.5) < 0.0).mean()),
         first_preferred=float(((first + (1.0 - second)) / 2.0).mean()),
-        proxy_agreement=float(agree[told].mean()) if told.any() else float("nan"),
+        proxy_agreement=float(agree[decided].mean()) if decided.any() else float("nan"),
         judge=judge,
     )
 

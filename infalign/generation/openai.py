@@ -212,11 +212,11 @@ class OpenAISampler:
         # the shortest prompts, each in turn: the local model computes one plain forward a sample
         heads = sorted({r.key: r for r in requests}.values(), key=lambda r: (len(r.prompt_ids), r.key))
         heads = heads[:CHECK_PROMPTS]
-        asked = [dataclasses.replace(heads[i % len(heads)], index=i) for i in range(CHECK_SAMPLES)]
-        samples = self._draw(asked, settings, f"{self.seed}/check")
+        probes = [dataclasses.replace(heads[i % len(heads)], index=i) for i in range(CHECK_SAMPLES)]
+        samples = self._draw(probes, settings, f"{self.seed}/check")
         found = compare(
             self.local(),
-            [request.prompt_ids for request in asked],
+            [request.prompt_ids for request in probes],
             samples,
             temperature=settings.temperature,
             end_ids=self.end_ids,
@@ -400,9 +400,9 @@ def _count(told: Any) -> int | None:
 
 def _told_tokens(choice: dict[str, Any]) -> tuple[tuple[int, ...] | None, tuple[float, ...] | None]:
     """Token ids and log-probabilities (NaN for none) in the places where servers put them; odd ones count as absent."""
-    told = choice["logprobs"] if isinstance(choice.get("logprobs"), dict) else {}
-    ids, logps = choice.get("token_ids"), told.get("token_logprobs")
-    content, names = told.get("content"), told.get("tokens")
+    logprobs = choice["logprobs"] if isinstance(choice.get("logprobs"), dict) else {}
+    ids, logps = choice.get("token_ids"), logprobs.get("token_logprobs")
+    content, names = logprobs.get("content"), logprobs.get("tokens")
     if isinstance(content, list) and all(isinstance(one, dict) for one in content):  # llama.cpp, in the manner of chat
         logps = [one.get("logprob") for one in content]
         ids = ids or [one.get("id") for one in content]

@@ -84,12 +84,12 @@ def compare(
         standing.append(_standing(torch.softmax(logits_TV / temperature, dim=-1), chosen_T, end_ids, rng))
         local = [torch.log_softmax(logits_TV / t, dim=-1).gather(1, chosen_T[:, None])[:, 0] for t in (1, temperature)]
         differences.append(np.abs(np.stack([one.numpy() for one in local]) - sample.token_logps))
-    told = np.concatenate(differences, axis=1)
-    told = told[:, np.isfinite(told).all(axis=0)]
-    raw, tempered = told.mean(axis=1) if told.size else (math.nan, math.nan)
+    differences_known = np.concatenate(differences, axis=1)
+    differences_known = differences_known[:, np.isfinite(differences_known).all(axis=0)]
+    raw, tempered = differences_known.mean(axis=1) if differences_known.size else (math.nan, math.nan)
     return Agreement(
         tokens=sum(map(len, standing)),
-        difference=float(min(raw, tempered)) if told.size else None,
+        difference=float(min(raw, tempered)) if differences_known.size else None,
         tempered=bool(tempered <= raw),
         excess=_excess(np.concatenate(standing)),
     )

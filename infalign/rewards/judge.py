@@ -157,9 +157,9 @@ def both_orders(
     Raises:
         RewardError: the judge failed, or answered what is no verdict.
     """
-    asked = judge if isinstance(judge, Judge) else load_judge(judge)
-    first_B = asked(prompts, firsts, seconds)
-    return Verdicts(first_B, 1.0 - asked(prompts, seconds, firsts))
+    loaded = judge if isinstance(judge, Judge) else load_judge(judge)
+    first_B = loaded(prompts, firsts, seconds)
+    return Verdicts(first_B, 1.0 - loaded(prompts, seconds, firsts))
 
 
 def as_verdicts(output: Any, count: int, name: str) -> NDArray[np.float64]:

@@ -135,8 +135,8 @@ def check(
     for source, given in (("", values), ("--", flags)):
         for name, value in given.items():
             if name not in hints:
-                told = explain(name)
-                near = f": {told}" if told else nearest(name, hints)
+                explanation = explain(name)
+                near = f": {explanation}" if explanation else nearest(name, hints)
                 problems.append(f"unknown {'flag' if source else 'key'} {source}{name}{near}")
                 continue
             try:

@@ -249,10 +249,10 @@ def check_started() -> None:
     if expected.isdigit():
         _check_count(int(expected))
         return
-    asked = _asked_of_accelerate()
-    if asked is not None:
+    wanted = _asked_of_accelerate()
+    if wanted is not None:
         raise InputError(
-            f"{asked} processes were asked for and 1 started: `accelerate launch` starts one with --cpu, MULTI_CPU or "
+            f"{wanted} processes were asked for and 1 started: `accelerate launch` starts one with --cpu, MULTI_CPU or "
             "NO, whatever --num_processes says; on CPUs: infalign VERB --accelerate_config cpu_ddp --num_processes N"
         )
 

@@ -45,9 +45,9 @@ class RetryPolicy:
         """
         if attempt > self.retries or not may_pass(failure):
             return None
-        asked = _retry_after(failure)
+        wait = _retry_after(failure)
         # the random factor keeps many clients of one server from coming back all at once
-        pause = self.backoff * 2 ** (attempt - 1) * random.uniform(0.5, 1.5) if asked is None else asked
+        pause = self.backoff * 2 ** (attempt - 1) * random.uniform(0.5, 1.5) if wait is None else wait
         return min(pause, LONGEST_PAUSE)
 
 
@@ -94,10 +94,10 @@ def _response(failure: BaseException) -> Any:
 def _retry_after(failure: BaseException) -> float | None:
     """Seconds that the server asks to wait: `Retry-After` is a number or a date (RFC 9110, 10.2.3)."""
     headers = getattr(_response(failure), "headers", None)
-    asked = str(headers.get("retry-after", "")) if isinstance(headers, Mapping) else ""
+    header = str(headers.get("retry-after", "")) if isinstance(headers, Mapping) else ""
     with contextlib.suppress(ValueError):
-        return max(0.0, float(asked))
+        return max(0.0, float(header))
     with contextlib.suppress(ValueError, TypeError):
-        moment = email.utils.parsedate_to_datetime(asked)
+        moment = email.utils.parsedate_to_datetime(header)
         return max(0.0, (moment - datetime.datetime.now(datetime.UTC)).total_seconds())
     return None

@@ -101,19 +101,19 @@ def generate(
         and any(is_same(path, file) for file in (prompts, recipe.base_dir / prompts))
     ):
         raise InputError(f"--output {path} is the file of prompts, which would be lost: name another file")
-    asked = _asked(experiment, prompts, split)
+    requested = _asked(experiment, prompts, split)
     batches = plan_decoding(
-        asked.prompts,
-        asked.ids,
+        requested.prompts,
+        requested.ids,
         _strategy(experiment),
         max_tokens=recipe.max_completion_length,
         tokens_per_batch=recipe.tokens_per_batch,
     )
-    identity = _identity(experiment, batches, asked)
+    identity = _identity(experiment, batches, requested)
     with together("the look at what is made already"):  # every rank looks, and one of them speaks
         made = is_made(path, identity, recipe.overwrite)
     if made:
-        say(f"{path} is made already ({len(asked.rows)} completions by {_strategy(experiment)!r})")
+        say(f"{path} is made already ({len(requested.rows)} completions by {_strategy(experiment)!r})")
         if is_main() and failed_rows(path):
             notice(f"{failed_rows(path)} of its rows have an error: --overwrite tries all of them again")
         return path
@@ -121,10 +121,10 @@ def generate(
         parts = claim_parts(path, identity, batches)
         missing = [file for file in my_share(list(parts)) if not file.exists()]
         if missing:
-            _decode_batches(experiment, asked, {file: parts[file] for file in missing})
+            _decode_batches(experiment, requested, {file: parts[file] for file in missing})
     barrier()
     if is_main():
-        order = [_bad_row(one) if isinstance(one, BadRow) else one.key for one in asked.rows]
+        order = [_bad_row(one) if isinstance(one, BadRow) else one.key for one in requested.rows]
         rows = write_output(list(parts), order, path, identity)
         _tell_failed(rows)
         say(f"{len(rows)} completions by {_strategy(experiment)!r} in {path}")
@@ -193,12 +193,12 @@ def _strategy(experiment: Experiment) -> Strategy:
 
 def _rows(experiment: Experiment, prompts: str | None, split: str | None) -> Iterator[list[dict[str, Any]]]:
     """What is decoded, in the order of the input, a batch at a time."""
-    asked = _asked(experiment, prompts, split)
-    batches = _neighbours(experiment, asked.prompts, asked.ids)
-    waiting = list(reversed(asked.rows))
+    requested = _asked(experiment, prompts, split)
+    batches = _neighbours(experiment, requested.prompts, requested.ids)
+    waiting = list(reversed(requested.rows))
     told: list[dict[str, Any]] = []
-    with Progress(f"generate: {_strategy(experiment)!r}", len(asked.prompts), "prompts") as progress:
-        for decoded in _decoded(experiment, asked, batches):
+    with Progress(f"generate: {_strategy(experiment)!r}", len(requested.prompts), "prompts") as progress:
+        for decoded in _decoded(experiment, requested, batches):
             ready: list[dict[str, Any]] = []
             while waiting and (isinstance(one := waiting[-1], BadRow) or one.key in decoded):
                 ready.append(_bad_row(one) if isinstance(one, BadRow) else decoded[one.key])

@@ -172,8 +172,8 @@ def strategies(recipe: Recipe) -> Callable[[int | None], Strategy]:
     def strategy(n: int | None) -> Strategy:
         if n is None:
             return load_strategy(recipe, load_procedure(recipe))
-        asked = dataclasses.replace(recipe, n=n)
-        built = load_strategy(asked, load_procedure(asked))
+        changed = dataclasses.replace(recipe, n=n)
+        built = load_strategy(changed, load_procedure(changed))
         if built.n != n:
             raise InputError(f"{built!r} draws {built.n} candidates, whatever is asked for: leave n (best_of) out")
         return built

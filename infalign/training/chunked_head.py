@@ -51,6 +51,6 @@ def add_chunked_head(model: Any, temperature: float, *, entropy: bool) -> None:
 
 def _routes(model: Any, kwargs: dict[str, Any]) -> bool:
     """Whether TRL's own path has more to do: a load-balancing loss of experts, labels that are shifted already."""
-    asked = kwargs.get("output_router_logits")
-    balances = getattr(model.config.get_text_config(), "output_router_logits", False) if asked is None else asked
+    wanted = kwargs.get("output_router_logits")
+    balances = getattr(model.config.get_text_config(), "output_router_logits", False) if wanted is None else wanted
     return bool(balances) or any(kwargs.get(name) is not None for name in ("shift_labels", "num_items_in_batch"))
