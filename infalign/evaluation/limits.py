@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.interpolate import PchipInterpolator
 
-from infalign.theory.levels import tied_limit
+from infalign.theory.levels import SMALLEST_KL, tied_limit
+from infalign.theory.optimum import win_rate_limit
 
 if TYPE_CHECKING:
     from infalign.theory.procedures import Procedure
@@ -44,6 +45,16 @@ def cluster_mean(values_PM: Sequence[Array]) -> Estimate:
     means = np.array([row.mean() for row in values_PM])
     error = float(means.std(ddof=1) / np.sqrt(means.size)) if means.size > 1 else float("nan")
     return Estimate(float(means.mean()), error)
+
+
+def limit_at(procedure: Procedure, kl: float) -> float:
+    """`win_rate_limit` at a measured KL, which may be negative, next to nothing, or larger than any budget.
+
+    >>> from infalign.theory.procedures import BestOfN
+    >>> [round(limit_at(BestOfN(4), kl), 4) for kl in (-0.01, 1e-10, 1.0, 30.0)]
+    [0.5, 0.5, 0.9411, 1.0]
+    """
+    return 0.5 if kl < SMALLEST_KL else float(win_rate_limit(procedure, min(kl, _MOST_KL)))
 
 
 def attainment(win_rate: float, limit: float, kl: float) -> float:

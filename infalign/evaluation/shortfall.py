@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from infalign.evaluation.limits import attainment
+from infalign.evaluation.limits import attainment, limit_at
 from infalign.evaluation.summary import Evaluation
-from infalign.theory.optimum import LARGEST_KL, win_rate_limit
 from infalign.theory.procedures import Procedure
 
 LAST = 0.2  # share of the steps whose rollouts count as those of the trained policy
@@ -33,8 +32,7 @@ class Rollouts:
 
     def attainment(self, procedure: Procedure) -> float:
         """Of the limit at the rollouts' KL; NaN where that is too small to tell."""
-        limit = float(win_rate_limit(procedure, min(max(self.kl, 0.0), LARGEST_KL)))
-        return attainment(self.win_rate, limit, self.kl)
+        return attainment(self.win_rate, limit_at(procedure, self.kl), self.kl)
 
 
 def last_rollouts(log: Sequence[Mapping[str, Any]]) -> Rollouts | None:

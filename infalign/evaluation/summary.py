@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any
 from infalign.evaluation.compute import Compute
 from infalign.evaluation.judging import JudgedWins
 from infalign.evaluation.length import LengthControlled, Side, decoded_reward, length_controlled_win_rate
-from infalign.evaluation.limits import attainment, regret_ratio
+from infalign.evaluation.limits import attainment, limit_at, regret_ratio
 from infalign.evaluation.winrate import judged_win_rate, win_rate
 from infalign.runtime.artifacts import from_plain, without_nan
-from infalign.theory.optimum import win_rate_limit
 from infalign.theory.procedures import BestOfN, WorstOfN
 
 if TYPE_CHECKING:
@@ -77,7 +76,7 @@ def decoder_row(
         found = judged_win_rate(*sides, procedure, confidence, seed)
     limit = math.nan
     if judge == PROXY and kl is not None:  # a gold judge is not what decodes: the limit does not hold for it
-        limit = float(win_rate_limit(procedure, max(kl, 0.0)))
+        limit = limit_at(procedure, kl)
     return DecoderRow(
         label=repr(procedure),
         kind=procedure.name,

@@ -21,10 +21,9 @@ from numpy.typing import NDArray
 from trl.trainer.utils import use_adapter
 
 from infalign.calibration.quantile import calibrate
-from infalign.evaluation.limits import attainment
+from infalign.evaluation.limits import attainment, limit_at
 from infalign.evaluation.winrate import win_rate
 from infalign.runtime.distributed import even_share, gathered, together
-from infalign.theory.optimum import LARGEST_KL, win_rate_limit
 from infalign.theory.procedures import BestOfN
 from infalign.training.reward import PROMPT_IDS, data_columns
 from infalign.training.rollouts import rollout_uniforms
@@ -109,7 +108,7 @@ def _summary(measured: Sequence[_OnAPrompt], procedure: Any) -> dict[str, float]
         "completion_length": float(np.mean([one.length for one in measured])),
         "quantile_distance": float(np.abs(quantiles - uniform).max()),
     }
-    share = attainment(wins, win_rate_limit(procedure, min(max(kl, 0.0), LARGEST_KL)), kl)
+    share = attainment(wins, limit_at(procedure, kl), kl)
     return found if np.isnan(share) else found | {"attainment": share}
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from infalign import BestOfN, WorstOfN, win_rate_limit
-from infalign.evaluation.limits import attainment, cluster_mean, level_masses, regret_ratio, tie_limit
+from infalign.evaluation.limits import attainment, cluster_mean, level_masses, limit_at, regret_ratio, tie_limit
 
 
 def test_cluster_mean_is_over_prompts():
@@ -49,3 +49,10 @@ def test_prompts_share_one_beta():
     both = tie_limit(BestOfN(2), [free, tied], 0.25)
     alone = tie_limit(BestOfN(2), [free], 0.5)
     assert both == pytest.approx((alone + 0.5) / 2, abs=2e-3)
+
+
+@pytest.mark.parametrize("kl", [-0.01, 0.0, 7.8e-10, 1e-9, 0.5, 20.0, 60.0])
+def test_any_measured_kl_has_a_limit(kl):
+    """A policy that has hardly moved measures KLs of rounding; one that collapsed, KLs beyond every budget."""
+    expected = 0.5 if kl < 1e-9 else float(win_rate_limit(BestOfN(4), min(kl, 20.0)))
+    assert limit_at(BestOfN(4), kl) == expected
