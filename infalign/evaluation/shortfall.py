@@ -49,6 +49,18 @@ def last_rollouts(log: Sequence[Mapping[str, Any]]) -> Rollouts | None:
     return Rollouts(*(float(np.mean([row[name] for row in last])) for name in ("winrate", "kl_seq")))
 
 
+def kl_missed(kl: float, target_kl: float | None) -> list[str]:
+    """A sentence where the KL is not the one that was asked for.
+
+    >>> kl_missed(0.23, 1.0)
+    ['KL 0.23 of the 1 nats asked for: raise max_steps or learning_rate']
+    """
+    if target_kl is None or abs(kl - target_kl) <= KL_APART * target_kl:
+        return []
+    remedy = "raise max_steps or learning_rate" if kl < target_kl else "lower learning_rate, or raise max_steps"
+    return [f"KL {kl:.2f} of the {target_kl:g} nats asked for: {remedy}"]
+
+
 def shortfall(
     evaluation: Evaluation,
     procedure: Procedure,
@@ -76,9 +88,7 @@ def shortfall(
             f"attainment {main.attainment:.2f} on held-out prompts, {ours:.2f} on those of training (its last rollouts "
             "against the calibration samples)"
         )
-    if target_kl is not None and abs(kl - target_kl) > KL_APART * target_kl:
-        remedy = "raise max_steps or learning_rate" if kl < target_kl else "lower learning_rate, or raise max_steps"
-        causes.append(f"KL {kl:.2f} of the {target_kl:g} nats asked for: {remedy}")
+    causes += kl_missed(kl, target_kl)
     if not main.attainment < ENOUGH:  # NaN where the KL is too small to tell
         return both + causes
     # of the attainment: that of the win rate over what the limit is above one half

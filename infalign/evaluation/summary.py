@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from infalign.theory.procedures import Procedure
 
 PROXY, GOLD = "reward", "gold"
-"""Judges: the reward that decodes, or another one."""
+"""Judges: the recipe's reward, which decodes, or the gold one. Another name is that of a further term's reward, which
+decodes and judges its own row."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,13 @@ class DecoderRow:
 
     Attributes:
         label, kind, n: the procedure's repr, its name and the candidates it draws.
-        judge: "reward" or "gold".
+        judge: "reward", "gold", or the name of another term's reward.
         mean, low, high: the win rate with its interval over prompts.
         length_controlled: the win rate at equal length.
         limit, attainment, regret_ratio: against the best that any method reaches at the measured KL; of the reward
             that decodes alone.
         policy_reward, base_reward: mean judged reward of what is picked.
+        weight: in what was trained for, where that has several terms.
     """
 
     label: str
@@ -52,6 +54,7 @@ class DecoderRow:
     regret_ratio: float
     policy_reward: float
     base_reward: float
+    weight: float = math.nan
 
 
 def decoder_row(
@@ -62,20 +65,20 @@ def decoder_row(
     Args:
         policy, base: P prompts each.
         procedure: decodes both sides.
-        judge: `PROXY` (then what judges is what decodes) or `GOLD`.
+        judge: `GOLD`, or what judges is what decodes.
         kl: measured, in nats, for the limit; None where it is not known.
         confidence, seed: of the intervals.
 
     Raises:
         InputError: another number of prompts, or a prompt with too few scored samples.
     """
-    if judge == PROXY:
+    if judge != GOLD:
         found = win_rate(policy.proxy, base.proxy, procedure, confidence, seed)
     else:
         sides = ((policy.proxy, policy.judge), (base.proxy, base.judge))
         found = judged_win_rate(*sides, procedure, confidence, seed)
     limit = math.nan
-    if judge == PROXY and kl is not None:  # a gold judge is not what decodes: the limit does not hold for it
+    if judge != GOLD and kl is not None:  # a gold judge is not what decodes: the limit does not hold for it
         limit = limit_at(procedure, kl)
     return DecoderRow(
         label=repr(procedure),

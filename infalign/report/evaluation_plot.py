@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from infalign.evaluation.summary import DecoderRow, ordered_labels
 from infalign.report.names import procedure_name
-from infalign.report.style import BASE, GOLD, LIMIT, MUTED, POLICY, new_figure, percent, styled
+from infalign.report.style import BASE, GOLD, LIMIT, MUTED, OTHERS, POLICY, new_figure, percent, styled
 
 Floats = NDArray[np.float64]
 
@@ -27,21 +28,23 @@ def draw_win_rates(rows: Sequence[DecoderRow], trained: str) -> Figure:
     labels = ordered_labels(rows)
     judges = list(dict.fromkeys(row.judge for row in rows))
     figure, (axes,) = new_figure(size=(6.4, 1.7 + (0.24 + 0.14 * len(judges)) * len(labels)))
-    shifts = (0.0,) if len(judges) == 1 else (-0.17, 0.17)
-    for judge, color, shift in zip(judges, (POLICY, GOLD), shifts, strict=False):
+    shifts = np.linspace(-0.17, 0.17, len(judges)) if len(judges) > 1 else np.zeros(1)
+    others = itertools.cycle(OTHERS)
+    colors = [{"reward": POLICY, "gold": GOLD}.get(judge) or next(others) for judge in judges]
+    for judge, color, shift in zip(judges, colors, shifts, strict=True):
         mine = [row for row in rows if row.judge == judge]
         places = [labels.index(row.label) + shift for row in mine]
         for row, place in zip(mine, places, strict=True):
             axes.plot([row.low, row.high], [place, place], color=color, linewidth=2.2, solid_capstyle="butt")
-        name = {"reward": "judged by the reward", "gold": "judged by the gold reward"}.get(judge, judge)
+        name = {"reward": "judged by the reward", "gold": "judged by the gold reward"}.get(judge, f"judged by {judge}")
         axes.plot([row.mean for row in mine], places, "o", color=color, markersize=7, label=name)
-    limits = {labels.index(row.label): row.limit for row in rows if row.judge == "reward"}
+    limits = {labels.index(row.label): row.limit for row in rows if np.isfinite(row.limit) or row.judge == "reward"}
     style: dict[str, Any] = {"color": LIMIT, "markersize": 15, "markeredgewidth": 2, "label": "limit"}
     axes.plot(list(limits.values()), list(limits), "|", **style)
     axes.axvline(0.5, color=MUTED, linewidth=1.0, linestyle="--")
     axes.set_yticks(range(len(labels)), [procedure_name(label) for label in labels])
-    if trained in labels:
-        axes.get_yticklabels()[labels.index(trained)].set_fontweight("bold")
+    for label in {trained, *(row.label for row in rows if row.weight > 0)} & set(labels):
+        axes.get_yticklabels()[labels.index(label)].set_fontweight("bold")
     axes.set_ylim(len(labels) - 0.4, -0.6)
     axes.grid(axis="y", visible=False)
     percent(axes.xaxis)

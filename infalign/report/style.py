@@ -16,6 +16,8 @@ from matplotlib.ticker import FuncFormatter
 
 INK, MUTED, GRID = "#1f2328", "#6e7781", "#e4e7eb"
 POLICY, BASE, LIMIT, GOLD = "#1f6feb", "#d4711c", "#1f2328", "#8250df"
+OTHERS = ("#1a7f64", "#bf3989", "#9a6700")
+"""Of the rewards of further terms."""
 LINES = ("#1f6feb", "#d4711c", "#1a7f37", "#8250df", "#cf222e", "#0e7490")
 """Colours of further lines, in order."""
 

@@ -23,16 +23,17 @@ class Table:
 
 
 def win_rate_table(rows: Sequence[DecoderRow], trained: str, confidence: float) -> Table:
-    """Every decoder and judge; `trained`, the label of the one that was trained for or asked for, is marked.
+    """Every decoder and judge; what was trained for is marked: rows with a weight, or else those labelled `trained`.
 
     Columns that say nothing are left out: the judge where there is one, limits where the KL is not known.
     """
     labels = ordered_labels(rows)
     ordered = sorted(rows, key=lambda row: (row.judge != PROXY, labels.index(row.label)))
     level = f"{100 * confidence:g} %"
-    heads = ("decoder", "judge", "win rate", f"{level} interval", "limit", "attainment", "regret ratio")
+    heads = ("decoder", "judge", "weight", "win rate", f"{level} interval", "limit", "attainment", "regret ratio")
     heads = (*heads, "decoded reward", "at equal length")
     cells = [_cells(row) for row in ordered]
+    weighted = any(row.weight > 0 for row in rows)
     silent = {at for at, column in enumerate(zip(*cells, strict=True)) if set(column) == {ABSENT}}
     if len({row.judge for row in rows}) == 1:
         silent.add(1)
@@ -40,7 +41,7 @@ def win_rate_table(rows: Sequence[DecoderRow], trained: str, confidence: float) 
     return Table(
         tuple(heads[at] for at in kept),
         tuple(tuple(row[at] for at in kept) for row in cells),
-        tuple(at for at, row in enumerate(ordered) if row.label == trained),
+        tuple(at for at, row in enumerate(ordered) if (row.weight > 0 if weighted else row.label == trained)),
     )
 
 
@@ -53,6 +54,7 @@ def _cells(row: DecoderRow) -> tuple[str, ...]:
     return (
         procedure_name(row.label),
         row.judge,
+        ABSENT if math.isnan(row.weight) else f"{row.weight:g}",
         number(row.mean, 3),
         ABSENT if math.isnan(row.low) else f"[{row.low:.3f}, {row.high:.3f}]",
         number(row.limit, 3),

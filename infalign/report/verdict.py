@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from infalign.evaluation.summary import GOLD, DecoderRow, Evaluation
+from infalign.evaluation.summary import GOLD, PROXY, DecoderRow, Evaluation
+from infalign.report.names import procedure_name
 
 Outcome = Literal["better", "unclear", "worse", "unknown"]
 
@@ -71,9 +72,17 @@ def remarks(evaluation: Evaluation) -> list[str]:
             f"Worst-of-N win rates crowd at 100 %, so look at the regret ratio: the policy loses "
             f"{main.regret_ratio:.2f} times as often as the best possible one."
         )
+    if trained := [row for row in evaluation.win_rates if not math.isnan(row.weight)]:
+        parts = [f"{row.weight:g} \u00d7 {_percent(row.mean)} % ({_term(row, evaluation)})" for row in trained]
+        found.append(f"It was trained for several at once, of which this is the first: {' + '.join(parts)}.")
     gold = [row for row in evaluation.win_rates if row.judge == GOLD and row.label == main.label]
     found += [_gold(row, evaluation.gold_reward) for row in gold]
     return found
+
+
+def _term(row: DecoderRow, evaluation: Evaluation) -> str:
+    """`Worst-of-4 of toxicity`."""
+    return f"{procedure_name(row.label)} of {evaluation.reward if row.judge == PROXY else row.judge}"
 
 
 def _gold(row: DecoderRow, name: str | None) -> str:

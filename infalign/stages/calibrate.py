@@ -12,6 +12,7 @@ from infalign.calibration.diagnostics import Diagnostics, duplicate_rate, tie_ra
 from infalign.calibration.few_samples import expected_cost
 from infalign.calibration.table import SampleTable, Wanted
 from infalign.rewards.calibrated_sum import members_to_score
+from infalign.rewards.loader import Reward
 from infalign.rewards.scoring import columns_digest
 from infalign.runtime.artifacts import fingerprint, write_manifest
 from infalign.runtime.console import notice, say
@@ -37,14 +38,14 @@ def calibrate(recipe: Recipe, experiment: Experiment | None = None) -> dict[str,
     require_plain(recipe)
     experiment = experiment or Experiment(recipe)
     experiment.claim_output()
-    objective, reward = experiment.objective, experiment.reward
     prompts = calibration_prompts(experiment)
     table = open_table(experiment)
     count = recipe.num_calibration_samples
     wanted = [Wanted(prompt, experiment.prompt_ids[prompt.key], count) for prompt in prompts]
     drawn = 0
-    forget_scores(table, [*members_to_score(reward), reward], recipe.overwrite)
-    for rewards in filter(None, (members_to_score(reward), [reward])):  # a sum needs its members' scores of all samples
+    members = [member for reward in experiment.rewards for member in members_to_score(reward)]
+    forget_scores(table, [*members, *experiment.rewards], recipe.overwrite)
+    for rewards in filter(None, (members, experiment.rewards)):  # a sum needs its members' scores of all samples
         drawn += fill(
             table,
             wanted,
@@ -54,7 +55,7 @@ def calibrate(recipe: Recipe, experiment: Experiment | None = None) -> dict[str,
             tokens_per_batch=recipe.tokens_per_batch,
             title="calibrate",
         )
-    diagnostics = describe(experiment, table, prompts, objective)
+    diagnostics = describe(experiment, table, prompts, experiment.objective)
     parts = calibration_parts(experiment)
     if is_main():
         more = {"diagnostics": dataclasses.asdict(diagnostics), "prompts": len(prompts), "samples_per_prompt": count}
@@ -66,8 +67,8 @@ def calibrate(recipe: Recipe, experiment: Experiment | None = None) -> dict[str,
 
 def calibration_prompts(experiment: Experiment) -> list[Prompt]:
     """The prompts that need reference rewards: train and validation; for a sum of calibrated rewards also test."""
-    splits = experiment.splits
-    return [*splits.train, *splits.validation, *(splits.test if members_to_score(experiment.reward) else ())]
+    splits, sums = experiment.splits, any(members_to_score(reward) for reward in experiment.rewards)
+    return [*splits.train, *splits.validation, *(splits.test if sums else ())]
 
 
 def open_table(experiment: Experiment) -> SampleTable:
@@ -82,23 +83,28 @@ def calibration_parts(experiment: Experiment) -> dict[str, Any]:
     """What a calibration depends on; training records it, so that a changed calibration makes a policy stale."""
     prompts, ids, reward = calibration_prompts(experiment), experiment.prompt_ids, experiment.reward
     rows = sorted((prompt.key, ids[prompt.key], columns_digest(reward, prompt)) for prompt in prompts)
+    others = [
+        [one.name, one.fingerprint, sorted((prompt.key, columns_digest(one, prompt)) for prompt in prompts)]
+        for one in experiment.rewards[1:]
+    ]
     return {
         "sampling": fingerprint(experiment.sampling_parts(experiment.base_path, CALIBRATION)),
         "prompts": fingerprint(rows),
         "num_calibration_samples": experiment.recipe.num_calibration_samples,
         "reward": f"{reward.name} {reward.fingerprint}",
+        **({"other rewards": fingerprint(others)} if others else {}),
     }
 
 
-def reference_rewards(experiment: Experiment, table: SampleTable) -> dict[str, NDArray[np.float64]]:
-    """The first K reference rewards of every prompt (a table may hold more), NaN for no score.
+def reference_rewards(experiment: Experiment, table: SampleTable, reward: Reward) -> dict[str, NDArray[np.float64]]:
+    """The first K reference rewards of every prompt by one of the rewards (a table may hold more), NaN for no score.
 
     Raises:
         InputError: prompts without any score, or with fewer samples than K (calibrate was not finished).
     """
     count = experiment.recipe.num_calibration_samples
     prompts = calibration_prompts(experiment)
-    rewards = table_rewards(table, experiment.reward, prompts)
+    rewards = table_rewards(table, reward, prompts)
     missing = [prompt for prompt in prompts if len(rewards.get(prompt.key, ())) < count]
     if missing:
         raise InputError(
@@ -109,7 +115,7 @@ def reference_rewards(experiment: Experiment, table: SampleTable) -> dict[str, N
     silent = [prompt for prompt in prompts if np.isnan(found[prompt.key]).all()]
     if silent:
         raise InputError(
-            f"reward {experiment.reward.name!r} gave no score to any sample of {len(silent)} of {len(prompts)} prompts "
+            f"reward {reward.name!r} gave no score to any sample of {len(silent)} of {len(prompts)} prompts "
             f"(first: {str(silent[0].content)[:80]!r}): fix the reward, or leave these prompts out"
         )
     return found
@@ -118,7 +124,7 @@ def reference_rewards(experiment: Experiment, table: SampleTable) -> dict[str, N
 def describe(experiment: Experiment, table: SampleTable, prompts: list[Prompt], objective: Objective) -> Diagnostics:
     """The diagnostics of a finished table."""
     count = experiment.recipe.num_calibration_samples
-    rewards = reference_rewards(experiment, table)
+    rewards, *_ = [reference_rewards(experiment, table, reward) for reward in experiment.rewards]
     rows = [rewards[prompt.key] for prompt in prompts]
     samples = table.samples()
     kept = [samples[prompt.key][:count] for prompt in prompts]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,12 @@ from infalign.evaluation.limits import Estimate, attainment, cluster_mean, tie_l
 from infalign.evaluation.summary import GOLD, PROXY, Evaluation, SequenceKL, Ties, decoder_row, decoders
 from infalign.generation.likelihood import sequence_kl
 from infalign.report.table import number, plain_text, win_rate_table
+from infalign.rewards.loader import Reward
 from infalign.runtime.artifacts import fingerprint, read_manifest, write_json, write_whole
 from infalign.runtime.console import Progress, notice, say
 from infalign.runtime.distributed import barrier, is_main, my_share
 from infalign.stages.experiment import Experiment
+from infalign.stages.objective import load_procedures
 from infalign.stages.output import SAMPLES, clear_if_stale, forget_scores, leaves_nothing
 from infalign.stages.recipe import Recipe, require_plain
 from infalign.stages.sampling import fill, table_rewards
@@ -41,7 +44,7 @@ def evaluate(recipe: Recipe, experiment: Experiment | None = None) -> Evaluation
     """
     require_plain(recipe)
     experiment = experiment or Experiment(recipe)
-    check_samples(recipe, experiment.procedure)
+    check_samples(recipe)
     load_strategy(recipe, experiment.procedure)  # its mistakes are told before anything is sampled
     experiment.claim_output()
     judged = experiment.judged_path
@@ -74,7 +77,7 @@ def _check_trained_for(experiment: Experiment) -> None:
         )
 
 
-def check_samples(recipe: Recipe, procedure: Procedure) -> None:
+def check_samples(recipe: Recipe) -> None:
     """Enough samples and prompts for every decoder asked for.
 
     Raises:
@@ -82,7 +85,7 @@ def check_samples(recipe: Recipe, procedure: Procedure) -> None:
     """
     if recipe.num_test_prompts < 1:
         raise InputError(f"num_test_prompts must be at least 1 to evaluate, got {recipe.num_test_prompts}")
-    needed = max([procedure.n, *recipe.eval_n])
+    needed = max([*(procedure.n for procedure in load_procedures(recipe)), *recipe.eval_n])
     if recipe.eval_samples < needed:
         raise InputError(
             f"eval_samples is {recipe.eval_samples}, but {needed} candidates are drawn (n and eval_n): raise "
@@ -97,7 +100,7 @@ def _sample(experiment: Experiment, path: str, side: str, prompts: list[Prompt])
     parts = experiment.sampling_parts(path, purpose)
     clear_if_stale(folder, parts, recipe.overwrite)
     table = SampleTable.open(folder, parts)
-    rewards = [reward for reward in (experiment.reward, experiment.gold) if reward is not None]
+    rewards = list(_judges(experiment).values())
     forget_scores(table, rewards, recipe.overwrite)
     drawn = fill(
         table,
@@ -161,8 +164,8 @@ def _scored(experiment: Experiment, base: SampleTable, policy: SampleTable, prom
     """The first M rewards of every prompt with enough scores; the others are counted and left out."""
     count = experiment.recipe.eval_samples
     sides = [_scored_samples(experiment, table, prompts, count) for table in (base, policy)]
-    needed = max([experiment.procedure.n, *experiment.recipe.eval_n])
-    given = [rows for side in sides for rows in (side.rewards, side.gold) if rows is not None]
+    needed = max([*(term.procedure.n for term in experiment.terms), *experiment.recipe.eval_n])
+    given = [rows for side in sides for rows in side.by_judge.values()]
     kept = [p for p in prompts if all(np.isfinite(rows[p.key]).sum() >= needed for rows in given)]
     if not kept:
         raise InputError(f"no test prompt has {needed} scored samples on both sides: look at the reward")
@@ -173,17 +176,29 @@ def _scored(experiment: Experiment, base: SampleTable, policy: SampleTable, prom
 
 def _scored_samples(experiment: Experiment, table: SampleTable, prompts: list[Prompt], count: int) -> ScoredSamples:
     samples = table.samples()
-    scores = [
-        None if judge is None else {key: row[:count] for key, row in table_rewards(table, judge, prompts).items()}
-        for judge in (experiment.reward, experiment.gold)
-    ]
-    assert scores[0] is not None  # every recipe has a reward
-    return ScoredSamples({prompt.key: samples[prompt.key][:count] for prompt in prompts}, scores[0], scores[1])
+    scores = {
+        judge: {key: row[:count] for key, row in table_rewards(table, reward, prompts).items()}
+        for judge, reward in _judges(experiment).items()
+    }
+    return ScoredSamples({prompt.key: samples[prompt.key][:count] for prompt in prompts}, scores)
+
+
+def _judges(experiment: Experiment) -> dict[str, Reward]:
+    """Everything that scores samples: the recipe's reward, the other terms' by name, and the gold one."""
+    others = {reward.name: reward for reward in experiment.rewards[1:]}
+    gold = {} if experiment.gold is None else {GOLD: experiment.gold}
+    return {PROXY: experiment.reward, **others, **gold}
 
 
 def summarise(experiment: Experiment, measured: Measured, kl: Estimate, log_ratio: Estimate) -> Evaluation:
     """Win rates under the recipe's procedure and every N asked for, with limits at the measured KL."""
     recipe, procedure, keys = experiment.recipe, experiment.procedure, measured.keys
+    trained = trained_for(experiment)
+    shown = [
+        (judge, decoder)
+        for judge in ([PROXY] if experiment.gold is None else [PROXY, GOLD])
+        for decoder in decoders(procedure, recipe.eval_n)
+    ]
     rows = [
         decoder_row(
             measured.policy.side(keys, judge),
@@ -194,9 +209,11 @@ def summarise(experiment: Experiment, measured: Measured, kl: Estimate, log_rati
             confidence=recipe.confidence,
             seed=recipe.seed,
         )
-        for judge in ([PROXY] if experiment.gold is None else [PROXY, GOLD])
-        for decoder in decoders(procedure, recipe.eval_n)
+        for judge, decoder in dict.fromkeys([*shown, *trained])
     ]
+    if len(trained) > 1:
+        weights = {(judge, repr(decoder)): weight for (judge, decoder), weight in trained.items()}
+        rows = [dataclasses.replace(row, weight=weights.get((row.judge, row.label), math.nan)) for row in rows]
     main = next(row for row in rows if row.label == repr(procedure) and row.judge == PROXY)
     base_rewards = [measured.base.rewards[key] for key in keys]
     tied = tie_limit(procedure, base_rewards, kl.mean)
@@ -218,6 +235,14 @@ def summarise(experiment: Experiment, measured: Measured, kl: Estimate, log_rati
         compute=compute_facts(experiment, measured),
         pairwise=_judged(recipe, procedure, measured),
     )
+
+
+def trained_for(experiment: Experiment) -> dict[tuple[str, Procedure], float]:
+    """The weight of each term, by its judge in the table and its procedure."""
+    main = experiment.terms[0].reward
+    return {
+        (PROXY if term.reward is main else term.reward.name, term.procedure): term.weight for term in experiment.terms
+    }
 
 
 def _judged(recipe: Recipe, procedure: Procedure, measured: Measured) -> JudgedWins | None:
@@ -250,7 +275,12 @@ def tell(result: Evaluation) -> None:
     for line in plain_text(win_rate_table(result.win_rates, result.procedure, result.confidence)):
         say(line)
     say()
-    say("  * the recipe's decoder. limit: the most that any method reaches at this KL with a reward that never ties;")
+    limit = "limit: the most that any method reaches at this KL with a reward that never ties;"
+    if any(row.weight > 0 for row in result.win_rates):
+        say("  * what was trained for, all at once; each row has the limit of a policy for it alone.")
+        say(f"    {limit}")
+    else:
+        say(f"  * the recipe's decoder. {limit}")
     say(
         f"    with this reward's ties ({result.ties.tie_rate:.0%}): {result.ties.tie_limit:.3f}, "
         f"attainment {number(result.ties.tie_attainment, 2)}."

@@ -21,6 +21,7 @@ from infalign.data.mixture import load_mixture
 from infalign.data.prompts import LoadedPrompts, load_prompts, numbered
 from infalign.data.splits import Splits, split_prompts
 from infalign.data.templates import check_lengths, render, with_system
+from infalign.evaluation.summary import GOLD, PROXY
 from infalign.generation.hf import HFSampler
 from infalign.generation.openai import OpenAISampler
 from infalign.generation.plan import Sampler
@@ -48,9 +49,10 @@ from infalign.runtime.artifacts import (
 from infalign.runtime.console import notice, say
 from infalign.runtime.distributed import barrier, is_main, together
 from infalign.runtime.launch import join
-from infalign.stages.objective import load_objective, load_procedure
+from infalign.stages.objective import load_objective, load_procedure, load_procedures
 from infalign.stages.recipe import Recipe, require
 from infalign.stages.servers import served_end_ids, server_of, server_url, warn_of_exposed_key
+from infalign.stages.terms import Term
 from infalign.theory.objective import Objective
 from infalign.theory.procedures import Procedure
 from infalign.types import InputError, Prompt
@@ -273,6 +275,30 @@ class Experiment:
         """The reward that is calibrated, trained on and decoded with."""
         require(self.recipe, "reward")
         return self._reward(str(self.recipe.reward), self.recipe.reward_kwargs)
+
+    @cached_property
+    def terms(self) -> list[Term]:
+        """What is trained for: the recipe's `objectives`, or its procedure and reward alone; the first one decodes.
+
+        Terms with the same reward share it, and two rewards of one name are told apart.
+        """
+        met = {repr((self.recipe.reward, self.recipe.reward_kwargs)): self.reward}
+        terms: list[Term] = []
+        for keys, procedure in zip(self.recipe.objectives, load_procedures(self.recipe), strict=False):
+            spec = repr((keys["reward"], keys["reward_kwargs"]))
+            if spec not in met:
+                reward = self._reward(keys["reward"], keys["reward_kwargs"])
+                taken = [PROXY, GOLD, *(one.name.partition(" (")[0] for one in met.values())]
+                if alike := taken.count(reward.name):
+                    reward.name = reward.__name__ = f"{reward.name} ({alike + 1})"
+                met[spec] = reward
+            terms.append(Term(procedure, met[spec], keys["weight"]))
+        return terms or [Term(self.procedure, self.reward)]
+
+    @property
+    def rewards(self) -> list[Reward]:
+        """The terms' rewards, each once."""
+        return list({id(term.reward): term.reward for term in self.terms}.values())
 
     @cached_property
     def gold(self) -> Reward | None:

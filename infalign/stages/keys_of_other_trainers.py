@@ -9,8 +9,8 @@ _ONE_LOSS = (
     "the loss is RLOO's, with the sequence KL in the reward, which the transform's optimum rests on: leave it out"
 )
 _ONE_REWARD = (
-    "rewards are combined before they are calibrated: reward: reward_models/calibrated_sum.py:build is a weighted sum "
-    "to copy"
+    "rewards are combined before they are calibrated (reward: reward_models/calibrated_sum.py:build is a weighted sum "
+    "to copy), or their win rates are (objectives: [{reward: file.py:name, weight: 1.0}, ...])"
 )
 _RATIOS = "RLOO has no such correction: log-probabilities are always the trainer's own: leave it out"
 _ENTROPY = "an entropy bonus would move the optimum; the KL penalty keeps the policy near the base: set target_kl"

@@ -8,9 +8,11 @@ from typing import Any
 
 from infalign.rewards.fingerprint import callable_digest, digest
 from infalign.runtime.plugins import built, find_own
-from infalign.stages.recipe import Recipe, refuse_n
+from infalign.stages.recipe import Recipe
+from infalign.stages.terms import TermKeys
 from infalign.theory.objective import Objective, objective
-from infalign.theory.procedures import BUILT_IN, NEEDS, Procedure, takes_n
+from infalign.theory.optimum import optimal_transform
+from infalign.theory.procedures import BUILT_IN, NEEDS, Procedure, refuse_n, takes_n
 from infalign.theory.transforms import CATALOGUE, check_transform
 from infalign.types import InputError
 
@@ -24,6 +26,13 @@ def load_procedure(recipe: Recipe) -> Procedure:
     name = recipe.procedure
     n = recipe.n if name in BUILT_IN and takes_n(name) else None  # what `load_recipe` did not refuse is the default
     return find_procedure(name, n, recipe.procedure_kwargs, recipe.base_dir)
+
+
+def load_procedures(recipe: Recipe) -> list[Procedure]:
+    """Those of `objectives`, in order; without any the recipe's own; errors as `load_procedure`."""
+    terms = [TermKeys(**one) for one in recipe.objectives]
+    found = [find_procedure(one.procedure, one.n, one.procedure_kwargs, recipe.base_dir) for one in terms]
+    return found or [load_procedure(recipe)]
 
 
 def find_procedure(name: str, n: int | None, kwargs: Mapping[str, Any], base_dir: Path) -> Procedure:
@@ -55,6 +64,8 @@ def find_procedure(name: str, n: int | None, kwargs: Mapping[str, Any], base_dir
 
 def objective_name(recipe: Recipe) -> str:
     """What is optimised, in words: the transform, which the direct objective has none of."""
+    if len(recipe.objectives) > 1:
+        return f"{len(recipe.objectives)} objectives"
     return "direct objective" if recipe.objective == "direct" else f"transform {recipe.transform}"
 
 
@@ -67,13 +78,8 @@ def load_objective(recipe: Recipe, procedure: Procedure) -> Objective:
     if (recipe.beta is None) == (recipe.target_kl is None):
         got = "both" if recipe.beta is not None else "neither"
         raise InputError(f"give exactly one of beta and target_kl, got {got}: e.g. target_kl: 1.0 (nats)")
-    if recipe.objective == "direct":  # its optimum is that of the optimal transform
-        if recipe.num_calibration_samples < procedure.n:
-            raise InputError(
-                f"objective: direct needs num_calibration_samples of at least {procedure.n} for {procedure!r}, got "
-                f"{recipe.num_calibration_samples}"
-            )
-        return objective(procedure, None, recipe.beta, recipe.target_kl, "direct")
+    if recipe.objective == "direct":
+        return _direct(recipe, load_procedures(recipe) if recipe.objectives else [procedure])
     if recipe.transform == "optimal":
         return objective(procedure, None, recipe.beta, recipe.target_kl)
     transform = _transform(recipe)
@@ -81,6 +87,31 @@ def load_objective(recipe: Recipe, procedure: Procedure) -> Objective:
     source = f"{recipe.transform} {recipe.transform_kwargs or ''} {digest(callable_digest(transform))}"
     label = repr(transform) if hasattr(transform, "name") else source
     return objective(procedure, transform, recipe.beta, recipe.target_kl, label)
+
+
+def _direct(recipe: Recipe, procedures: list[Procedure]) -> Objective:
+    """The direct objective's; its optimum is that of the optimal transform.
+
+    Of several terms nobody knows the optimum: it depends on how their rewards go together. Their beta is the weighted
+    sum of the terms' own, at which terms that all want the same reach the KL.
+    """
+    for procedure in procedures:
+        if recipe.num_calibration_samples < procedure.n:
+            raise InputError(
+                f"objective: direct needs num_calibration_samples of at least {procedure.n} for {procedure!r}, got "
+                f"{recipe.num_calibration_samples}"
+            )
+    if len(procedures) == 1:
+        return objective(procedures[0], None, recipe.beta, recipe.target_kl, "direct")
+    weights, beta = [one["weight"] for one in recipe.objectives], recipe.beta
+    if beta is None:
+        betas = [optimal_transform(procedure, kl=recipe.target_kl).beta for procedure in procedures]
+        beta = sum(weight * one for weight, one in zip(weights, betas, strict=True))
+    rewards = [one["reward"] for one in recipe.objectives]
+    named = zip(weights, procedures, rewards, strict=True)
+    label = "direct: " + " + ".join(f"{weight:g} {procedure!r} of {reward}" for weight, procedure, reward in named)
+    first = optimal_transform(procedures[0], beta / sum(weights))
+    return Objective(procedures[0], first, beta, None, label)
 
 
 def _transform(recipe: Recipe) -> Any:

@@ -20,7 +20,8 @@ from infalign.runtime.address import address_problem
 from infalign.runtime.config import check, field_hints, read_yaml
 from infalign.runtime.launch import FLAGS as LAUNCH_FLAGS
 from infalign.stages.keys_of_other_trainers import explain
-from infalign.theory.procedures import BUILT_IN, NEEDS, takes_n
+from infalign.stages.terms import with_objectives
+from infalign.theory.procedures import BUILT_IN, NEEDS, refuse_n
 from infalign.theory.transforms import CATALOGUE
 from infalign.types import InputError, SamplingSettings
 
@@ -100,6 +101,9 @@ class Recipe:
     procedure_kwargs: dict = key({}, PROCEDURE_KWARGS, "ctrl")
     objective: Literal["transform", "direct"] = key(
         "transform", "direct: the win rate's own unbiased gradient, no transform", "ctrl"
+    )
+    objectives: list[dict] = key(
+        [], "several: [{procedure: best_of_n, n: 4, reward: file.py:name, weight: 1.0}, ...]; the first decodes", "ctrl"
     )
     transform: str = key("optimal", f"optimal, {', '.join(CATALOGUE)}, or path.py:name", "ctrl")
     transform_kwargs: dict = key({}, "{t: 10} for exponential; a builder's arguments", "ctrl")
@@ -186,7 +190,7 @@ def load_recipe(config: str | Path | Mapping[str, Any] | None = None, flags: Map
         InputError: everything that is wrong with it, at once.
     """
     keys = read_keys(Recipe, config, flags, _training_hints, explain)
-    recipe = _with_trl_names(Recipe(**keys))
+    recipe = with_objectives(_with_trl_names(Recipe(**keys)), keys)
     if "n" in keys and (recipe.strategy in TAKES_PROCEDURE or recipe.strategy not in STRATEGIES):
         refuse_n(recipe.procedure, recipe.n)  # the other strategies take their number of candidates from it
     _check_together(recipe)
@@ -256,20 +260,6 @@ def recipe_folders() -> list[Path]:
     return [package / "share" / "recipes", package.parent / "recipes"]
 
 
-def refuse_n(procedure: str, n: int | None) -> None:
-    """Raise for an n that was given to a built-in procedure which has none.
-
-    Raises:
-        InputError: naming what decides in its place.
-    """
-    if n is not None and procedure in BUILT_IN and not takes_n(procedure):
-        wanted, example = NEEDS[procedure]
-        raise InputError(
-            f"procedure {procedure} takes no n, got {n}: {wanted} says how many candidates are drawn "
-            f"({example}): leave n out"
-        )
-
-
 def _training_hints() -> dict[str, Any]:
     from infalign.stages.training_keys import training_hints  # noqa: PLC0415 - imports TRL, seconds
 
@@ -283,7 +273,8 @@ def _with_trl_names(recipe: Recipe) -> Recipe:
     if len(given) > 1:
         raise InputError(
             f"several rewards ({', '.join(map(str, given))}): give one; a weighted sum of several, each calibrated "
-            "first so that scales do not matter, is reward: reward_models/calibrated_sum.py:build (a file to copy)"
+            "first so that scales do not matter, is reward: reward_models/calibrated_sum.py:build (a file to copy); "
+            "the win rates of several, each with its own decoder, are objectives: [{reward: ..., weight: 1.0}, ...]"
         )
     return dataclasses.replace(recipe, reward=given[0] if given else None)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from infalign.calibration.few_samples import expected_cost
-from infalign.evaluation.shortfall import last_rollouts, shortfall
+from infalign.evaluation.shortfall import kl_missed, last_rollouts, shortfall
 from infalign.evaluation.summary import Evaluation
 from infalign.report.findings import Findings, read_findings
 from infalign.report.gallery import draw_all
@@ -80,7 +80,7 @@ def objective_of(recipe: Recipe, found: Findings) -> tuple[Objective | None, str
         objective = load_objective(recipe, load_procedure(recipe))
     except InputError as error:
         return None, f"No limit and transform plots: {error}"
-    if objective.policy is None:
+    if objective.policy is None and len(recipe.objectives) < 2:
         return None, "No limit and transform plots: on [0, 1] the transform has no optimal policy at this beta."
     used = (found.policy or {}).get("parts", {}) if found.evaluation is None else found.evaluation.record()
     made = objective.record()
@@ -105,6 +105,8 @@ def limited_by(
     recipe: Recipe, objective: Objective, evaluation: Evaluation, log: Sequence[Mapping[str, Any]]
 ) -> list[str]:
     """What limited a trained policy's result, in sentences without a full stop (`evaluation.shortfall`)."""
+    if len(recipe.objectives) > 1:  # what they reach together is not known
+        return kl_missed(evaluation.kl.mean, recipe.target_kl)
     count = recipe.num_calibration_samples
     ranks_alone = recipe.objective == "transform" and recipe.calibration_method != "pooled"
     cost = None

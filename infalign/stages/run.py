@@ -32,10 +32,10 @@ def preflight(experiment: Experiment) -> None:
         raise InputError(
             "policy_name_or_path is for evaluate and generate: `run` trains a policy and evaluates that one"
         )
-    check_samples(recipe, experiment.procedure)
+    check_samples(recipe)
     _ = experiment.objective
     check_ready(experiment)  # before rewards, which may be models
-    _ = experiment.reward, experiment.gold
+    _ = experiment.terms, experiment.gold
     check_batch(training_arguments(experiment), len(experiment.splits.train))
 
 

@@ -16,7 +16,7 @@ from infalign.decoding.replay import Pool
 from infalign.decoding.strategy import Strategy
 from infalign.evaluation.compute import Compute, Contest, measure_compute
 from infalign.evaluation.length import Side
-from infalign.evaluation.summary import PROXY, Drawn, Example, SampleFacts, Scored
+from infalign.evaluation.summary import GOLD, PROXY, Drawn, Example, SampleFacts, Scored
 from infalign.rewards.scoring import score_samples
 from infalign.stages.experiment import Experiment
 from infalign.stages.strategy import load_strategy
@@ -31,18 +31,22 @@ Rewards = Mapping[str, NDArray[np.float64]]
 
 @dataclass(frozen=True)
 class ScoredSamples:
-    """What one model drew, with the rewards that decode and, where there is one, the gold reward's; by prompt key."""
+    """What one model drew, with its rewards by prompt key: the recipe's, and all by judge (`PROXY`, `GOLD`, a name)."""
 
     samples: Mapping[str, list[Sample]]
-    rewards: Rewards
-    gold: Rewards | None
+    by_judge: Mapping[str, Rewards]
+
+    @property
+    def rewards(self) -> Rewards:
+        """The recipe's reward."""
+        return self.by_judge[PROXY]
 
     def side(self, keys: Sequence[str], judge: str) -> Side:
         """The prompts' rewards that decode, those that judge, and lengths in tokens."""
-        judged = self.rewards if judge == PROXY else self.gold
-        assert judged is not None  # a gold row is asked for where there is a gold reward
+        judged = self.by_judge[judge]
+        decoding = self.rewards if judge == GOLD else judged
         lengths = [np.array([len(one.token_ids) for one in self.samples[key]], dtype=np.float64) for key in keys]
-        return Side([self.rewards[key] for key in keys], [judged[key] for key in keys], lengths)
+        return Side([decoding[key] for key in keys], [judged[key] for key in keys], lengths)
 
     def facts(self, keys: Sequence[str]) -> SampleFacts:
         """Means over all samples of the prompts."""

@@ -19,6 +19,7 @@ from infalign.runtime.console import notice, say
 from infalign.runtime.distributed import is_main, together
 from infalign.stages.calibrate import calibration_parts, open_table, reference_rewards
 from infalign.stages.experiment import Experiment
+from infalign.stages.objective import load_procedures
 from infalign.stages.output import STARTED, leaves_nothing, refuse_stale_start, reusable
 from infalign.stages.policy_folder import initial_model, load_initial_adapter, save_policy
 from infalign.stages.recipe import Recipe, require_plain
@@ -91,7 +92,8 @@ def train(recipe: Recipe, experiment: Experiment | None = None) -> dict[str, Any
         return {"folder": folder, "trained": False}
     with together():  # every rank looks, and one of them speaks
         table = open_table(experiment)
-        reference_rewards(experiment, table)
+        for reward in experiment.rewards:
+            reference_rewards(experiment, table, reward)
     experiment.release_models()
     refuse_stale_start(folder, parts, recipe.overwrite)
     try:
@@ -130,7 +132,8 @@ def check_ready(experiment: Experiment) -> None:
     """
     arguments = training_arguments(experiment)
     if experiment.recipe.objective == "direct":
-        check_group(experiment.procedure, int(arguments.num_generations or 1))
+        for procedure in load_procedures(experiment.recipe):
+            check_group(procedure, int(arguments.num_generations or 1))
     finished = (experiment.policy_path / MANIFEST).exists()
     if arguments.push_to_hub and is_main() and not finished:
         try:
@@ -158,17 +161,13 @@ def training_parts(experiment: Experiment) -> dict[str, Any]:
 def make_trainer(experiment: Experiment, table: SampleTable, identity: Mapping[str, Any] | None = None) -> CTRLTrainer:
     """The trainer of an experiment, with its calibrated data sets; `identity` is recorded in its checkpoints."""
     recipe = experiment.recipe
-    aim = experiment.objective
-    direct = recipe.objective == "direct"
-    transform = Direct(aim.procedure, aim.beta) if direct else aim.transform
-    reward = CTRLReward(experiment.reward, transform, method=recipe.calibration_method)
     arguments = training_arguments(experiment)
     _, adapter = split_training(recipe.training)
     model = ModelConfig(model_name_or_path=experiment.base_path, **adapter)
     splits = experiment.splits
     trainer = CTRLTrainer(
         initial_model(arguments, experiment.base_path) or experiment.base_path,
-        reward,
+        rewards_of(experiment),
         arguments,
         procedure=experiment.procedure,
         identity=identity,
@@ -182,6 +181,28 @@ def make_trainer(experiment: Experiment, table: SampleTable, identity: Mapping[s
     trainer.add_callback(TrainingProgress())
     quiet(trainer)
     return trainer
+
+
+def rewards_of(experiment: Experiment) -> list[CTRLReward]:
+    """The reward functions of a run: one for each term."""
+    recipe, aim = experiment.recipe, experiment.objective
+    places = {id(reward): column for reward, column in zip(experiment.rewards, _columns(experiment), strict=True)}
+    several = len(experiment.terms) > 1
+    return [
+        CTRLReward(
+            term.reward,
+            Direct(term.procedure, aim.beta) if recipe.objective == "direct" else aim.transform,
+            method=recipe.calibration_method,
+            column=places[id(term.reward)],
+            name=term.name if several else "ctrl",
+        )
+        for term in experiment.terms
+    ]
+
+
+def _columns(experiment: Experiment) -> list[str]:
+    """The columns of the data set that hold each reward's reference rewards."""
+    return ["ref_rewards", *(f"ref_rewards_{number + 2}" for number in range(len(experiment.rewards) - 1))]
 
 
 def training_arguments(experiment: Experiment) -> CTRLConfig:
@@ -210,6 +231,7 @@ def training_arguments(experiment: Experiment) -> CTRLConfig:
         "output_dir": str(experiment.policy_path),
         "seed": recipe.seed,
         **kl_settings(experiment, ours),
+        **({"reward_weights": [one["weight"] for one in recipe.objectives]} if len(recipe.objectives) > 1 else {}),
         "temperature": recipe.temperature,
         "max_completion_length": recipe.max_completion_length,
         "chat_template_kwargs": recipe.chat_template_kwargs,
@@ -258,12 +280,15 @@ def kl_settings(experiment: Experiment, ours: Mapping[str, Any]) -> dict[str, fl
 def _dataset(experiment: Experiment, table: SampleTable, prompts: tuple[Prompt, ...]) -> Dataset:
     """A TRL data set: each row's prompt, its tokens, the reference rewards, and the data's own columns."""
     count = experiment.recipe.num_calibration_samples
-    references = table_rewards(table, experiment.reward, prompts)
+    scored = [table_rewards(table, reward, prompts) for reward in experiment.rewards]
     rows = [
         {
             "prompt": prompt.content,
             PROMPT_IDS: list(experiment.prompt_ids[prompt.key]),
-            "ref_rewards": (row := references[prompt.key][:count])[~np.isnan(row)].tolist(),
+            **{
+                column: (row := references[prompt.key][:count])[~np.isnan(row)].tolist()
+                for column, references in zip(_columns(experiment), scored, strict=True)
+            },
             DATA_COLUMNS: dict(prompt.columns),
         }
         for prompt in prompts

@@ -292,6 +292,20 @@ def takes_n(name: str) -> bool:
     return "n" in inspect.signature(BUILT_IN[name]).parameters
 
 
+def refuse_n(procedure: str, n: int | None) -> None:
+    """Raise for an n that was given to a built-in procedure which has none.
+
+    Raises:
+        InputError: naming what decides in its place.
+    """
+    if n is not None and procedure in BUILT_IN and not takes_n(procedure):
+        wanted, example = NEEDS[procedure]
+        raise InputError(
+            f"procedure {procedure} takes no n, got {n}: {wanted} says how many candidates are drawn "
+            f"({example}): leave n out"
+        )
+
+
 def check_procedure(value: object) -> Procedure:
     """`value` if it is a Procedure; raises InputError otherwise.
 

@@ -49,13 +49,26 @@ worse than a policy that was trained for that one.
 """
 
 
+_DIRECT = "none: the win rate itself (direct objective)"
+
+
+def _objectives(trainer: Any) -> str:
+    """The terms of several objectives with their weights."""
+    weights = trainer.args.reward_weights or [1.0] * len(trainer.reward_funcs)
+    terms = [
+        f"{weight:g} \N{MULTIPLICATION SIGN} {name}"
+        for weight, name in zip(weights, trainer.reward_func_names, strict=True)
+    ]
+    return f"none: win rates themselves (direct objective), {' + '.join(terms)}"
+
+
 def model_card(trainer: Any, name: str) -> str:
     """The card of a `CTRLTrainer`'s policy; a local base model is named without its folder."""
     procedure = getattr(trainer.procedure, "name", "")
     transform = getattr(trainer.ctrl_reward, "transform", None)
     direct = isinstance(transform, Direct)
-    kl = None
-    if transform is not None:
+    several, kl = len(trainer.ctrl_rewards) > 1, None
+    if transform is not None and not several:
         kl = objective(trainer.procedure or BestOfN(1), None if direct else transform, beta=trainer.args.beta).kl
     aim = "target KL not known" if kl is None else f"target KL {kl:.4g} nats"
     if trainer.kl_control is not None:
@@ -67,8 +80,8 @@ def model_card(trainer: Any, name: str) -> str:
         base=Path(base).name if Path(base).is_absolute() else base,
         procedure=trainer.procedure or "plain sampling",
         n=getattr(trainer.procedure, "n", 1),
-        reward=getattr(getattr(trainer.ctrl_reward, "raw", None), "name", ", ".join(trainer.reward_func_names)),
-        transform="none: the win rate itself (direct objective)" if direct else transform or "none",
+        reward=", ".join(dict.fromkeys(one.raw.name for one in trainer.ctrl_rewards) or trainer.reward_func_names),
+        transform=_objectives(trainer) if several else _DIRECT if direct else transform or "none",
         beta=trainer.args.beta if trainer.kl_control is None else trainer.kl_control.beta,
         aim=aim,
         rollouts=trainer.num_generations,

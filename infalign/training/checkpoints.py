@@ -25,6 +25,7 @@ from infalign.rewards.fingerprint import callable_digest, digest
 from infalign.runtime.artifacts import MANIFEST, differences, read_manifest, write_manifest
 from infalign.runtime.console import notice
 from infalign.runtime.distributed import rank
+from infalign.training.reward import CTRLReward
 from infalign.types import InputError
 
 KIND = "checkpoint"
@@ -34,7 +35,9 @@ ROWS = 64
 """Of a data set, spread over it, that are read for its identity."""
 
 
-def run_identity(functions: Sequence[Any], reward: Any, dataset: Any, beta: float) -> dict[str, Any]:
+def run_identity(
+    functions: Sequence[Any], rewards: Sequence[Any], weights: Sequence[float] | None, dataset: Any, beta: float
+) -> dict[str, Any]:
     """What a run from Python must share with a checkpoint: its data, rewards, transform and beta.
 
     `datasets`' own fingerprint would not do: it follows from how a data set was made, and after `map` from the file it
@@ -42,18 +45,24 @@ def run_identity(functions: Sequence[Any], reward: Any, dataset: Any, beta: floa
 
     Args:
         functions: the reward functions.
-        reward: the `CTRLReward` among them, or None.
+        rewards: the `CTRLReward`s among them.
+        weights: of the functions, or None.
         dataset: of the training prompts.
         beta: the KL coefficient.
     """
-    transform = getattr(reward, "transform", None)
-    named = repr(transform) if hasattr(transform, "name") else None if transform is None else _digest_of(transform)
     return {
         "data": _content(dataset) if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__") else None,
         "rewards": [_digest_of(one) for one in functions],
-        "transform": getattr(transform, "label", named),
+        "transform": "; ".join(_named(one.transform) for one in rewards) or None,
         "beta": float(f"{beta:.6g}"),
+        **({} if weights is None else {"reward_weights": list(weights)}),
     }
+
+
+def _named(transform: Any) -> str:
+    """A transform as identities know it: its label, what it says of itself, or a digest of its source."""
+    named = repr(transform) if hasattr(transform, "name") else None
+    return getattr(transform, "label", None) or named or _digest_of(transform)
 
 
 def _digest_of(function: Any) -> str:
@@ -217,3 +226,21 @@ def load_rollout_state(
 
 def _rollouts_file(folder: Path) -> Path:
     return folder / f"rollouts-{rank()}.safetensors"
+
+
+def visits_of(rewards: Sequence[CTRLReward]) -> tuple[list[list[str]], dict[str, NDArray[Any]]]:
+    """What pooled calibration has seen, for a checkpoint: each reward's keys, and all their arrays by name."""
+    keys: list[list[str]] = []
+    arrays: dict[str, NDArray[Any]] = {}
+    for number, one in enumerate(rewards):
+        state = one.visits.state()
+        keys.append(state.pop("keys"))
+        arrays |= {f"{number}/{name}": array for name, array in state.items()}
+    return keys, arrays
+
+
+def load_visits(rewards: Sequence[CTRLReward], keys: Sequence[list[str]], arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Go on from what `visits_of` gave."""
+    for number, (one, own) in enumerate(zip(rewards, keys, strict=True)):
+        mine = {name: arrays[f"{number}/{name}"] for name in ("counts", "rewards", "weights")}
+        one.visits.load({"keys": own, **mine})

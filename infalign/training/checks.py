@@ -11,6 +11,8 @@ import torch
 from numpy.typing import NDArray
 from transformers import get_scheduler
 
+from infalign.training.direct import Direct
+from infalign.training.reward import CTRLReward
 from infalign.training.trl_keys import WEIGHT
 from infalign.types import InputError
 
@@ -171,11 +173,33 @@ def check_rollout_settings(generation_kwargs: Mapping[str, Any], settings: Mappi
         )
 
 
-def check_weight(functions: Sequence[Any], reward: Any, weights: Sequence[float] | None) -> None:
-    """See that `reward_weights` leaves `reward`, one of the reward functions, as it is.
+def check_rewards(functions: Sequence[Any], ours: Sequence[CTRLReward], weights: Sequence[float] | None) -> None:
+    """See that several rewards can be told apart, and that `reward_weights` leaves transforms as they are.
+
+    Win rates may be weighted (`Direct`): their weighted sum is what is then maximised.
+
+    Args:
+        functions: all reward functions.
+        ours: those among them that calibrate.
+        weights: of the functions, or None.
 
     Raises:
-        InputError: its weight is not 1.
+        InputError: two have one name or share a column of references that are not of one reward, or a transform's
+            weight is not 1.
     """
-    if weights is not None and len(weights) == len(functions) and weights[functions.index(reward)] != 1.0:
-        raise InputError(f"reward_weights={list(weights)}: {WEIGHT}")
+    names = [one.name for one in ours]
+    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise InputError(f"{len(ours)} CTRLRewards, several of them named {twice[0]!r}: give each CTRLReward(name=...)")
+    columns: dict[str, CTRLReward] = {}
+    for one in ours:
+        other = columns.setdefault(one.column, one)
+        if other.raw.fingerprint != one.raw.fingerprint:
+            raise InputError(
+                f"{other.name!r} and {one.name!r} are two rewards and read their reference rewards from one column, "
+                f"{one.column!r}: attach a column for each (SampleTable.attach), and give CTRLReward(column=...)"
+            )
+    if weights is None or len(weights) != len(functions):
+        return  # TRL itself refuses another number of weights
+    for one in ours:
+        if weights[functions.index(one)] != 1.0 and not isinstance(one.transform, Direct):
+            raise InputError(f"reward_weights={list(weights)}: {WEIGHT}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
@@ -125,18 +126,23 @@ def as_ctrl_config(args: RLOOConfig, *, knows_beta: bool) -> CTRLConfig:
     return converted
 
 
-def own_beta(reward: Any) -> float | None:
-    """The KL coefficient that a reward's transform was made for, if it knows one."""
-    return getattr(getattr(reward, "transform", None), "beta", None)
+def own_beta(weighted: Sequence[tuple[Any, float]]) -> float | None:
+    """The KL coefficient that the transforms of `(reward, weight)` were made for: the weighted sum of their own.
+
+    None where there is no reward, or a transform has none.
+    """
+    own = [(getattr(reward.transform, "beta", None), weight) for reward, weight in weighted]
+    known = [weight * beta for beta, weight in own if beta is not None]
+    return float(sum(known)) if known and len(known) == len(own) else None
 
 
-def resolve_beta(args: CTRLConfig, reward: Any) -> float:
-    """The KL coefficient of a run: that of the arguments, or else the transform's own.
+def resolve_beta(args: CTRLConfig, own: float | None) -> float:
+    """The KL coefficient of a run: that of the arguments, or else the transforms' own.
 
     Raises:
         InputError: neither has one.
     """
-    beta = args.beta if args.beta is not None else own_beta(reward)
+    beta = args.beta if args.beta is not None else own
     if beta is None:
         raise InputError(
             "beta is not set and the transform has none of its own: give CTRLConfig(beta=...), or use "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pyarrow.compute as pc
@@ -16,11 +17,11 @@ _TAKEN = frozenset(RESERVED_COLUMNS) - {"completion_ids"}  # which TRL itself le
 _SHOWN = 5
 
 
-def check_data_sets(reward: CTRLReward, train: Any, held_out: Any) -> None:
+def check_data_sets(rewards: Sequence[CTRLReward], train: Any, held_out: Any) -> None:
     """Every data set whose columns are known has the reference rewards, and no column that a reward can't be given.
 
     Args:
-        reward: it names the column of the reference rewards.
+        rewards: they name the columns of their reference rewards.
         train: the training set.
         held_out: a data set, several by name, or None.
 
@@ -32,13 +33,14 @@ def check_data_sets(reward: CTRLReward, train: Any, held_out: Any) -> None:
         columns = _columns(dataset)
         if columns is None:
             continue
-        reward.require_references(columns, where)
+        for reward in rewards:
+            reward.require_references(columns, where)
+            _check_rows(dataset, reward.column, where)
         if taken := [name for name in columns if name in _TAKEN]:
             raise InputError(
                 f"{where} has a column called {taken[0]!r}, like an argument of every reward function: rename it, e.g. "
                 f"dataset.rename_column({taken[0]!r}, 'my_{taken[0]}'), or remove it"
             )
-        _check_rows(dataset, reward.column, where)
 
 
 def _columns(dataset: Any) -> list[str] | None:

@@ -39,7 +39,11 @@ class Direct:
 
     procedure: Procedure
     beta: float | None = None
-    label: str = "direct"
+
+    @property
+    def label(self) -> str:
+        """What tells it from others, the same text in every run and version."""
+        return f"direct {self.procedure!r}"
 
 
 def check_group(procedure: Procedure, num_generations: int) -> None:

@@ -36,10 +36,10 @@ Rows = list[tuple[list[int], list[float]]]
 
 @dataclass(frozen=True)
 class _OnAPrompt:
-    """One prompt's scored rewards and reference rewards, mean log-ratio (nats) and mean length (tokens)."""
+    """One prompt: scored rewards and reference rewards of each term, mean log-ratio (nats) and length (tokens)."""
 
-    rewards_M: Array
-    references_K: Array
+    rewards_TM: list[Array]
+    references_TK: list[Array]
     kl: float
     length: float
 
@@ -57,14 +57,16 @@ def measure(trainer: Any, rows: Sequence[dict[str, Any]], count: int) -> dict[st
         limit at this KL (left out where the KL is too small to tell), `completion_length` (tokens), and
         `quantile_distance`: how far the rewards' quantiles among the references are from uniform, which the base's are
         (the largest gap between the two distribution functions: 1/2 for a policy that is always above the base's
-        median).
+        median). Of several `CTRLReward`s this is the first one's, and all have `winrate/NAME` under their own
+        procedures.
 
     Raises:
         InputError: there are no rows, or they have no reference rewards.
     """
     if not rows:
         raise InputError("the eval_dataset is empty: give it prompts, or leave it out")
-    trainer.ctrl_reward.require_references(rows[0], "the eval_dataset")
+    for one in trainer.ctrl_rewards:
+        one.require_references(rows[0], "the eval_dataset")
     share = even_share(list(range(len(rows))))
     at_once = max(1, trainer.args.per_device_train_batch_size * trainer.args.steps_per_generation // count)
     drawn: list[tuple[int, Rows, Array]] = []
@@ -79,25 +81,32 @@ def measure(trainer: Any, rows: Sequence[dict[str, Any]], count: int) -> dict[st
             own = slice(place * count, (place + 1) * count)
             if number is not None:
                 drawn.append((number, samples[own], kl_B[own]))
-    scored: list[Array] = []
+    scored: list[list[Array]] = []
     with together():
         scored = [_rewards(trainer, rows[number], samples) for number, samples, _ in drawn]
-    column = trainer.ctrl_reward.column
     measured = [
-        (
-            number,
-            _OnAPrompt(rewards, np.asarray(rows[number][column], dtype=float), float(kl_M.mean()), _length(samples)),
-        )
-        for rewards, (number, samples, kl_M) in zip(scored, drawn, strict=True)
+        (number, _OnAPrompt(rewards_TM, _references(trainer, rows[number]), float(kl_M.mean()), _length(samples)))
+        for rewards_TM, (number, samples, kl_M) in zip(scored, drawn, strict=True)
     ]
     # an average over prompts of all ranks, not of the ranks' averages: their shares may differ by one
-    everything = sorted((one for part in gathered(measured) for one in part), key=lambda one: one[0])
-    return _summary([one for _, one in everything], trainer.procedure)
+    of_all_ranks = sorted((one for part in gathered(measured) for one in part), key=lambda one: one[0])
+    everything = [one for _, one in of_all_ranks]
+    found = _summary(everything, trainer.procedure)
+    if len(trainer.ctrl_rewards) > 1:
+        for term, one in enumerate(trainer.ctrl_rewards):
+            if one.procedure is not None:
+                found[f"winrate/{one.name}"] = win_rate(*_sides(everything, term, one.procedure), one.procedure).mean
+    return found
+
+
+def _sides(measured: Sequence[_OnAPrompt], term: int, procedure: Any) -> tuple[list[Array], list[Array]]:
+    """Rewards and reference rewards of the prompts that have enough of them."""
+    kept = [one for one in measured if one.rewards_TM[term].size >= procedure.n]
+    return [one.rewards_TM[term] for one in kept], [one.references_TK[term] for one in kept]
 
 
 def _summary(measured: Sequence[_OnAPrompt], procedure: Any) -> dict[str, float]:
-    kept = [one for one in measured if one.rewards_M.size >= procedure.n]
-    ours, theirs = [one.rewards_M for one in kept], [one.references_K for one in kept]
+    ours, theirs = _sides(measured, 0, procedure)
     wins, kl = win_rate(ours, theirs, procedure).mean, float(np.mean([one.kl for one in measured]))
     quantiles = np.sort(np.concatenate(calibrate(ours, theirs)))
     uniform = (np.arange(quantiles.size) + 0.5) / quantiles.size
@@ -131,20 +140,20 @@ def _sample(trainer: Any, prompts: Sequence[list[int]], numbers: Sequence[int], 
     return trainer._decode([ids for ids in prompts for _ in range(count)], uniforms_BT)
 
 
-def _rewards(trainer: Any, row: dict[str, Any], samples: Rows) -> Array:
-    """The raw rewards of one prompt's completions, without those that have no score."""
-    reward, count = trainer.ctrl_reward, len(samples)
+def _references(trainer: Any, row: dict[str, Any]) -> list[Array]:
+    return [np.asarray(row[one.column], dtype=float) for one in trainer.ctrl_rewards]
+
+
+def _rewards(trainer: Any, row: dict[str, Any], samples: Rows) -> list[Array]:
+    """The raw rewards of one prompt's completions by each term, without those that have no score."""
+    count, hidden = len(samples), {"prompt", *(one.column for one in trainer.ctrl_rewards)}
     texts = trainer.processing_class.batch_decode([ids for ids, _ in samples], skip_special_tokens=True)
     chat = isinstance(row["prompt"], list)
     completions = [[{"role": "assistant", "content": text}] for text in texts] if chat else texts
-    given = {name: [value] * count for name, value in row.items() if name not in ("prompt", reward.column)}
-    rewards = reward.raw(
-        prompts=[row["prompt"]] * count,
-        completions=completions,
-        completion_ids=[ids for ids, _ in samples],
-        **data_columns(given),
-    )
-    return rewards[~np.isnan(rewards)]
+    columns = data_columns({name: [value] * count for name, value in row.items() if name not in hidden})
+    prompts, token_ids = [row["prompt"]] * count, [ids for ids, _ in samples]
+    scores_TM = [one.scores(prompts, completions, token_ids, columns) for one in trainer.ctrl_rewards]
+    return [scores_M[~np.isnan(scores_M)] for scores_M in scores_TM]
 
 
 def _length(samples: Rows) -> float:

@@ -22,7 +22,7 @@ from infalign.evaluation.winrate import prompt_win_rate
 from infalign.rewards.loader import Reward, load_reward
 from infalign.runtime.distributed import gathered, rank, together
 from infalign.theory.transforms import check_transform
-from infalign.training.direct import Direct, beats_decoded_base, direct_rewards
+from infalign.training.direct import Direct, beats_decoded_base, check_group, direct_rewards
 from infalign.types import InputError, RewardError
 
 DATA_COLUMNS = "infalign_columns"
@@ -46,6 +46,31 @@ class _Groups:
     """This rank's rollouts among all of them."""
 
 
+class _LastScores:
+    """A reward's scores of the batch that it was last asked about: terms with one reward ask it once."""
+
+    def __init__(self, reward: Reward) -> None:
+        self.reward = reward
+        self.completions: Sequence[Any] | None = None
+        self.scores_B: Array = np.empty(0)
+
+    def __call__(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        completion_ids: Sequence[Any] | None,
+        columns: Mapping[str, Any],
+    ) -> Array:
+        """Raw rewards (B,), NaN for no score."""
+        if completions is not self.completions:
+            self.completions = None  # in case it fails
+            self.scores_B = self.reward(
+                prompts=prompts, completions=completions, completion_ids=completion_ids, **columns
+            )
+            self.completions = completions
+        return self.scores_B.copy()
+
+
 class CTRLReward:
     """A TRL reward function with the values `Phi(C(x, y))`.
 
@@ -60,9 +85,11 @@ class CTRLReward:
         on_error: what a reward that keeps failing does: "error" stops, "mask" leaves its samples out.
         num_generations: G, rollouts of a prompt, which come one after the other: what the direct objective, pooled
             calibration and the logged win rate need to know. `CTRLTrainer` sets it.
+        name: for logs. One of several must have a name of its own; what it logs is then followed by it
+            (`winrate/NAME`).
 
     Attributes:
-        raw: the guarded raw reward.
+        raw: the guarded raw reward, and `scores`, which asks it once a batch.
         log_ratios_B: log pi - log pi_ref of the rollouts that are about to be scored; `CTRLTrainer` sets it.
         visits: rollouts of earlier visits, for pooled calibration.
         procedure: the transform's procedure when it knows one, else None.
@@ -77,6 +104,7 @@ class CTRLReward:
         column: str = "ref_rewards",
         on_error: Literal["error", "mask"] = "error",
         num_generations: int | None = None,
+        name: str = "ctrl",
     ) -> None:
         if not callable(transform) and not isinstance(transform, Direct):
             raise InputError(
@@ -85,14 +113,16 @@ class CTRLReward:
         if not isinstance(transform, Direct):
             check_transform(transform, f"transform {transform!r:.80}")
         self.raw = reward if isinstance(reward, Reward) else load_reward(reward, on_error=on_error)
+        self.scores = _LastScores(self.raw)
         self.transform = transform
         self.method: Method | Literal["pooled"] = method
         self.num_generations = num_generations
         self.log_ratios_B: Array | None = None
         self.visits = Visits()
+        self.hidden: frozenset[str] = frozenset()
         self.column = column
         self.procedure = getattr(transform, "procedure", None)
-        self.__name__ = "ctrl"
+        self.name = self.__name__ = name
 
     def __call__(
         self,
@@ -115,6 +145,26 @@ class CTRLReward:
             rewards = self._transformed(prompts, completions, completion_ids, log_metric, columns)
         return rewards
 
+    def join(self, num_generations: int | None, all_of_them: Sequence[CTRLReward]) -> None:
+        """Get ready for training: `CTRLTrainer` calls it.
+
+        Args:
+            num_generations: G.
+            all_of_them: this reward and the others of the run, whose reference rewards are not for this one to read.
+
+        Raises:
+            InputError: the direct objective needs more rollouts.
+        """
+        if isinstance(self.transform, Direct) and num_generations is not None:
+            check_group(self.transform.procedure, num_generations)
+        self.num_generations = num_generations
+        self.hidden = frozenset(one.column for one in all_of_them)
+        self.scores = next(one.scores for one in all_of_them if one.raw.fingerprint == self.raw.fingerprint)
+
+    def metric(self, name: str) -> str:
+        """What a number of this reward is called in logs."""
+        return name if self.name == "ctrl" else f"{name}/{self.name}"
+
     def require_references(self, columns: Iterable[str], where: str) -> None:
         """See that the reference rewards are among the columns of a data set, which is called `where`.
 
@@ -136,14 +186,15 @@ class CTRLReward:
         columns: dict[str, Any],
     ) -> list[float | None]:
         self.require_references(columns, "the dataset")
-        references = columns.pop(self.column)
+        references = columns[self.column]
+        columns = {name: values for name, values in columns.items() if name not in {*self.hidden, self.column}}
         keys = _visit_keys(prompts, references, columns) if self.method == "pooled" else [""] * len(references)
         columns = data_columns(columns)
         of_groups = isinstance(self.transform, Direct) or self.method == "pooled"
         plain: Method = "midrank" if self.method == "pooled" else self.method
         grouped = of_groups or (self.num_generations is not None and self.procedure is not None)
         with together() if grouped else nullcontext():  # a rank that fails must not leave the others gathering
-            raw_B = self.raw(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
+            raw_B = self.scores(prompts, completions, completion_ids, columns)
             calibrated_B = calibrate(raw_B[:, None], references, plain)[:, 0]
         groups = self._everybodys(raw_B, references, keys) if grouped else None
         logged: dict[str, float] = {}
@@ -167,7 +218,7 @@ class CTRLReward:
             logged["winrate"] = wins
         if log_metric is not None:
             for name, value in logged.items():
-                log_metric(name, value)
+                log_metric(self.metric(name), value)
         return [float(value) if scored else None for value, scored in zip(transformed_B, scored_B, strict=True)]
 
     def _everybodys(self, raw_B: Array, references: Sequence[Any], keys: Sequence[str]) -> _Groups:

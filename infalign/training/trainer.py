@@ -65,16 +65,17 @@ from infalign.training.card import model_card
 from infalign.training.checkpoints import (
     check_resumable,
     load_rollout_state,
+    load_visits,
     newest_whole,
     run_identity,
     save_rollout_state,
     seal,
+    visits_of,
 )
-from infalign.training.checks import check_batch, check_calibration_at_start, check_kl_at_start, check_weight
+from infalign.training.checks import check_batch, check_calibration_at_start, check_kl_at_start, check_rewards
 from infalign.training.chunked_head import add_chunked_head
 from infalign.training.config import CTRLConfig, as_ctrl_config, own_beta, resolve_beta
 from infalign.training.data_sets import check_data_sets
-from infalign.training.direct import Direct, check_group
 from infalign.training.held_out import measure
 from infalign.training.kl_control import KLControl
 from infalign.training.packages import missing_packages
@@ -96,7 +97,9 @@ class CTRLTrainer(RLOOTrainer):
 
     Args:
         model: a name or folder (TRL re-loads the reference from it), or a model that came from one.
-        reward_funcs: a `CTRLReward` (or anything TRL takes, which then is plain RLOO).
+        reward_funcs: a `CTRLReward` (or anything TRL takes, which then is plain RLOO). Or several with `Direct` in
+            place of a transform, each with a `name` and with the `column` of its reward: their weighted sum
+            (`CTRLConfig(reward_weights=...)`) is trained for, and each is measured. The first is the main one.
         args: a `CTRLConfig`; `beta=None` takes the transform's own beta. None: its defaults, and the output folder
             `MODEL-CTRL`. An `RLOOConfig` is read as `as_ctrl_config` says.
         train_dataset: its rows hold `prompt`, the reference rewards, and whatever the reward reads.
@@ -133,27 +136,30 @@ class CTRLTrainer(RLOOTrainer):
     ) -> None:
         check_started()
         functions = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
-        self.ctrl_reward = next((one for one in functions if isinstance(one, CTRLReward)), None)
+        self.ctrl_rewards = [one for one in functions if isinstance(one, CTRLReward)]
+        self.ctrl_reward = self.ctrl_rewards[0] if self.ctrl_rewards else None
         self.procedure = procedure or getattr(self.ctrl_reward, "procedure", None)
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = CTRLConfig(f"{name.rstrip('/').rpartition('/')[2]}-CTRL")
-        args = as_ctrl_config(args, knows_beta=own_beta(self.ctrl_reward) is not None)
+        weights = args.reward_weights or []
+        weights = weights if len(weights) == len(functions) else [1.0] * len(functions)
+        weighted = [(one, weight) for one, weight in zip(functions, weights, strict=True) if one in self.ctrl_rewards]
+        args = as_ctrl_config(args, knows_beta=own_beta(weighted) is not None)
         if missing := missing_packages(vars(args)):
             raise InputError("; ".join(missing))
-        args.beta = resolve_beta(args, self.ctrl_reward)
         if isinstance(train_dataset, dict):
             names = ", ".join(map(repr, train_dataset))
             raise InputError(f"train_dataset is a dictionary of data sets ({names}): give one, e.g. dataset['train']")
-        if self.ctrl_reward is not None:
-            check_weight(functions, self.ctrl_reward, args.reward_weights)
-            check_data_sets(self.ctrl_reward, train_dataset, eval_dataset)
-            if isinstance(self.ctrl_reward.transform, Direct) and args.num_generations is not None:
-                check_group(self.ctrl_reward.transform.procedure, args.num_generations)
-            self.ctrl_reward.num_generations = args.num_generations
+        check_rewards(functions, self.ctrl_rewards, args.reward_weights)
+        args.beta = resolve_beta(args, own_beta(weighted))
+        if self.ctrl_rewards:
+            check_data_sets(self.ctrl_rewards, train_dataset, eval_dataset)
+            for one in self.ctrl_rewards:
+                one.join(args.num_generations, self.ctrl_rewards)
         if hasattr(train_dataset, "__len__"):
             check_batch(args, len(train_dataset))
-        given = run_identity(functions, self.ctrl_reward, train_dataset, args.beta)
+        given = run_identity(functions, self.ctrl_rewards, args.reward_weights, train_dataset, args.beta)
         self._render = render
         self._fast = _trl_is_tested()
         self._shared = self._fast and args.shared_prefix
@@ -293,10 +299,12 @@ class CTRLTrainer(RLOOTrainer):
     def _calculate_rewards(
         self, inputs: list[dict[str, Any]], prompts: Any, completions: Any, completion_ids_list: Any
     ) -> Tensor:
-        if self.ctrl_reward is not None and self._scored_logps is not None and len(self._scored_logps) == 2:
+        if self._scored_logps is not None and len(self._scored_logps) == 2:
             policy_BT, reference_BT = self._scored_logps
             drawn_BT = self._drawn(torch.zeros_like(policy_BT))
-            self.ctrl_reward.log_ratios_B = ((policy_BT - reference_BT) * drawn_BT).sum(1).double().cpu().numpy()
+            log_ratios_B = ((policy_BT - reference_BT) * drawn_BT).sum(1).double().cpu().numpy()
+            for one in self.ctrl_rewards:
+                one.log_ratios_B = log_ratios_B
         return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
 
     def _log_rollouts(self, batch: dict[str, Any], inputs: list[dict[str, Any]]) -> None:
@@ -313,13 +321,14 @@ class CTRLTrainer(RLOOTrainer):
             self.kl_control.update(float(kl.mean()))
         metrics["beta"].append(self.beta)
         metrics["kl_seq_error"].append(float(kl.std(ddof=1) / np.sqrt(kl.size)) if kl.size > 1 else 0.0)
-        if self._step == 0 and self.ctrl_reward is not None and self.args.initial_weights is None:
+        if self._step == 0 and self.ctrl_rewards and self.args.initial_weights is None:
             name = getattr(self.model.config, "_name_or_path", "the model")
             check_kl_at_start(kl, policy=name, reference=name)
             prompts = max(1, kl.size // self.num_generations)
-            references = min(len(row[self.ctrl_reward.column]) for row in inputs)
-            if metrics.get("reward/calibrated"):
-                check_calibration_at_start(metrics["reward/calibrated"][-1], kl.size, prompts, references)
+            for one in self.ctrl_rewards:
+                references = min(len(row[one.column]) for row in inputs)
+                if means := metrics.get(one.metric("reward/calibrated")):
+                    check_calibration_at_start(means[-1], kl.size, prompts, references)
 
     def _drawn(self, mask_BT: Tensor) -> Tensor:
         """`mask_BT` with every token that was drawn: `mask_truncated_completions` takes whole rows out of TRL's.
@@ -407,8 +416,7 @@ class CTRLTrainer(RLOOTrainer):
             self._metrics["train"] = defaultdict(list, counters["metrics"])
             if counters.get("kl_control"):
                 self.kl_control = KLControl(**counters["kl_control"])
-            if self.ctrl_reward is not None and counters.get("visits"):
-                self.ctrl_reward.visits.load({"keys": counters["visits"], **arrays})
+            load_visits(self.ctrl_rewards, counters["visits"], arrays)
             say(f"continuing from {Path(found).name}")
             self.model.train()  # what is logged before the first step belongs to training
             self.add_callback(ContinueLoss(self, counters["loss"], counters["logged_at"]))
@@ -440,8 +448,7 @@ class CTRLTrainer(RLOOTrainer):
                     "logged_at": self._globalstep_last_logged,
                     "kl_control": asdict(self.kl_control) if self.kl_control else None,
                 }
-                arrays = self.ctrl_reward.visits.state() if self.ctrl_reward else {"keys": []}
-                counters["visits"] = arrays.pop("keys")
+                counters["visits"], arrays = visits_of(self.ctrl_rewards)
                 save_rollout_state(folder, self._buffered_inputs if in_use else None, counters, arrays)
         finally:
             self.args.save_total_limit = limit

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from infalign.rewards.loader import load_reward
 from infalign.runtime.distributed import barrier, end_process, gathered, is_main, rank, world_size
 from infalign.runtime.launch import join
-from infalign.theory.procedures import BestOfN
+from infalign.theory.procedures import BestOfN, WorstOfN
 from infalign.theory.transforms import identity
 from infalign.training.config import CTRLConfig
 from infalign.training.direct import Direct
@@ -37,7 +37,7 @@ MODEL = str(FOLDER / "model")
 def make(folder: Path, reward=token_sum, dtype=None, peft_config=None, **changes) -> CTRLTrainer:
     """A trainer of six steps with a checkpoint after each, eight rollouts a step over all ranks."""
     settings = {"per_device_train_batch_size": 4, "max_steps": 6, "save_strategy": "steps", "save_steps": 1, **changes}
-    made = reward if isinstance(reward, CTRLReward) else CTRLReward(reward, identity)
+    made = reward if isinstance(reward, (CTRLReward, list)) else CTRLReward(reward, identity)
     arguments = CTRLConfig(**config(folder, **settings))
     policy = MODEL if dtype is None else AutoModelForCausalLM.from_pretrained(MODEL, dtype=dtype)
     return CTRLTrainer(policy, made, arguments, train_dataset=rows(), peft_config=peft_config)
@@ -230,16 +230,20 @@ def check_whole_batch() -> dict:
 
 
 def check_groups_over_ranks() -> dict:
-    """One prompt's eight rollouts on two processes: the direct objective on pooled ranks, with beta steered."""
-    return invariant(FOLDER / "groups_over_ranks", of_groups(), per_device_train_batch_size=4, **STEERED)
+    """One prompt's eight rollouts on two processes: two direct objectives on pooled ranks, with beta steered."""
+    return invariant(FOLDER / "groups_over_ranks", two_of_groups(), per_device_train_batch_size=4, **STEERED)
 
 
 def check_whole_groups() -> dict:
     """One process with all of them."""
-    return invariant(FOLDER / "whole_groups", of_groups(), per_device_train_batch_size=8, **STEERED)
+    return invariant(FOLDER / "whole_groups", two_of_groups(), per_device_train_batch_size=8, **STEERED)
 
 
-STEERED = {"num_generations": 8, "beta": 0.2, "target_kl": 0.05}
+STEERED = {"num_generations": 8, "beta": 0.2, "target_kl": 0.05, "reward_weights": [0.5, 0.25]}
+
+
+def two_of_groups() -> list[CTRLReward]:
+    return [of_groups(), CTRLReward(token_sum, Direct(WorstOfN(2)), method="pooled", name="second")]
 
 
 def of_groups(reward=token_sum) -> CTRLReward:

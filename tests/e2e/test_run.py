@@ -16,6 +16,7 @@ from infalign.stages.evaluate import evaluate
 from infalign.stages.experiment import Experiment
 from infalign.stages.generate import generate
 from infalign.stages.recipe import load_recipe
+from infalign.types import InputError
 from tests.e2e.experiment import tiny_experiment
 
 
@@ -223,3 +224,28 @@ def test_the_run_and_the_page_say_what_limited_it(tmp_path, capsys):
     said = capsys.readouterr().out
     line = "of the 3 nats asked for: raise max_steps or learning_rate"
     assert line in said and line in found["report"].read_text()
+
+
+def test_several_objectives_from_the_recipe_to_the_page(tmp_path, capsys):
+    keys = tiny_experiment(tmp_path)
+    score = str(keys.pop("reward"))
+    del keys["procedure"]
+    terms = [{"reward": score}, {"reward": score.replace(":reward", ":gold"), "procedure": "worst_of_n", "weight": 0.5}]
+    keys |= {"num_validation_prompts": 2, "eval_strategy": "steps", "eval_steps": 1}
+    found = infalign.run({**keys, "objectives": terms})
+    rows = {(row.label, row.judge): row for row in found["evaluation"].win_rates}
+    assert rows["BestOfN(2)", "reward"].weight == 1.0 and rows["WorstOfN(2)", "gold (2)"].weight == 0.5
+    assert np.isnan(rows["BestOfN(1)", "reward"].weight) and 0 < rows["WorstOfN(2)", "gold (2)"].limit < 1
+    said = capsys.readouterr().out
+    assert "BestOfN(2), 2 objectives" in said and "what was trained for, all at once" in said
+    log = json.loads((tmp_path / "out" / "policy" / "training_log.json").read_text())
+    logged = {name for row in log for name in row}
+    assert {"eval_winrate/BestOfN(2) of score", "winrate/WorstOfN(2) of gold (2)"} <= logged
+    page, card = found["report"].read_text(), (tmp_path / "out" / "policy" / "README.md").read_text()
+    assert "trained for several at once" in page and (tmp_path / "out" / "report" / "limit.png").exists()
+    assert "0.5 \N{MULTIPLICATION SIGN} WorstOfN(2) of gold (2)" in card
+    again = infalign.run({**keys, "objectives": terms})
+    assert again["drawn"] == 0 and not again["trained"]
+    other = [terms[0], {**terms[1], "weight": 1.0}]
+    with pytest.raises(InputError, match="was trained for something else"):
+        evaluate(load_recipe({**keys, "objectives": other}))

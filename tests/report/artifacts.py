@@ -203,6 +203,7 @@ def _row(policy_PM: np.ndarray, base_PM: np.ndarray, procedure: Procedure, judge
         "length_controlled": {"mean": found.mean - 0.0125, "low": found.low - 0.0125, "high": found.high - 0.0125},
         **dict(zip(("limit", "attainment", "regret_ratio"), bounds, strict=True)),
         "policy_reward": float(policy_PM.mean()),
+        "weight": None,
         "base_reward": float(base_PM.mean()),
     }
 

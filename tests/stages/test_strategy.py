@@ -16,6 +16,7 @@ from infalign.decoding.majority_vote import MajorityVote
 from infalign.decoding.rejection import Rejection
 from infalign.decoding.replay import Pool
 from infalign.evaluation.compute import procedure_point, strategy_point
+from infalign.evaluation.summary import PROXY
 from infalign.rewards.scoring import score_samples
 from infalign.runtime.artifacts import without_nan
 from infalign.stages.evaluate import evaluate
@@ -147,7 +148,7 @@ def test_facts_are_those_of_the_tables(evaluated):
         Contest(p, *(Pool(drawn[side][p.key], rewards[side][p.key]) for side in ("base", "policy"))) for p in prompts
     ]
     assert row.mean == pytest.approx(procedure_point(contests, "base", BestOfN(2)).win.mean)
-    base, policy = (ScoredSamples(drawn[side], rewards[side], None) for side in ("base", "policy"))
+    base, policy = (ScoredSamples(drawn[side], {PROXY: rewards[side]}) for side in ("base", "policy"))
     assert compute_facts(experiment, Measured(prompts, base, policy)).curves == result.compute.curves
     cut_rewards = [
         Contest(one.prompt, *(_with_beginnings(table) for table in (one.base, one.policy))) for one in contests

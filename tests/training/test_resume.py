@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 
-from infalign import BestOfN
+from infalign import BestOfN, WorstOfN
 from infalign.stages.policy_folder import initial_model
 from infalign.theory.transforms import identity
 from infalign.training.checkpoints import check_resumable, newest_whole, seal
@@ -43,6 +43,7 @@ LAYOUTS = {
     "logs rarely": {"logging_steps": 4},
     "pooled": {"method": "pooled"},
     "pooled, direct, two iterations": {"method": "pooled", "direct": True, "num_iterations": 2},
+    "two objectives, pooled": {"method": "pooled", "direct": True, "reward_weights": [1.0, 0.5]},
 }
 
 
@@ -57,11 +58,18 @@ def rows():
     return Dataset.from_dict({"prompt": PROMPTS, "ref_rewards": [rng.normal(220, 40, 20).tolist() for _ in PROMPTS]})
 
 
+def mirrored(completion_ids, **_):
+    return [-one + 0.5 * ids[0] for one, ids in zip(token_sum(completion_ids), completion_ids, strict=True)]
+
+
 def make(model, folder, method="midrank", direct=False, **changes):
     settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 1, **changes}
     arguments = CTRLConfig(**config(folder, **settings))
     reward = CTRLReward(token_sum, Direct(BestOfN(2)) if direct else identity, method=method)
-    return CTRLTrainer(model, reward, arguments, train_dataset=rows(), identity={"recipe": "tests"})
+    second = CTRLReward(mirrored, Direct(WorstOfN(2)), method=method, column="mirrored", name="second")
+    rewards = [reward, second] if "reward_weights" in changes else reward
+    data = rows().map(lambda row: {"mirrored": [-value for value in row["ref_rewards"]]})
+    return CTRLTrainer(model, rewards, arguments, train_dataset=data, identity={"recipe": "tests"})
 
 
 def final(subject) -> tuple[dict[str, torch.Tensor], list]:

@@ -1,0 +1,176 @@
+"""Several objectives: the gradient is that of the weighted sum, each reward is asked once, mistakes are one line."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from datasets import Dataset
+
+from infalign import BestOfN, WorstOfN
+from infalign.stages.objective import load_objective, load_procedure
+from infalign.stages.recipe import load_recipe
+from infalign.theory.optimum import optimal_transform
+from infalign.theory.transforms import identity
+from infalign.training.config import CTRLConfig
+from infalign.training.direct import Direct, beats_decoded_base, direct_rewards
+from infalign.training.reward import CTRLReward
+from infalign.training.trainer import CTRLTrainer
+from infalign.types import InputError
+from tests.tiny import tiny_causal
+from tests.training.test_trainer import PROMPTS, config, token_sum
+
+RECIPE = {"model_name_or_path": "m", "target_kl": 1.0, "num_calibration_samples": 8}
+
+
+def largest(completion_ids, **_):
+    return [float(max(ids)) + 0.001 * ids[0] for ids in completion_ids]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return tiny_causal(tmp_path_factory.mktemp("llama"), "llama")
+
+
+def rows():
+    rng = np.random.default_rng(0)
+    sums, largest_ones = ([rng.normal(*law, 20).tolist() for _ in PROMPTS] for law in ((220, 40), (75, 15)))
+    return Dataset.from_dict({"prompt": PROMPTS, "ref_rewards": sums, "ref_largest": largest_ones})
+
+
+def terms(method="midrank", first=token_sum):
+    """Three objectives of two rewards."""
+    of_largest = {"column": "ref_largest", "method": method}
+    return [
+        CTRLReward(first, Direct(BestOfN(2), beta=0.1), name="best", method=method),
+        CTRLReward(largest, Direct(WorstOfN(3), beta=0.2), name="worst largest", **of_largest),
+        CTRLReward(first, Direct(WorstOfN(2), beta=0.4), name="worst", method=method),
+    ]
+
+
+WEIGHTS = [1.0, 0.5, 2.0]
+
+
+def make(model, folder, rewards=None, weights=WEIGHTS, dataset=None, **changes):
+    arguments = CTRLConfig(**config(folder / "out", reward_weights=weights, **changes))
+    return CTRLTrainer(model, rewards or terms(), arguments, train_dataset=dataset or rows())
+
+
+def test_advantages_are_the_weighted_sum_of_the_terms_own(llama, tmp_path):
+    """By hand, from the rollouts of a batch and their log-ratios."""
+    subject = make(llama, tmp_path, beta=0.05, max_steps=1)
+    seen = {}
+    generate = subject._generate_and_score_completions
+
+    def watch(inputs):
+        seen["batch"], seen["inputs"] = generate(inputs), inputs
+        return seen["batch"]
+
+    subject._generate_and_score_completions = watch
+    subject.train()
+    batch, inputs = seen["batch"], seen["inputs"]
+    real = batch["completion_mask"].bool()
+    ids = [row[mask].tolist() for row, mask in zip(batch["completion_ids"], real, strict=True)]
+    total = np.zeros(len(ids))
+    for weight, score, column, procedure in (
+        (1.0, token_sum, "ref_rewards", BestOfN(2)),
+        (0.5, largest, "ref_largest", WorstOfN(3)),
+        (2.0, token_sum, "ref_rewards", WorstOfN(2)),
+    ):
+        raw = np.array(score(completion_ids=ids))
+        for start in range(0, len(ids), 4):
+            group = slice(start, start + 4)
+            found = direct_rewards(beats_decoded_base(raw[group], inputs[start][column], procedure), procedure)
+            total[group] += weight * found * 4 / 3  # the others' mean is -1/3 of one's own, as they sum to 0
+    np.testing.assert_allclose(batch["advantages"].cpu().numpy(), total, atol=1e-5)  # KL is 0 at the first step
+    assert np.abs(total).max() > 0.1
+
+
+def test_beta_is_the_weighted_sum_of_the_terms_own(llama, tmp_path):
+    assert make(llama, tmp_path, beta=None).args.beta == pytest.approx(0.1 + 0.5 * 0.2 + 2 * 0.4)
+
+
+def test_each_is_logged_and_measured_under_its_name(llama, tmp_path):
+    subject = make(llama, tmp_path, max_steps=1)
+    subject.train()
+    names = {name for row in subject.state.log_history for name in row}
+    assert {f"winrate/{one}" for one in ("best", "worst", "worst largest")} <= names
+    assert {"reward/calibrated/best", "reward/calibrated/worst largest"} <= names and "winrate" not in names
+    found = subject.evaluate(rows())
+    assert found["eval_winrate"] == found["eval_winrate/best"]
+    assert 0 < found["eval_winrate/worst largest"] < 1 and found["eval_winrate/worst"] != found["eval_winrate/best"]
+
+
+def test_terms_that_share_a_reward_ask_it_once(llama, tmp_path):
+    asked = []
+
+    def counted(completion_ids, **columns):
+        asked.append(sorted(name for name in columns if "ref" in name))
+        return token_sum(completion_ids)
+
+    subject = make(llama, tmp_path, terms(first=counted), max_steps=3)
+    subject.train()
+    assert asked == [[], [], []]  # once a step; reference rewards, its own and the others', are not for it to see
+
+
+def test_mistakes_in_python_are_one_line(llama, tmp_path):
+    same_name = [CTRLReward(token_sum, Direct(BestOfN(2), beta=0.1)) for _ in range(2)]
+    with pytest.raises(InputError, match=r"2 CTRLRewards, several of them named 'ctrl': give each CTRLReward\(name="):
+        make(llama, tmp_path, same_name, weights=None)
+    one_column = [*terms()[:1], CTRLReward(largest, Direct(BestOfN(2), beta=0.1), name="other")]
+    with pytest.raises(InputError, match="two rewards and read their reference rewards from one column, 'ref_rewards'"):
+        make(llama, tmp_path, one_column, weights=None)
+    with pytest.raises(InputError, match="has no column 'ref_largest' with the reference rewards"):
+        make(llama, tmp_path, dataset=rows().remove_columns("ref_largest"))
+    with pytest.raises(InputError, match=r"of BestOfN\(2\) needs num_generations above 2, got 2"):
+        make(llama, tmp_path, num_generations=2)
+    transformed = [*terms()[:2], CTRLReward(token_sum, identity, name="transformed")]
+    with pytest.raises(InputError, match=r"reward_weights=\[1.0, 0.5, 2.0\]: the weight would multiply the transform"):
+        make(llama, tmp_path, transformed)
+
+
+def recipe(*objectives, **keys):
+    return load_recipe({**RECIPE, **keys, "objectives": list(objectives)})
+
+
+HELPFUL, SAFE = {"reward": "a.py:build"}, {"procedure": "worst_of_n", "reward": "b.py:build", "weight": 0.5}
+
+
+def test_a_recipe_completes_its_terms_and_the_first_is_its_own():
+    found = recipe(HELPFUL, SAFE, n=2)
+    assert (found.reward, found.procedure, found.n, found.objective) == ("a.py:build", "best_of_n", 2, "direct")
+    assert found.objectives[1] == {**SAFE, "n": 2, "procedure_kwargs": {}, "reward_kwargs": {}}
+    assert recipe({"reward": "a.py:build", "procedure": "random_n", "procedure_kwargs": {"pmf": [0.5, 0.5]}}).n == 4
+    aim = load_objective(found, load_procedure(found))
+    betas = [optimal_transform(kind(2), kl=1.0).beta for kind in (BestOfN, WorstOfN)]
+    assert aim.beta == pytest.approx(betas[0] + 0.5 * betas[1]) and aim.kl is None
+    assert aim.label == "direct: 1 BestOfN(2) of a.py:build + 0.5 WorstOfN(2) of b.py:build"
+
+
+@pytest.mark.parametrize(
+    ("objectives", "keys", "message"),
+    [
+        ([{**HELPFUL, "wieght": 2}], {}, "objectives, entry 1: unknown key wieght: did you mean 'weight'"),
+        ([HELPFUL, {**SAFE, "weight": 0}], {}, "entry 2: weight must be a number above 0, got 0: .* turn the reward's"),
+        ([HELPFUL, {**SAFE, "weight": "much"}], {}, "entry 2: weight: expected a number, got 'much'"),
+        ([HELPFUL, {**HELPFUL, "weight": 2}], {}, "entries 1 and 2: the same twice: keep one, with both weights"),
+        ([{"procedure": "best_of_n"}], {}, "entry 1: it has no reward, and the recipe has none: add reward"),
+        ([{**HELPFUL, "n": 0}], {}, "entry 1: n must be at least 1, got 0"),
+        ([{**HELPFUL, "procedure": "random_n", "n": 3}], {}, "entry 1: procedure random_n takes no n, got 3"),
+        ([{**HELPFUL, "procedure": "p.py:mine", "n": 3}], {}, "entry 1: n is for the built-in procedures"),
+        ([{**HELPFUL, "weight": 2}], {}, "one entry: its weight 2 would only scale beta: leave it out"),
+        ([HELPFUL, SAFE], {"objective": "transform"}, "objectives are trained by objective: direct, got transform"),
+        ([HELPFUL, SAFE], {"transform": "identity"}, "objective: direct has no transform, got transform identity"),
+        ([HELPFUL, SAFE], {"reward": "c.py:build"}, "reward is 'c.py:build', and 'a.py:build' in the first of obj"),
+        ([SAFE, HELPFUL], {"procedure": "best_of_n"}, "procedure is 'best_of_n', and 'worst_of_n' in the first of"),
+        (["a.py:build"], {}, "objectives: expected a mapping, got 'a.py:build'"),
+    ],
+)
+def test_mistakes_in_a_recipe_are_one_line(objectives, keys, message):
+    with pytest.raises(InputError, match=message):
+        recipe(*objectives, **keys)
+
+
+def test_every_term_needs_its_samples():
+    found = recipe(HELPFUL, {**SAFE, "n": 9})
+    with pytest.raises(InputError, match=r"num_calibration_samples of at least 9 for WorstOfN\(9\), got 8"):
+        load_objective(found, load_procedure(found))
