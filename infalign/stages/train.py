@@ -114,8 +114,6 @@ def train(recipe: Recipe, experiment: Experiment | None = None) -> dict[str, Any
     if trainer.state.global_step == 0:
         raise InputError("training made 0 steps: max_steps or num_train_epochs is 0, or there is too little data")
     save_policy(trainer, folder, experiment)
-    if trainer.kl_control is not None and trainer.kl_control.verdict():
-        notice(trainer.kl_control.verdict())
     if is_main():
         write_json(folder / "training_log.json", trainer.state.log_history)
         write_manifest(folder, "policy", parts, steps=trainer.state.global_step)

@@ -73,6 +73,8 @@ def model_card(trainer: Any, name: str) -> str:
     aim = "target KL not known" if kl is None else f"target KL {kl:.4g} nats"
     if trainer.kl_control is not None:
         aim = f"at the end; it was steered: target KL {trainer.args.target_kl:.4g} nats"
+    if trainer.interpolated is not None and trainer.interpolated.weight != 1.0:
+        aim += f"; the weights lie at {trainer.interpolated.weight:.3g} of the way from the base to the trained ones"
     base = str(getattr(trainer.model.config, "_name_or_path", "") or "unknown")
     return _CARD.format(
         name=name,

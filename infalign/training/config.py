@@ -29,6 +29,8 @@ class CTRLConfig(RLOOConfig):
             recovers slowly: worth it for Worst-of-N, whose betas are small. None: constant.
         target_kl: steer beta during training so that the sequence KL of the rollouts comes to this many nats and stays
             there (`kl_control.KLControl`); `beta` is where it starts. None: beta is what it is.
+        kl_interpolation: with `target_kl`, go at the end along the line from the base's weights to the trained ones to
+            where the KL is the target (`interpolation`); False leaves the trained ones.
         num_generations: G, rollouts a prompt; the leave-one-out baseline is over them.
         kl_budget: stop when the rollouts' sequence KL, averaged over three logs, exceeds this many nats.
         max_skipped_steps: a step whose loss or gradients are not finite is skipped; so many in a row stop the run.
@@ -47,6 +49,7 @@ class CTRLConfig(RLOOConfig):
     )
     beta_start: float | None = field(default=None, metadata={"help": "KL coefficient at step 0; None: beta."})
     target_kl: float | None = field(default=None, metadata={"help": "Steer beta to keep this sequence KL (nats)."})
+    kl_interpolation: bool = field(default=True, metadata={"help": "At the end, move the weights to target_kl."})
     num_generations: int | None = field(default=8, metadata={"help": "Rollouts per prompt (G)."})
     kl_budget: float | None = field(default=None, metadata={"help": "Stop above this sequence KL (nats)."})
     max_skipped_steps: int = field(default=3, metadata={"help": "Stop after so many non-finite steps in a row."})

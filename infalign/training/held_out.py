@@ -30,6 +30,8 @@ from infalign.training.rollouts import rollout_uniforms
 from infalign.types import InputError
 
 Array = NDArray[np.float64]
+HELD_OUT = -1
+"""In place of a generation's number: the random streams of these samples, the same at every measurement."""
 Rows = list[tuple[list[int], list[float]]]
 """Token ids of completions, and the policy's log-probabilities of them."""
 
@@ -67,20 +69,7 @@ def measure(trainer: Any, rows: Sequence[dict[str, Any]], count: int) -> dict[st
         raise InputError("the eval_dataset is empty: give it prompts, or leave it out")
     for one in trainer.ctrl_rewards:
         one.require_references(rows[0], "the eval_dataset")
-    share = even_share(list(range(len(rows))))
-    at_once = max(1, trainer.args.per_device_train_batch_size * trainer.args.steps_per_generation // count)
-    drawn: list[tuple[int, Rows, Array]] = []
-    for start in range(0, len(share), at_once):
-        part = share[start : start + at_once]
-        # a rank with a row less samples the first one again, and leaves it out
-        numbers = [0 if number is None else number for number in part]
-        prompts = [_prompt_ids(trainer, rows[number]) for number in numbers]
-        samples = _sample(trainer, prompts, numbers, count)
-        kl_B = _log_ratios(trainer, [ids for ids in prompts for _ in range(count)], samples)
-        for place, number in enumerate(part):
-            own = slice(place * count, (place + 1) * count)
-            if number is not None:
-                drawn.append((number, samples[own], kl_B[own]))
+    drawn = drawn_samples(trainer, rows, count)
     scored: list[list[Array]] = []
     with together():
         scored = [_rewards(trainer, rows[number], samples) for number, samples, _ in drawn]
@@ -97,6 +86,34 @@ def measure(trainer: Any, rows: Sequence[dict[str, Any]], count: int) -> dict[st
             if one.procedure is not None:
                 found[f"winrate/{one.name}"] = win_rate(*_sides(everything, term, one.procedure), one.procedure).mean
     return found
+
+
+def drawn_samples(
+    trainer: Any, rows: Sequence[dict[str, Any]], count: int, generation: int = HELD_OUT
+) -> list[tuple[int, Rows, Array]]:
+    """This rank's share of the rows, by number: completions of the current policy and their log-ratios (count,), nats.
+
+    Args:
+        trainer: a `CTRLTrainer`.
+        rows: of a data set.
+        count: samples a prompt.
+        generation: names their random streams.
+    """
+    share = even_share(list(range(len(rows))))
+    at_once = max(1, trainer.args.per_device_train_batch_size * trainer.args.steps_per_generation // count)
+    drawn: list[tuple[int, Rows, Array]] = []
+    for start in range(0, len(share), at_once):
+        part = share[start : start + at_once]
+        # a rank with a row less samples the first one again, and leaves it out
+        numbers = [0 if number is None else number for number in part]
+        prompts = [_prompt_ids(trainer, rows[number]) for number in numbers]
+        samples = _sample(trainer, prompts, numbers, count, generation)
+        kl_B = _log_ratios(trainer, [ids for ids in prompts for _ in range(count)], samples)
+        for place, number in enumerate(part):
+            own = slice(place * count, (place + 1) * count)
+            if number is not None:
+                drawn.append((number, samples[own], kl_B[own]))
+    return drawn
 
 
 def _sides(measured: Sequence[_OnAPrompt], term: int, procedure: Any) -> tuple[list[Array], list[Array]]:
@@ -125,14 +142,14 @@ def _prompt_ids(trainer: Any, row: dict[str, Any]) -> list[int]:
     return list(row[PROMPT_IDS] if PROMPT_IDS in row else trainer._tokenize_prompts([row["prompt"]])[0][0])
 
 
-def _sample(trainer: Any, prompts: Sequence[list[int]], numbers: Sequence[int], count: int) -> Rows:
+def _sample(trainer: Any, prompts: Sequence[list[int]], numbers: Sequence[int], count: int, generation: int) -> Rows:
     """`count` completions of each prompt, one prompt's after the other's."""
     length = trainer.max_completion_length
     uniforms_BT = np.concatenate(
         [
             # rows of equal prompts have streams of their own, by their place
             rollout_uniforms(
-                [ids] * count, seed=trainer.args.seed, generation=-1, first_row=number * count, count=length
+                [ids] * count, seed=trainer.args.seed, generation=generation, first_row=number * count, count=length
             )
             for ids, number in zip(prompts, numbers, strict=True)
         ]

@@ -77,11 +77,16 @@ class KLControl:
         moved = self.log_beta + min(FASTEST, TRAVEL / self.generations) * max(-1.0, min(1.0, error))
         self.log_beta = max(self.start - FARTHEST, min(self.start + FARTHEST, moved))
 
-    def verdict(self) -> str:
-        """What to do about a KL that is not the target at the end, in one line; empty within 15 %."""
-        if abs(self.kl - self.target) <= 0.15 * self.target:
+    def verdict(self, kl: float | None = None) -> str:
+        """What to do about a KL that is not the target at the end, in one line; empty within 15 %.
+
+        Args:
+            kl: of the trained policy, where it was measured; else that of the last rollouts.
+        """
+        kl = self.kl if kl is None else kl
+        if abs(kl - self.target) <= 0.15 * self.target:
             return ""
-        reached = f"training ended at a sequence KL of {self.kl:.2f} nats, target_kl is {self.target:g}: "
-        if self.kl < self.target:
+        reached = f"training ended at a sequence KL of {kl:.2f} nats, target_kl is {self.target:g}: "
+        if kl < self.target:
             return reached + "raise max_steps (or num_train_epochs), or learning_rate"
         return reached + "lower learning_rate, or raise max_steps (or num_train_epochs)"

@@ -11,6 +11,7 @@ The algorithm stays TRL's: leave-one-out advantages of `Phi(C(x, y)) - beta * su
 - `_calculate_rewards`: the rollouts' log-ratios, for pooled calibration.
 - `training_step`, `_compute_loss`: a loss that is not finite is never propagated, on any rank.
 - `_get_train_sampler`, `train`, `_save_checkpoint`: exact resume; checkpoints are whole or not there (`checkpoints`).
+- `train`: a steered run ends where its KL is the target (`interpolation`).
 - `save_model`: weights that are not finite are never saved.
 - `evaluate`: held-out win rate under the procedure, and sequence KL.
 
@@ -77,6 +78,7 @@ from infalign.training.chunked_head import add_chunked_head
 from infalign.training.config import CTRLConfig, as_ctrl_config, own_beta, resolve_beta
 from infalign.training.data_sets import check_data_sets
 from infalign.training.held_out import measure
+from infalign.training.interpolation import Interpolated, interpolate
 from infalign.training.kl_control import KLControl
 from infalign.training.packages import missing_packages
 from infalign.training.reward import PROMPT_IDS, CTRLReward
@@ -168,6 +170,7 @@ class CTRLTrainer(RLOOTrainer):
         self._row_ids: list[list[int]] = []
         self._scored_logps: list[Tensor] | None = None
         self.kl_control: KLControl | None = None
+        self.interpolated: Interpolated | None = None
         super().__init__(
             model,
             functions,
@@ -420,7 +423,25 @@ class CTRLTrainer(RLOOTrainer):
             say(f"continuing from {Path(found).name}")
             self.model.train()  # what is logged before the first step belongs to training
             self.add_callback(ContinueLoss(self, counters["loss"], counters["logged_at"]))
-        return super().train(resume_from_checkpoint=str(found) if found else None, **kwargs)
+        ended = super().train(resume_from_checkpoint=str(found) if found else None, **kwargs)
+        if self.kl_control is not None and not self.on_signal.stopped:
+            self._keep_the_kl(self.kl_control)
+        return ended
+
+    def _keep_the_kl(self, control: KLControl) -> None:
+        """Move the trained weights to where the KL is the target, and say what is then missing."""
+        if self.args.kl_interpolation and not self.args.load_best_model_at_end:
+            self.interpolated = interpolate(self, control.target)
+        moved = self.interpolated
+        if moved is not None:
+            self.state.log_history.append({"step": self.state.global_step, **asdict(moved)})
+            if moved.weight != 1.0:
+                say(
+                    f"  weights at {moved.weight:.2f} of the way from the base: KL {moved.kl:.2f} nats "
+                    f"({moved.trained_kl:.2f} before)"
+                )
+        if verdict := control.verdict(None if moved is None else moved.kl):
+            notice(verdict)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """No step more when the checkpoint resumed from is that of the last one (transformers would make one)."""
