@@ -22,19 +22,19 @@ from infalign.training.kl_control import KLControl
 
 
 def train(
-    reward: CTRLReward, beta: float, kl: float | None, count: int, group: int, steps: int, seed: int
+    reward: CTRLReward, beta: float, kl: float | None, count: int, group: int, steps: int, rate: float, seed: int
 ) -> tuple[page.Policy, page.Policy, torch.Tensor]:
     """Policy, base and rewards (P, J): the loop of the page, with the package's rewards, and beta steered to `kl`."""
     base, reward_PJ = page.make_problem(seed)
     rng = torch.Generator().manual_seed(seed)
     references = reward_PJ.gather(1, page.sample(base, count, rng)).tolist()
     policy = page.Policy(*(logits.clone().requires_grad_() for logits in base))
-    optimizer = torch.optim.Adam(policy, lr=0.1)
+    optimizer = torch.optim.Adam(policy, lr=rate)
     control = None if kl is None else KLControl(kl, math.log(beta), steps, math.log(beta))
     names = [str(prompt) for prompt in range(page.P) for _ in range(group)]
     rows = [references[prompt] for prompt in range(page.P) for _ in range(group)]
     for step in range(steps):
-        optimizer.param_groups[0]["lr"] = 0.1 * (1 - step / steps)
+        optimizer.param_groups[0]["lr"] = rate * (1 - step / steps)
         answers_PG = page.sample(policy, group, rng)
         log_pi_PG, log_base_PG = (page.log_probs(side).gather(1, answers_PG) for side in (policy, base))
         ratio_PG = log_pi_PG.detach() - log_base_PG
@@ -79,7 +79,8 @@ def row(arguments: argparse.Namespace, count: int, group: int, objective: str, m
         cut_off = objective == "transform" and method == "midrank" and not arguments.constant
         beta = beta_for_kl(phi, count, arguments.kl) if cut_off else phi.beta
         kept = None if arguments.constant else arguments.kl
-        kl, wins = exact(*train(reward, beta, kept, count, group, arguments.steps, seed), procedure)
+        steps, rate = arguments.steps, arguments.learning_rate
+        kl, wins = exact(*train(reward, beta, kept, count, group, steps, rate, seed), procedure)
         limit = float(win_rate_limit(procedure, kl))
         cells.append(f"{kl:.2f} {wins:.3f} {(wins - 0.5) / (limit - 0.5):.3f} {(1 - wins) / (1 - limit):.2f}")
     return f"| {count}, {group} | {objective} | {method} | {'; '.join(cells)} |"
@@ -96,6 +97,7 @@ def main() -> None:
     parser.add_argument("--constant", action="store_true", help="the optimum's beta, not steered")
     parser.add_argument("--methods", nargs="+", default=["midrank", "pooled"])
     parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--learning_rate", type=float, default=0.1, help="Adam's, falling linearly")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     arguments = parser.parse_args()
     print("| K, G | objective | calibration | KL, win rate, attainment, regret ratio, a seed each |\n|---|---|---|---|")

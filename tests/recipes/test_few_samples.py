@@ -37,6 +37,6 @@ def test_pooled_ranks_come_near_the_limit_with_eight_samples(seed):
     procedure = BestOfN(4)
     phi = optimal_transform(procedure, kl=1.0)
     reward = CTRLReward(lambda completions, **_: completions, phi, method="pooled", num_generations=16)
-    kl, wins = few_samples.exact(*few_samples.train(reward, phi.beta, 1.0, 8, 16, 400, seed), procedure)
+    kl, wins = few_samples.exact(*few_samples.train(reward, phi.beta, 1.0, 8, 16, 400, 0.1, seed), procedure)
     assert kl == pytest.approx(1.0, rel=0.15)
     assert (wins - 0.5) / (float(win_rate_limit(procedure, kl)) - 0.5) > 0.97
