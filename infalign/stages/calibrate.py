@@ -38,24 +38,25 @@ def calibrate(recipe: Recipe, experiment: Experiment | None = None) -> dict[str,
     require_plain(recipe)
     experiment = experiment or Experiment(recipe)
     experiment.claim_output()
+    objective, rewards = experiment.objective, experiment.rewards  # their mistakes come before anything is made
     prompts = calibration_prompts(experiment)
     table = open_table(experiment)
     count = recipe.num_calibration_samples
     wanted = [Wanted(prompt, experiment.prompt_ids[prompt.key], count) for prompt in prompts]
     drawn = 0
-    members = [member for reward in experiment.rewards for member in members_to_score(reward)]
-    forget_scores(table, [*members, *experiment.rewards], recipe.overwrite)
-    for rewards in filter(None, (members, experiment.rewards)):  # a sum needs its members' scores of all samples
+    members = [member for reward in rewards for member in members_to_score(reward)]
+    forget_scores(table, [*members, *rewards], recipe.overwrite)
+    for scoring in filter(None, (members, rewards)):  # a sum needs its members' scores of all samples
         drawn += fill(
             table,
             wanted,
-            rewards,
+            scoring,
             lambda: experiment.sampler(experiment.base_path, CALIBRATION),
             max_tokens=recipe.max_completion_length,
             tokens_per_batch=recipe.tokens_per_batch,
             title="calibrate",
         )
-    diagnostics = describe(experiment, table, prompts, experiment.objective)
+    diagnostics = describe(experiment, table, prompts, objective)
     parts = calibration_parts(experiment)
     if is_main():
         more = {"diagnostics": dataclasses.asdict(diagnostics), "prompts": len(prompts), "samples_per_prompt": count}

@@ -44,7 +44,7 @@ def dry_run(experiment: Experiment) -> dict[str, Any]:
         `tokens_per_batch` that the free memory allows.
     """
     splits = experiment.splits
-    reward = experiment.reward
+    rewards = ", ".join(reward.name for reward in experiment.rewards)
     arguments = training_arguments(experiment)
     shape, setup = _set_up(experiment, arguments)
     tokens = _tokens(experiment, arguments)
@@ -57,7 +57,7 @@ def dry_run(experiment: Experiment) -> dict[str, Any]:
         f"{len(splits.test)} test prompts"
     )
     aim = objective_name(experiment.recipe)
-    say(f"  {experiment.procedure}, {aim}, {_beta(arguments)}, reward {reward.name}")
+    say(f"  {experiment.procedure}, {aim}, {_beta(arguments)}, reward {rewards}")
     say("  one prompt as the model sees it:")
     say("    " + repr(experiment.tokenizer.decode(experiment.prompt_ids[first.key])))
     say(f"  {shape.parameters / 1e6:.0f} M parameters; this machine multiplies at {rate / 1e9:.0f} GFLOP/s")
@@ -170,11 +170,10 @@ def _bytes(experiment: Experiment, arguments: Any, shape: PolicyShape, setup: Se
 
 
 def _reward_bytes(experiment: Experiment) -> int:
-    """Bytes of the reward's own model, whole on every process, where it has one in memory."""
-    model = getattr(experiment.reward.function, "model", None)
-    if not isinstance(model, torch.nn.Module):
-        return 0
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    """Bytes of the rewards' own models, whole on every process, where they have one in memory."""
+    models = [getattr(reward.function, "model", None) for reward in experiment.rewards]
+    loaded = [model for model in models if isinstance(model, torch.nn.Module)]
+    return sum(parameter.numel() * parameter.element_size() for model in loaded for parameter in model.parameters())
 
 
 def _tokens(experiment: Experiment, arguments: Any) -> dict[str, int]:

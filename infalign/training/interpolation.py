@@ -57,7 +57,7 @@ def search(kl_at: Callable[[float], float], target: float) -> Interpolated:
         target: nats.
 
     >>> round(search(lambda weight: 1.5 * weight**1.9, 1.0).weight, 2)
-    0.81
+    0.82
     """
     trained = kl_at(1.0)
     tried = [Interpolated(1.0, trained, trained)]

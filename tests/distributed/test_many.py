@@ -33,6 +33,7 @@ CHECKS = [
     "non_finite_weights_are_not_saved",
     "invariance",
     "groups_over_ranks",
+    "interpolated",
 ]
 SHARDING = {"cpu_ddp": "none", "cpu_zero2": "zero2", "cpu_zero3": "zero3"}
 TIME_OUT = 420  # seconds: a rank that waits for ever fails the test
@@ -73,7 +74,7 @@ def test_resumed_equals_uninterrupted_bit_by_bit(check, launched):
 @pytest.mark.parametrize(("check", "alone"), [("invariance", "whole_batch"), ("groups_over_ranks", "whole_groups")])
 def test_two_processes_train_like_one(check, alone, launched, one_process):
     """Eight rollouts, 4 + 4 on two processes: losses and weights with SGD, in float64 (ZeRO-3: float32)."""
-    losses, weights = one_process[alone]
+    losses, weights, _ = one_process[alone]
     found = result(launched, check)
     assert found["dtype"] == ("torch.float32" if launched[0] == "cpu_zero3" else "torch.float64")
     assert max(abs(loss) for loss in losses) > 1e-2, "a loss of zero compares nothing"
@@ -81,18 +82,29 @@ def test_two_processes_train_like_one(check, alone, launched, one_process):
     np.testing.assert_allclose(np.load(launched[1] / check / "weights.npy"), weights, atol=1e-5, rtol=0)
 
 
+def test_two_processes_move_the_weights_like_one(launched, one_process):
+    """To where the KL of samples on both is the target; sharded weights stay where training left them."""
+    found = result(launched, "interpolated")
+    if launched[0] == "cpu_zero3":
+        assert found["weight"] is None
+        return
+    _, weights, weight = one_process["whole_interpolated"]
+    assert weight != 1.0 and found["weight"] == pytest.approx(weight, abs=1e-4)
+    np.testing.assert_allclose(np.load(launched[1] / "interpolated" / "weights.npy"), weights, atol=1e-5, rtol=0)
+
+
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory):
-    """Losses and weights of one process with a batch of eight."""
-    folder, checks = tmp_path_factory.mktemp("one"), ["whole_batch", "whole_groups"]
+    """Losses, weights and place on the line from the base of one process with a batch of eight."""
+    folder, checks = tmp_path_factory.mktemp("one"), ["whole_batch", "whole_groups", "whole_interpolated"]
     tiny_causal(folder / "model", "llama")
     command = [sys.executable, "-W", "ignore", str(Path(__file__).parent / "worker.py"), str(folder), *checks]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=TIME_OUT, check=False)
     assert done.returncode == 0, done.stderr[-5000:]
+    told = {check: json.loads((folder / f"{check}.json").read_text()) for check in checks}
     return {
-        check: (json.loads((folder / f"{check}.json").read_text())["losses"], np.load(folder / check / "weights.npy"))
-        for check in checks
+        check: (one["losses"], np.load(folder / check / "weights.npy"), one["weight"]) for check, one in told.items()
     }
 
 

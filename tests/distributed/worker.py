@@ -239,7 +239,24 @@ def check_whole_groups() -> dict:
     return invariant(FOLDER / "whole_groups", two_of_groups(), per_device_train_batch_size=8, **STEERED)
 
 
-STEERED = {"num_generations": 8, "beta": 0.2, "target_kl": 0.05, "reward_weights": [0.5, 0.25]}
+def check_interpolated() -> dict:
+    """Two processes that measure the KL together and move the weights along the line from the base."""
+    return invariant(FOLDER / "interpolated", per_device_train_batch_size=4, **MOVED)
+
+
+def check_whole_interpolated() -> dict:
+    """One process that does."""
+    return invariant(FOLDER / "whole_interpolated", per_device_train_batch_size=8, **MOVED)
+
+
+STEERED = {
+    "num_generations": 8,
+    "beta": 0.2,
+    "target_kl": 0.05,
+    "reward_weights": [0.5, 0.25],
+    "kl_interpolation": False,
+}
+MOVED = {"beta": 0.2, "target_kl": 0.05}
 
 
 def two_of_groups() -> list[CTRLReward]:
@@ -274,6 +291,7 @@ def invariant(folder: Path, reward=token_sum, **layout) -> dict:
         "losses": losses,
         "dtype": str(flat.dtype),
         "rewards": [r["reward"] for r in subject.state.log_history if "reward" in r],
+        "weight": subject.interpolated.weight if subject.interpolated else None,
     }
 
 
