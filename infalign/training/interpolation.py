@@ -93,8 +93,8 @@ def interpolate(trainer: Any, target: float) -> Interpolated | None:
         with torch.no_grad():
             for (parameter, base), end in zip(moving, trained, strict=True):
                 start = torch.zeros_like(end) if base is None else base.detach().to(end.device)
-                line = torch.lerp(start.float(), end.float(), weight) if weight != 1.0 else end
-                parameter.copy_(line)
+                exact = torch.promote_types(end.dtype, torch.float32)  # bfloat16 would round on the way
+                parameter.copy_(end if weight == 1.0 else torch.lerp(start.to(exact), end.to(exact), weight))
 
     def kl_at(weight: float) -> float:
         place(weight)
