@@ -130,7 +130,7 @@ def describe(experiment: Experiment, table: SampleTable, prompts: list[Prompt], 
     samples = table.samples()
     kept = [samples[prompt.key][:count] for prompt in prompts]
     flat = [sample for row in kept for sample in row]
-    kl = None if experiment.recipe.objective == "direct" else objective.kl  # no transform, no quantiles to miss
+    kl = objective.kl if experiment.recipe.objective == "transform" else None  # no transform, no quantiles to miss
     cost = None if kl is None else expected_cost(objective.transform, objective.procedure, count, kl)
     return Diagnostics(
         prompts=len(prompts),

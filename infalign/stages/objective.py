@@ -13,7 +13,9 @@ from infalign.stages.terms import TermKeys
 from infalign.theory.objective import Objective, objective
 from infalign.theory.optimum import optimal_transform
 from infalign.theory.procedures import BUILT_IN, NEEDS, Procedure, refuse_n, takes_n
+from infalign.theory.tilted import tilt
 from infalign.theory.transforms import CATALOGUE, check_transform
+from infalign.training.baselines import Baseline, Name, start
 from infalign.types import InputError
 
 
@@ -66,7 +68,9 @@ def objective_name(recipe: Recipe) -> str:
     """What is optimised, in words: the transform, which the direct objective has none of."""
     if len(recipe.objectives) > 1:
         return f"{len(recipe.objectives)} objectives"
-    return "direct objective" if recipe.objective == "direct" else f"transform {recipe.transform}"
+    if recipe.objective == "transform":
+        return f"transform {recipe.transform}"
+    return "direct objective" if recipe.objective == "direct" else f"objective {recipe.objective} (a baseline)"
 
 
 def load_objective(recipe: Recipe, procedure: Procedure) -> Objective:
@@ -80,6 +84,8 @@ def load_objective(recipe: Recipe, procedure: Procedure) -> Objective:
         raise InputError(f"give exactly one of beta and target_kl, got {got}: e.g. target_kl: 1.0 (nats)")
     if recipe.objective == "direct":
         return _direct(recipe, load_procedures(recipe) if recipe.objectives else [procedure])
+    if recipe.objective != "transform":
+        return _baseline(recipe, recipe.objective, procedure)
     if recipe.transform == "optimal":
         return objective(procedure, None, recipe.beta, recipe.target_kl)
     transform = _transform(recipe)
@@ -112,6 +118,13 @@ def _direct(recipe: Recipe, procedures: list[Procedure]) -> Objective:
     label = "direct: " + " + ".join(f"{weight:g} {procedure!r} of {reward}" for weight, procedure, reward in named)
     first = optimal_transform(procedures[0], beta / sum(weights))
     return Objective(procedures[0], first, beta, None, label)
+
+
+def _baseline(recipe: Recipe, name: Name, procedure: Procedure) -> Objective:
+    """A rival objective's: what it aims at depends on the rewards, and its first beta is that of Gaussian ones."""
+    near = start(name, procedure)
+    beta = tilt(near, kl=recipe.target_kl).beta if recipe.beta is None else recipe.beta
+    return Objective(procedure, near, beta, None, Baseline(name, procedure).label)
 
 
 def _transform(recipe: Recipe) -> Any:

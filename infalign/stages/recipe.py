@@ -99,8 +99,10 @@ class Recipe:
     procedure: str = key("best_of_n", f"{', '.join(BUILT_IN)}, or path.py:name", "ctrl")
     n: int = key(4, "candidates that the procedure draws", "ctrl")
     procedure_kwargs: dict = key({}, PROCEDURE_KWARGS, "ctrl")
-    objective: Literal["transform", "direct"] = key(
-        "transform", "direct: the win rate's own unbiased gradient, no transform", "ctrl"
+    objective: Literal["transform", "direct", "raw", "pkpo", "iama", "par", "grpo"] = key(
+        "transform",
+        "direct: the win rate's own unbiased gradient, no transform; raw, pkpo, iama, par, grpo: baselines",
+        "ctrl",
     )
     objectives: list[dict] = key(
         [], "several: [{procedure: best_of_n, n: 4, reward: file.py:name, weight: 1.0}, ...]; the first decodes", "ctrl"
@@ -288,8 +290,15 @@ def _check_together(recipe: Recipe) -> None:
         for name in ("num_validation_prompts",)
         if getattr(recipe, name) < 0
     ]
-    if recipe.objective == "direct" and recipe.transform != "optimal":
-        problems.append(f"objective: direct has no transform, got transform {recipe.transform}: leave one of them out")
+    if recipe.objective != "transform" and recipe.transform != "optimal":
+        problems.append(
+            f"objective: {recipe.objective} has no transform, got transform {recipe.transform}: leave one of them out"
+        )
+    if recipe.objective not in ("transform", "direct") and recipe.calibration_method != "midrank":
+        problems.append(
+            f"objective: {recipe.objective} is on the raw reward, got calibration_method {recipe.calibration_method}: "
+            "leave one of them out"
+        )
     if recipe.judge_samples < 1:
         problems.append(f"judge_samples must be at least 1, got {recipe.judge_samples}")
     if not recipe.temperature > 0:

@@ -80,7 +80,7 @@ def objective_of(recipe: Recipe, found: Findings) -> tuple[Objective | None, str
         objective = load_objective(recipe, load_procedure(recipe))
     except InputError as error:
         return None, f"No limit and transform plots: {error}"
-    if objective.policy is None and len(recipe.objectives) < 2:
+    if objective.policy is None and recipe.objective == "transform":
         return None, "No limit and transform plots: on [0, 1] the transform has no optimal policy at this beta."
     used = (found.policy or {}).get("parts", {}) if found.evaluation is None else found.evaluation.record()
     made = objective.record()

@@ -25,6 +25,8 @@ from infalign.stages.policy_folder import initial_model, load_initial_adapter, s
 from infalign.stages.recipe import Recipe, require_plain
 from infalign.stages.sampling import table_rewards
 from infalign.stages.training_keys import adapter_of, split_training
+from infalign.theory.procedures import Procedure
+from infalign.training.baselines import BASELINES, Baseline, base_spread
 from infalign.training.checks import best_model_settings, check_loop
 from infalign.training.config import CTRLConfig
 from infalign.training.direct import Direct, check_group
@@ -129,9 +131,9 @@ def check_ready(experiment: Experiment) -> None:
         InputError: one of these is not so.
     """
     arguments = training_arguments(experiment)
-    if experiment.recipe.objective == "direct":
-        for procedure in load_procedures(experiment.recipe):
-            check_group(procedure, int(arguments.num_generations or 1))
+    for procedure in load_procedures(experiment.recipe):
+        if (of_groups := _of_groups(experiment.recipe, procedure)) is not None:
+            check_group(of_groups, int(arguments.num_generations or 1))
     finished = (experiment.policy_path / MANIFEST).exists()
     if arguments.push_to_hub and is_main() and not finished:
         try:
@@ -165,7 +167,7 @@ def make_trainer(experiment: Experiment, table: SampleTable, identity: Mapping[s
     splits = experiment.splits
     trainer = CTRLTrainer(
         initial_model(arguments, experiment.base_path) or experiment.base_path,
-        rewards_of(experiment),
+        rewards_of(experiment, table),
         arguments,
         procedure=experiment.procedure,
         identity=identity,
@@ -181,21 +183,35 @@ def make_trainer(experiment: Experiment, table: SampleTable, identity: Mapping[s
     return trainer
 
 
-def rewards_of(experiment: Experiment) -> list[CTRLReward]:
-    """The reward functions of a run: one for each term."""
+def rewards_of(experiment: Experiment, table: SampleTable) -> list[CTRLReward]:
+    """The reward functions of a run: one for each term; `table` is the calibration's."""
     recipe, aim = experiment.recipe, experiment.objective
+    spread = 1.0
+    if recipe.objective in BASELINES:
+        spread = base_spread(list(reference_rewards(experiment, table, experiment.reward).values()))
     places = {id(reward): column for reward, column in zip(experiment.rewards, _columns(experiment), strict=True)}
     several = len(experiment.terms) > 1
     return [
         CTRLReward(
             term.reward,
-            Direct(term.procedure, aim.beta) if recipe.objective == "direct" else aim.transform,
+            _of_groups(recipe, term.procedure, aim.beta, spread) or aim.transform,
             method=recipe.calibration_method,
             column=places[id(term.reward)],
             name=term.name if several else "ctrl",
         )
         for term in experiment.terms
     ]
+
+
+def _of_groups(
+    recipe: Recipe, procedure: Procedure, beta: float | None = None, spread: float = 1.0
+) -> Direct | Baseline | None:
+    """The recipe's objective where it is not a transform."""
+    if recipe.objective == "transform":
+        return None
+    if recipe.objective == "direct":
+        return Direct(procedure, beta)
+    return Baseline(recipe.objective, procedure, spread, beta)
 
 
 def _columns(experiment: Experiment) -> list[str]:
@@ -269,7 +285,8 @@ def kl_settings(experiment: Experiment, ours: Mapping[str, Any]) -> dict[str, fl
     steered = recipe.kl_control and recipe.target_kl is not None and ours.get("beta_start") is None
     if not steered or recipe.target_kl is None:
         return {"beta": aim.beta, "target_kl": None}
-    if recipe.objective == "direct" or recipe.calibration_method == "pooled":  # the top of Phi is not cut off by K
+    # the top of Phi is cut off by K for ranks alone
+    if recipe.objective != "transform" or recipe.calibration_method == "pooled":
         return {"beta": aim.beta, "target_kl": recipe.target_kl}
     beta = beta_for_kl(aim.transform, recipe.num_calibration_samples, recipe.target_kl)
     return {"beta": beta, "target_kl": recipe.target_kl}

@@ -8,6 +8,7 @@ from typing import Any
 from infalign import __version__
 from infalign.theory.objective import objective
 from infalign.theory.procedures import BUILT_IN, BestOfN
+from infalign.training.baselines import Baseline
 from infalign.training.direct import Direct
 
 _CARD = """\
@@ -62,13 +63,22 @@ def _objectives(trainer: Any) -> str:
     return f"none: win rates themselves (direct objective), {' + '.join(terms)}"
 
 
+def _named(transform: Any) -> str:
+    """What is maximised in place of a transform, or the transform."""
+    if isinstance(transform, Direct):
+        return _DIRECT
+    if isinstance(transform, Baseline):
+        return f"none: the baseline {transform.label}, on the raw reward"
+    return str(transform or "none")
+
+
 def model_card(trainer: Any, name: str) -> str:
     """The card of a `CTRLTrainer`'s policy; a local base model is named without its folder."""
     procedure = getattr(trainer.procedure, "name", "")
     transform = getattr(trainer.ctrl_reward, "transform", None)
-    direct = isinstance(transform, Direct)
+    direct, baseline = isinstance(transform, Direct), isinstance(transform, Baseline)
     several, kl = len(trainer.ctrl_rewards) > 1, None
-    if transform is not None and not several:
+    if transform is not None and not several and not baseline:
         kl = objective(trainer.procedure or BestOfN(1), None if direct else transform, beta=trainer.args.beta).kl
     aim = "target KL not known" if kl is None else f"target KL {kl:.4g} nats"
     if trainer.kl_control is not None:
@@ -83,7 +93,7 @@ def model_card(trainer: Any, name: str) -> str:
         procedure=trainer.procedure or "plain sampling",
         n=getattr(trainer.procedure, "n", 1),
         reward=", ".join(dict.fromkeys(one.raw.name for one in trainer.ctrl_rewards) or trainer.reward_func_names),
-        transform=_objectives(trainer) if several else _DIRECT if direct else transform or "none",
+        transform=_objectives(trainer) if several else _named(transform),
         beta=trainer.args.beta if trainer.kl_control is None else trainer.kl_control.beta,
         aim=aim,
         rollouts=trainer.num_generations,

@@ -17,6 +17,7 @@ leave-one-out baseline gives `m (U - U_{-i})`, the gradient of W for losses that
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -45,16 +46,25 @@ class Direct:
         """What tells it from others, the same text in every run and version."""
         return f"direct {self.procedure!r}"
 
+    @property
+    def fewest(self) -> int:
+        """The fewest scored rollouts of a prompt that give values."""
+        return self.procedure.n + 1
 
-def check_group(procedure: Procedure, num_generations: int) -> None:
-    """See that a group has more samples than the procedure draws.
+    def values(self, rewards_G: ArrayLike, ref_rewards_K: ArrayLike) -> Array:
+        """(G,) values of a prompt's rollouts (`direct_rewards`), from raw rewards of them and of K base samples."""
+        return direct_rewards(beats_decoded_base(rewards_G, ref_rewards_K, self.procedure), self.procedure)
+
+
+def check_group(objective: Any, num_generations: int) -> None:
+    """See that a group has enough samples for an objective of groups (`Direct`, `baselines.Baseline`).
 
     Raises:
         InputError: it has not.
     """
-    if num_generations <= procedure.n:
+    if num_generations < objective.fewest:
         raise InputError(
-            f"the direct objective of {procedure!r} needs num_generations above {procedure.n}, got {num_generations}: "
+            f"objective {objective.label} needs num_generations above {objective.fewest - 1}, got {num_generations}: "
             "without one sample, too few would be left"
         )
 

@@ -4,8 +4,8 @@ Steering brings the KL near its target; what remains is what the last steps happ
 steps is a factor of 1.4. Along the line `base + w (policy - base)` the KL grows about with the square of w, and the
 win rate with it as if the policy had been trained to that KL (recipes/LOG.md). So the last thing a steered run does is
 to measure its KL on prompts of training, and to go along the line to where it is the target: a little back, or a little
-beyond. Between initialisation and policy this is known as LITI (WARP, arXiv:2406.16768), there to choose a KL
-afterwards.
+beyond. A difference within the measurement's own error moves nothing. Between initialisation and policy this is known
+as LITI (WARP, arXiv:2406.16768), there to choose a KL afterwards.
 
 An adapter is moved by its `lora_B`, in which it is linear.
 """
@@ -20,15 +20,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor
 
+from infalign.evaluation.limits import Estimate, cluster_mean
 from infalign.runtime.distributed import gathered
 from infalign.training.held_out import drawn_samples
 
-PROMPTS, SAMPLES = 64, 256
+PROMPTS, SAMPLES = 64, 128
 """Of the training data, evenly spread, and samples on all of them, for a measurement of the KL."""
 NEAR = 0.04
 """Of the target: near enough."""
@@ -49,19 +49,25 @@ class Interpolated:
     trained_kl: float
 
 
-def search(kl_at: Callable[[float], float], target: float) -> Interpolated:
+def search(kl_at: Callable[[float], Estimate], target: float) -> Interpolated:
     """The weight whose KL is `target`, or 1 where that is near enough or out of reach.
 
     Args:
-        kl_at: measures the KL at a weight; called a few times, first at 1.
+        kl_at: measures the KL at a weight, with its standard error; called a few times, first at 1. All measurements
+            share their random streams, so that their differences are better known than their level.
         target: nats.
 
-    >>> round(search(lambda weight: 1.5 * weight**1.9, 1.0).weight, 2)
+    >>> round(search(lambda weight: Estimate(1.5 * weight**1.9, 0.01), 1.0).weight, 2)
     0.82
+    >>> search(lambda weight: Estimate(1.1 * weight**2, 0.12), 1.0).weight  # may be 1.0 as well
+    1.0
     """
-    trained = kl_at(1.0)
+    first = kl_at(1.0)
+    trained = first.mean
     tried = [Interpolated(1.0, trained, trained)]
     power = 2.0
+    if abs(trained - target) <= first.error:
+        return tried[0]
     while len(tried) < MEASUREMENTS and abs(tried[-1].kl - target) > NEAR * target:
         last = tried[-1]
         if last.kl <= 0.0:  # hardly trained: the mean of a few log-ratios may be anything
@@ -69,7 +75,7 @@ def search(kl_at: Callable[[float], float], target: float) -> Interpolated:
         weight = last.weight * (target / last.kl) ** (1.0 / power)
         if not NEAREST <= weight <= FARTHEST:
             break
-        now = kl_at(weight)
+        now = kl_at(weight).mean
         tried.append(Interpolated(weight, now, trained))
         if now > 0.0 and abs(math.log(weight / last.weight)) > 1e-3:
             power = min(4.0, max(1.0, math.log(now / last.kl) / math.log(weight / last.weight)))
@@ -96,7 +102,7 @@ def interpolate(trainer: Any, target: float) -> Interpolated | None:
                 exact = torch.promote_types(end.dtype, torch.float32)  # bfloat16 would round on the way
                 parameter.copy_(end if weight == 1.0 else torch.lerp(start.to(exact), end.to(exact), weight))
 
-    def kl_at(weight: float) -> float:
+    def kl_at(weight: float) -> Estimate:
         place(weight)
         return _kl(trainer)
 
@@ -129,11 +135,11 @@ def _moving(trainer: Any) -> list[tuple[Tensor, Tensor | None]] | None:
     return [(one, base[name]) for name, one in policy.named_parameters() if one.requires_grad]
 
 
-def _kl(trainer: Any) -> float:
+def _kl(trainer: Any) -> Estimate:
     """Mean log-ratio of the policy's own samples on prompts of training, over all ranks."""
     count = len(trainer.train_dataset)
     chosen = sorted({count * place // PROMPTS for place in range(PROMPTS)})
     rows = [trainer.train_dataset[row] for row in chosen]
     mine = [(number, kl_M) for number, _, kl_M in drawn_samples(trainer, rows, SAMPLES // len(rows), LINES)]
     of_all_ranks = sorted((one for part in gathered(mine) for one in part), key=lambda one: one[0])
-    return float(np.mean(np.concatenate([kl_M for _, kl_M in of_all_ranks])))
+    return cluster_mean([kl_M for _, kl_M in of_all_ranks])

@@ -22,7 +22,8 @@ from infalign.evaluation.winrate import prompt_win_rate
 from infalign.rewards.loader import Reward, load_reward
 from infalign.runtime.distributed import gathered, rank, together
 from infalign.theory.transforms import check_transform
-from infalign.training.direct import Direct, beats_decoded_base, check_group, direct_rewards
+from infalign.training.baselines import Baseline
+from infalign.training.direct import Direct, check_group, direct_rewards
 from infalign.types import InputError, RewardError
 
 DATA_COLUMNS = "infalign_columns"
@@ -77,7 +78,8 @@ class CTRLReward:
     Args:
         reward: the raw reward: a callable in TRL's form, anything `load_reward` takes, or a loaded `Reward`.
         transform: `Phi`, a vectorised function of u in (0, 1); u is clipped to [1/(2(K+1)), 1 - 1/(2(K+1))]. Or
-            `direct.Direct(procedure)`: rewards whose policy gradient is that of the win rate itself.
+            `direct.Direct(procedure)`: rewards whose policy gradient is that of the win rate itself; or
+            `baselines.Baseline(name, procedure)`: a rival objective on the raw reward.
         method: of calibration, "midrank" or "interpolated"; or "pooled", which also ranks among the prompt's rollouts,
             earlier visits' included (`calibration.pooling`), and needs `CTRLTrainer`, which knows their
             log-probabilities.
@@ -98,7 +100,7 @@ class CTRLReward:
     def __init__(
         self,
         reward: Any,
-        transform: Transform | Direct,
+        transform: Transform | Direct | Baseline,
         *,
         method: Method | Literal["pooled"] = "midrank",
         column: str = "ref_rewards",
@@ -106,11 +108,16 @@ class CTRLReward:
         num_generations: int | None = None,
         name: str = "ctrl",
     ) -> None:
-        if not callable(transform) and not isinstance(transform, Direct):
+        of_groups = isinstance(transform, (Direct, Baseline))
+        if not callable(transform) and not of_groups:
             raise InputError(
                 f"transform must be a function of the quantile, got {transform!r}: e.g. optimal_transform(...)"
             )
-        if not isinstance(transform, Direct):
+        if isinstance(transform, Baseline) and method != "midrank":
+            raise InputError(
+                f"method={method!r} ranks rewards, and {transform.name} is on the raw reward: leave it out"
+            )
+        if not of_groups:
             check_transform(transform, f"transform {transform!r:.80}")
         self.raw = reward if isinstance(reward, Reward) else load_reward(reward, on_error=on_error)
         self.scores = _LastScores(self.raw)
@@ -153,10 +160,10 @@ class CTRLReward:
             all_of_them: this reward and the others of the run, whose reference rewards are not for this one to read.
 
         Raises:
-            InputError: the direct objective needs more rollouts.
+            InputError: the objective needs more rollouts.
         """
-        if isinstance(self.transform, Direct) and num_generations is not None:
-            check_group(self.transform.procedure, num_generations)
+        if isinstance(self.transform, (Direct, Baseline)) and num_generations is not None:
+            check_group(self.transform, num_generations)
         self.num_generations = num_generations
         self.hidden = frozenset(one.column for one in all_of_them)
         self.scores = next(one.scores for one in all_of_them if one.raw.fingerprint == self.raw.fingerprint)
@@ -190,7 +197,7 @@ class CTRLReward:
         columns = {name: values for name, values in columns.items() if name not in {*self.hidden, self.column}}
         keys = _visit_keys(prompts, references, columns) if self.method == "pooled" else [""] * len(references)
         columns = data_columns(columns)
-        of_groups = isinstance(self.transform, Direct) or self.method == "pooled"
+        of_groups = isinstance(self.transform, (Direct, Baseline)) or self.method == "pooled"
         plain: Method = "midrank" if self.method == "pooled" else self.method
         grouped = of_groups or (self.num_generations is not None and self.procedure is not None)
         with together() if grouped else nullcontext():  # a rank that fails must not leave the others gathering
@@ -202,11 +209,12 @@ class CTRLReward:
             assert groups is not None
             transformed_B = self._of_groups(groups, logged)
         else:
-            assert not isinstance(self.transform, Direct)
+            assert not isinstance(self.transform, (Direct, Baseline))
             counts_B = np.array([np.count_nonzero(~np.isnan(np.asarray(row, dtype=float))) for row in references])
             transformed_B = np.asarray(self.transform(clip_to_open(calibrated_B, counts_B)), dtype=np.float64)
-        # the direct objective has no value for a group with too few scores
-        scored_B = ~np.isnan(transformed_B if isinstance(self.transform, Direct) else raw_B)
+        # an objective of groups has no value for one with too few scores
+        of_raw = isinstance(self.transform, (Direct, Baseline))
+        scored_B = ~np.isnan(transformed_B if of_raw else raw_B)
         if not np.isfinite(transformed_B[scored_B]).all():
             raise RewardError(f"the transform {self.transform!r} is not finite on (0, 1): bound it")
         if scored_B.any():
@@ -225,7 +233,7 @@ class CTRLReward:
         """All ranks' rollouts in whole groups: a prompt's may lie on several."""
         if self.num_generations is None:
             raise InputError(
-                "the direct objective and pooled calibration need to know how many samples a prompt has: "
+                "an objective of groups and pooled calibration need to know how many samples a prompt has: "
                 "CTRLReward(..., num_generations=G)"
             )
         if self.method == "pooled" and self.log_ratios_B is None:
@@ -258,9 +266,8 @@ class CTRLReward:
                 self.visits.add(key, rewards_G, ratios_G)
                 effective.append(count)
                 values_PG[number] = self._of_ranks(below, up_to, count)
-            elif isinstance(self.transform, Direct):
-                beats_G = beats_decoded_base(rewards_G, references, self.transform.procedure)
-                values_PG[number] = direct_rewards(beats_G, self.transform.procedure)
+            elif isinstance(self.transform, (Direct, Baseline)):
+                values_PG[number] = self.transform.values(rewards_G, references)
         if effective:
             logged["calibration/effective_samples"] = float(np.mean(effective))
         return values_PG.reshape(-1)[groups.mine]
@@ -288,6 +295,7 @@ class CTRLReward:
             beats = np.full(below_G.size, np.nan)
             beats[scored] = (cdf(below_G[scored]) + cdf(up_to_G[scored])) / 2.0
             return direct_rewards(beats, self.transform.procedure)
+        assert not isinstance(self.transform, Baseline)  # no ranks, and never pooled
         return self.transform(clip_to_open((below_G + up_to_G) / 2.0, np.array(count)))
 
 

@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig
 
 from infalign import BestOfN
+from infalign.evaluation.limits import Estimate
 from infalign.theory.transforms import identity
 from infalign.training.config import CTRLConfig
 from infalign.training.interpolation import MEASUREMENTS, NEAR, Interpolated, interpolate, search
@@ -44,7 +45,7 @@ def test_the_weight_is_that_of_the_target(power, trained_kl):
 
     def kl_at(weight):
         asked.append(weight)
-        return trained_kl * weight**power
+        return Estimate(trained_kl * weight**power, 0.01)
 
     found = search(kl_at, 1.0)
     wanted = trained_kl ** (-1 / power)
@@ -58,12 +59,24 @@ def test_the_weight_is_that_of_the_target(power, trained_kl):
 @pytest.mark.parametrize("kl", [0.0, -0.02, 0.2, 400.0])
 def test_what_is_out_of_reach_stays(kl):
     """A policy that hardly moved, and one that ran away."""
-    assert search(lambda weight: kl * weight**2, 1.0) == Interpolated(1.0, kl, kl)
+    assert search(lambda weight: Estimate(kl * weight**2, 0.001), 1.0) == Interpolated(1.0, kl, kl)
 
 
 def test_a_noisy_measurement_ends_at_the_nearest():
     noise = iter([0.0, 0.3, -0.3, 0.2])
-    assert abs(search(lambda weight: 2.0 * weight**2 + next(noise), 1.0).kl - 1.0) <= 0.3
+    assert abs(search(lambda weight: Estimate(2.0 * weight**2 + next(noise), 0.1), 1.0).kl - 1.0) <= 0.3
+
+
+@pytest.mark.parametrize(("kl", "error", "moves"), [(1.12, 0.15, False), (1.12, 0.1, True), (0.8, 0.25, False)])
+def test_a_difference_that_may_be_chance_moves_nothing(kl, error, moves):
+    asked = []
+
+    def kl_at(weight):
+        asked.append(weight)
+        return Estimate(kl * weight**2, error)
+
+    found = search(kl_at, 1.0)
+    assert (found.weight != 1.0) == moves and (len(asked) > 1) == moves
 
 
 def weights_of(model):

@@ -121,7 +121,7 @@ def test_mistakes_in_python_are_one_line(llama, tmp_path):
         make(llama, tmp_path, one_column, weights=None)
     with pytest.raises(InputError, match="has no column 'ref_largest' with the reference rewards"):
         make(llama, tmp_path, dataset=rows().remove_columns("ref_largest"))
-    with pytest.raises(InputError, match=r"of BestOfN\(2\) needs num_generations above 2, got 2"):
+    with pytest.raises(InputError, match=r"direct BestOfN\(2\) needs num_generations above 2, got 2"):
         make(llama, tmp_path, num_generations=2)
     transformed = [*terms()[:2], CTRLReward(token_sum, identity, name="transformed")]
     with pytest.raises(InputError, match=r"reward_weights=\[1.0, 0.5, 2.0\]: the weight would multiply the transform"):
