@@ -43,6 +43,8 @@ _HOME = {
     "InputError": "infalign.types",
     "RewardError": "infalign.types",
     "run": "infalign.stages.run",
+    "sweep": "infalign.stages.sweep.run",
+    "CellSamples": "infalign.evaluation.sweep",
 }
 _MODULES = {"transforms": "infalign.theory.transforms"}
 
@@ -51,6 +53,7 @@ __all__ = [
     "CTRLConfig",
     "CTRLReward",
     "CTRLTrainer",
+    "CellSamples",
     "InputError",
     "KthOfN",
     "Procedure",
@@ -62,6 +65,7 @@ __all__ = [
     "calibrate",
     "optimal_transform",
     "run",
+    "sweep",
     "tilt",
     "transforms",
     "win_rate",
@@ -70,8 +74,10 @@ __all__ = [
 
 if TYPE_CHECKING:
     from infalign.calibration.quantile import calibrate
+    from infalign.evaluation.sweep import CellSamples
     from infalign.evaluation.winrate import WinRate, win_rate
     from infalign.stages.run import run
+    from infalign.stages.sweep.run import sweep
     from infalign.theory import transforms
     from infalign.theory.optimum import optimal_transform, win_rate_limit
     from infalign.theory.procedures import BestOfN, KthOfN, Procedure, RandomN, SoftBestOfN, WorstOfN

@@ -132,6 +132,17 @@ VERBS = {
         sub_verb="check",
         usage="SPEC",
     ),
+    "sweep": Verb(
+        "many runs from one YAML, and their objectives compared at equal KL",
+        "sweep.run:sweep_verb",
+        recipe="sweep.recipe:Sweep",
+        read="sweep.recipe:load_sweep",
+        options={"dry_run": "check every cell, estimate tokens and time; write nothing"},
+        launches=True,
+        writes=True,
+        usage="--config SWEEP.yaml [--KEY VALUE ...]",
+        note="Any other key is a recipe's, for all cells (`infalign run --help` lists them).",
+    ),
     "theory": Verb(
         "every transform against the optimum for a procedure; loads no model",
         "theory:theory_verb",

@@ -66,15 +66,20 @@ class Page:
 
 def render_page(page: Page) -> str:
     """The HTML, everything inline, every text escaped."""
-    environment = Environment(
+    environment = templates()
+    environment.filters |= {"turns": turns, "setting": setting_text, "reward": lambda value: number(value, 3)}
+    return environment.get_template("page.html.jinja").render(page=page, title=page.title, **_results(page.findings))
+
+
+def templates() -> Environment:
+    """The pages' templates; every text is escaped."""
+    return Environment(
         loader=PackageLoader("infalign", "report"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"turns": turns, "setting": setting_text, "reward": lambda value: number(value, 3)}
-    return environment.get_template("page.html.jinja").render(page=page, **_results(page.findings))
 
 
 def _results(findings: Findings) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def dry_run(experiment: Experiment) -> dict[str, Any]:
     tokens = _tokens(experiment, arguments)
     held = _bytes(experiment, arguments, shape, setup)
     rate = _flops()
-    seconds = {stage: 2.0 * shape.parameters * count / rate / world_size() for stage, count in tokens.items()}
+    seconds = _seconds(tokens, shape.parameters, rate)
     first = splits.train[0]
     say(
         f"recipe is valid: {len(splits.train)} train, {len(splits.validation)} validation, "
@@ -75,6 +75,19 @@ def dry_run(experiment: Experiment) -> dict[str, Any]:
             say(f"    {name:<17} {size / GIB:8.2f} GiB")
     fitting = _fitting_batch(experiment, shape, held["reward model"])
     return {"tokens": tokens, "bytes": held, "seconds": seconds, "tokens_per_batch": fitting, "drawn": 0}
+
+
+def stage_costs(experiment: Experiment) -> tuple[dict[str, int], dict[str, float]]:
+    """Tokens and seconds of each stage, as `dry_run` says them."""
+    arguments = training_arguments(experiment)
+    tokens = _tokens(experiment, arguments)
+    parameters = _set_up(experiment, arguments)[0].parameters
+    return tokens, _seconds(tokens, parameters, _flops())
+
+
+def _seconds(tokens: dict[str, int], parameters: int, rate: float) -> dict[str, float]:
+    """A forward pass takes two operations a parameter and token."""
+    return {stage: 2.0 * parameters * count / rate / world_size() for stage, count in tokens.items()}
 
 
 def _beta(arguments: CTRLConfig) -> str:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from infalign.calibration.diagnostics import tie_rate
 from infalign.calibration.table import SampleTable, Wanted
 from infalign.evaluation.judging import JudgedWins, judge_decoded
 from infalign.evaluation.limits import Estimate, attainment, cluster_mean, tie_limit
-from infalign.evaluation.summary import GOLD, PROXY, Evaluation, SequenceKL, Ties, decoder_row, decoders
+from infalign.evaluation.summary import GOLD, PROXY, DecoderRow, Evaluation, SequenceKL, Ties, decoder_row, decoders
+from infalign.evaluation.sweep import PerPrompt
 from infalign.generation.likelihood import sequence_kl
 from infalign.report.table import number, plain_text, win_rate_table
 from infalign.rewards.loader import Reward
@@ -24,6 +27,7 @@ from infalign.runtime.distributed import barrier, is_main, my_share
 from infalign.stages.experiment import Experiment
 from infalign.stages.objective import load_procedures
 from infalign.stages.output import SAMPLES, clear_if_stale, forget_scores, leaves_nothing
+from infalign.stages.per_prompt import wins_per_prompt, write_per_prompt
 from infalign.stages.recipe import Recipe, require_plain
 from infalign.stages.sampling import fill, table_rewards
 from infalign.stages.scored_samples import Measured, ScoredSamples, compute_facts, examples
@@ -52,11 +56,14 @@ def evaluate(recipe: Recipe, experiment: Experiment | None = None) -> Evaluation
     prompts = list(experiment.splits.test)
     base, drawn_base = _sample(experiment, experiment.base_path, "base", prompts)
     policy, drawn_policy = _sample(experiment, judged, "policy", prompts)
-    kl, log_ratio = _measure_kl(experiment, policy, prompts)
+    conditional_PM, log_ratio_PM = _measure_kl(experiment, policy, prompts)
+    kl, log_ratio = cluster_mean(list(conditional_PM)), cluster_mean(list(log_ratio_PM))
     measured = _scored(experiment, base, policy, prompts)
     with np.errstate(over="ignore"):  # rewards near the largest float: their mean is infinite, and shown as absent
         result = summarise(experiment, measured, kl, log_ratio)
     if is_main():
+        kls = {prompt.key: float(row.mean()) for prompt, row in zip(prompts, conditional_PM, strict=True)}
+        write_per_prompt(recipe.output, measured_per_prompt(measured, result.win_rates, experiment, kls))
         write_json(recipe.output / "evaluation.json", result.as_json())
         experiment.record()
     barrier()
@@ -114,8 +121,10 @@ def _sample(experiment: Experiment, path: str, side: str, prompts: list[Prompt])
     return table, drawn
 
 
-def _measure_kl(experiment: Experiment, policy: SampleTable, prompts: list[Prompt]) -> tuple[Estimate, Estimate]:
-    """Sequence KL of policy against base: (conditional, k1), clustered by prompt; cached beside the samples.
+def _measure_kl(
+    experiment: Experiment, policy: SampleTable, prompts: list[Prompt]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Sequence KL of policy against base, (P, samples) each: conditional and k1; cached beside the samples.
 
     Groups of prompts are shared out over the processes, and each is written as soon as it is measured.
     """
@@ -138,8 +147,9 @@ def _measure_kl(experiment: Experiment, policy: SampleTable, prompts: list[Promp
                 progress.advance(len(groups[path]))
     barrier()
     table = pa.concat_tables([pq.read_table(path) for path in groups])
-    columns = (table[name].to_numpy().reshape(len(prompts), count) for name in ("conditional", "log_ratio"))
-    conditional, log_ratio = (cluster_mean(list(column)) for column in columns)
+    conditional, log_ratio = (
+        table[name].to_numpy().reshape(len(prompts), count) for name in ("conditional", "log_ratio")
+    )
     return conditional, log_ratio
 
 
@@ -235,6 +245,21 @@ def summarise(experiment: Experiment, measured: Measured, kl: Estimate, log_rati
         compute=compute_facts(experiment, measured),
         pairwise=_judged(recipe, procedure, measured),
     )
+
+
+def measured_per_prompt(
+    measured: Measured, rows: Sequence[DecoderRow], experiment: Experiment, kls: Mapping[str, float]
+) -> PerPrompt:
+    """The rows' win rates, prompt by prompt, with the KL on it."""
+    keys, sides = measured.keys, {}
+    procedures = {repr(one): one for one in [*decoders(experiment.procedure, experiment.recipe.eval_n)]}
+    procedures |= {repr(term.procedure): term.procedure for term in experiment.terms}
+    wins: dict[tuple[str, str], NDArray[np.float64]] = {}
+    for row in rows:
+        if row.judge not in sides:
+            sides[row.judge] = measured.policy.side(keys, row.judge), measured.base.side(keys, row.judge)
+        wins[row.judge, row.label] = wins_per_prompt(*sides[row.judge], procedures[row.label], row.judge)
+    return PerPrompt(tuple(keys), np.array([kls[key] for key in keys]), wins)
 
 
 def trained_for(experiment: Experiment) -> dict[tuple[str, Procedure], float]:

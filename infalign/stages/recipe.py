@@ -178,7 +178,7 @@ class Recipe:
 
 def own_keys(declaration: type = Recipe) -> list[dataclasses.Field]:
     """The fields that a recipe may set, in order."""
-    return [one for one in dataclasses.fields(declaration) if one.name not in ("training", "base_dir")]
+    return [one for one in dataclasses.fields(declaration) if one.metadata["kind"] not in ("training", "internal")]
 
 
 def load_recipe(config: str | Path | Mapping[str, Any] | None = None, flags: Mapping[str, Any] | None = None) -> Recipe:

@@ -13,6 +13,8 @@ from infalign.evaluation.summary import Evaluation
 from infalign.report.findings import Findings, read_findings
 from infalign.report.gallery import draw_all
 from infalign.report.page import Page, Setting, render_page
+from infalign.report.sweep_page import FILE as SWEEP
+from infalign.report.sweep_page import report_sweep
 from infalign.runtime.artifacts import write_whole
 from infalign.runtime.console import say
 from infalign.stages.objective import load_objective, load_procedure
@@ -36,6 +38,8 @@ def report(recipe: Recipe) -> Path:
     """
     require(recipe, "output_dir")
     folder = recipe.output
+    if (folder / SWEEP).exists():
+        return report_sweep(folder)
     found = read_findings(folder)
     if found.is_empty:
         raise InputError(

@@ -136,10 +136,11 @@ def _moving(trainer: Any) -> list[tuple[Tensor, Tensor | None]] | None:
 
 
 def _kl(trainer: Any) -> Estimate:
-    """Mean log-ratio of the policy's own samples on prompts of training, over all ranks."""
+    """KL of the policy on samples of its own, on prompts of training, over all ranks."""
     count = len(trainer.train_dataset)
     chosen = sorted({count * place // PROMPTS for place in range(PROMPTS)})
     rows = [trainer.train_dataset[row] for row in chosen]
-    mine = [(number, kl_M) for number, _, kl_M in drawn_samples(trainer, rows, SAMPLES // len(rows), LINES)]
+    drawn = drawn_samples(trainer, rows, max(1, SAMPLES // len(rows)), LINES, conditional=True)
+    mine = [(number, kl_M) for number, _, kl_M in drawn]
     of_all_ranks = sorted((one for part in gathered(mine) for one in part), key=lambda one: one[0])
     return cluster_mean([kl_M for _, kl_M in of_all_ranks])

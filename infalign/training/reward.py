@@ -199,10 +199,13 @@ class CTRLReward:
         columns = data_columns(columns)
         of_groups = isinstance(self.transform, (Direct, Baseline)) or self.method == "pooled"
         plain: Method = "midrank" if self.method == "pooled" else self.method
+        runs = _runs(references)
         grouped = of_groups or (self.num_generations is not None and self.procedure is not None)
         with together() if grouped else nullcontext():  # a rank that fails must not leave the others gathering
             raw_B = self.scores(prompts, completions, completion_ids, columns)
-            calibrated_B = calibrate(raw_B[:, None], references, plain)[:, 0]
+            calibrated_B = np.concatenate(
+                [calibrate(raw_B[None, rows], references[rows][:1], plain)[0] for rows in runs]
+            )
         groups = self._everybodys(raw_B, references, keys) if grouped else None
         logged: dict[str, float] = {}
         if of_groups:
@@ -210,7 +213,8 @@ class CTRLReward:
             transformed_B = self._of_groups(groups, logged)
         else:
             assert not isinstance(self.transform, (Direct, Baseline))
-            counts_B = np.array([np.count_nonzero(~np.isnan(np.asarray(row, dtype=float))) for row in references])
+            counts = [np.count_nonzero(~np.isnan(np.asarray(references[rows.start], dtype=float))) for rows in runs]
+            counts_B = np.repeat(counts, [rows.stop - rows.start for rows in runs])
             transformed_B = np.asarray(self.transform(clip_to_open(calibrated_B, counts_B)), dtype=np.float64)
         # an objective of groups has no value for one with too few scores
         of_raw = isinstance(self.transform, (Direct, Baseline))
@@ -297,6 +301,16 @@ class CTRLReward:
             return direct_rewards(beats, self.transform.procedure)
         assert not isinstance(self.transform, Baseline)  # no ranks, and never pooled
         return self.transform(clip_to_open((below_G + up_to_G) / 2.0, np.array(count)))
+
+
+def _runs(references: Sequence[Any]) -> list[slice]:
+    """Neighbouring rows with the same reference rewards: a prompt's rollouts come one after the other."""
+    starts = [0] if len(references) else []
+    for row in range(1, len(references)):
+        ours, before = references[row], references[row - 1]
+        if ours is not before and not np.array_equal(ours, before):
+            starts.append(row)
+    return [slice(start, stop) for start, stop in zip(starts, [*starts[1:], len(references)], strict=True)]
 
 
 def _visit_keys(prompts: Sequence[Any], references: Sequence[Any], columns: Mapping[str, Sequence[Any]]) -> list[str]:

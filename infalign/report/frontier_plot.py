@@ -1,0 +1,63 @@
+"""What every objective reached: win rate against KL, a line an objective, below the limit of any method."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from infalign.evaluation.matched import interpolated
+from infalign.evaluation.summary import GOLD
+from infalign.evaluation.sweep import CellResult, LimitCurve
+from infalign.report.names import procedure_name
+from infalign.report.style import LIMIT, LINES, MUTED, new_figure, percent, styled
+
+MARKERS = "osD^vPX*"
+"""Of objectives, in order; with colours they repeat only after 24."""
+
+
+@styled()
+def draw_frontier(cells: Sequence[CellResult], arms: Sequence[str], judge: str, curve: LimitCurve) -> Figure:
+    """Every finished cell under one decoder, with intervals; cells of one objective and seed are joined.
+
+    Args:
+        cells: of the sweep; those without this decoder are left out.
+        arms: the objectives in order, which colours and markers follow.
+        judge: whose win rates.
+        curve: the decoder, and the limit along KL.
+    """
+    figure, (axes,) = new_figure(size=(9.0, 5.6))
+    if judge != GOLD:
+        axes.plot(curve.kl, curve.limit, color=LIMIT, linewidth=1.6, label="limit of any method")
+    looks = itertools.cycle(zip(itertools.cycle(LINES), itertools.cycle(MARKERS), strict=False))
+    for arm, (color, marker) in zip(arms, looks, strict=False):
+        label: str | None = arm
+        for seed in dict.fromkeys(cell.seed for cell in cells if cell.arm == arm):
+            points = sorted(
+                (cell.kl, row.mean, row.low, row.high)
+                for cell in cells
+                if cell.arm == arm and cell.seed == seed
+                for row in cell.rows
+                if (row.judge, row.label) == (judge, curve.decoder) and np.isfinite(cell.kl)
+            )
+            if not points:
+                continue
+            kl, win, low, high = np.array(points).T
+            if kl.size > 1:
+                between = np.linspace(kl[0], kl[-1], 60)
+                axes.plot(between, interpolated(kl, win, between), color=color, linewidth=1.0, alpha=0.7)
+            bars = None if np.isnan(low).any() else [np.maximum(win - low, 0.0), np.maximum(high - win, 0.0)]
+            axes.errorbar(
+                kl, win, yerr=bars, fmt=marker, color=color, markersize=5.5, elinewidth=0.8, capsize=0, label=label
+            )
+            label = None
+    axes.axhline(0.5, color=MUTED, linewidth=0.8)
+    axes.set_xlim(left=0.0)
+    axes.set_xlabel("sequence KL to the base policy (nats)")
+    axes.set_ylabel("win rate against the base" + (", judged by the gold reward" if judge == GOLD else ""))
+    percent(axes.yaxis)
+    axes.set_title(f"Both decoded by {procedure_name(curve.decoder)}")
+    figure.legend(loc="outside right upper")
+    return figure

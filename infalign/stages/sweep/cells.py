@@ -1,0 +1,262 @@
+"""One cell of a sweep: made, measured, and written down so that the next run of the sweep finds it.
+
+    cells/NAME/         the run: calibration/, policy/, evaluation/, evaluation.json
+    cells/NAME.log      what it said
+    cells/NAME.json     what came out: measured, or failed and why
+
+Cells with the same base, prompts and seed share their samples: a new cell starts with the tables of the latest earlier
+one as hard links. Tables only grow, by whole new files, so that cells never see each other's additions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import math
+import os
+import shutil
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from infalign.evaluation.length import Side
+from infalign.evaluation.limits import cluster_mean
+from infalign.evaluation.summary import PROXY, decoder_row, decoders
+from infalign.evaluation.sweep import CellResult, CellSamples, PerPrompt
+from infalign.runtime.artifacts import (
+    MANIFEST,
+    differences,
+    from_plain,
+    read_json,
+    whole_folder,
+    without_nan,
+    write_json,
+)
+from infalign.runtime.console import LINE_EVERY_SECONDS
+from infalign.runtime.distributed import any_rank, barrier, is_main
+from infalign.runtime.plugins import one_line
+from infalign.stages.calibrate import calibrate
+from infalign.stages.evaluate import evaluate
+from infalign.stages.experiment import CALIBRATION, Experiment
+from infalign.stages.objective import load_objective, load_procedure
+from infalign.stages.per_prompt import wins_per_prompt, write_per_prompt
+from infalign.stages.run import preflight
+from infalign.stages.sweep.recipe import Cell
+from infalign.stages.train import train
+from infalign.types import InputError, Interrupted
+
+SHARED = (CALIBRATION, "evaluation/base")
+"""The tables that cells share, by folder and purpose: all that does not depend on what a policy is trained for."""
+
+
+def read_cell(folder: Path, cell: Cell, overwrite: bool) -> CellResult | None:
+    """The result that a cell's folder holds, None where it is not finished or has failed.
+
+    Raises:
+        InputError: it was made of other keys, which are named; with `overwrite` the folder is removed instead.
+    """
+    path = _record(folder)
+    if not path.exists():
+        return None
+    found = from_plain(CellResult, read_json(path, "the cell"))
+    changed = differences(found.keys, _plain(cell.keys))
+    if changed and not overwrite:
+        raise InputError(
+            f"{folder} was made with other settings ({'; '.join(changed)}): give another --output_dir, or --overwrite "
+            "to make such cells anew"
+        )
+    if changed:
+        barrier()
+        if is_main():
+            shutil.rmtree(folder, ignore_errors=True)
+            path.unlink()
+        barrier()
+        return None
+    return found if found.finished else None
+
+
+def make_cell(
+    cell: Cell, folder: Path, earlier: Sequence[Path], own: Callable[..., Any] | None, keep_policy: bool
+) -> CellResult:
+    """Run a cell; whatever goes wrong in it is its result. Only an interruption ends the sweep.
+
+    Args:
+        cell: what to make.
+        folder: where.
+        earlier: folders of cells made before it, the latest last.
+        own: makes it in place of the stages (`CellSamples`).
+        keep_policy: whether its weights stay.
+    """
+    start = time.monotonic()
+    blank = CellResult(cell.name, cell.arm, cell.seed, _plain(cell.varied), _plain(cell.keys))
+    error, result = "", blank
+    if is_main():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    barrier()
+    with _logged(folder.with_name(f"{folder.name}.log"), cell.name):
+        try:
+            result = _by_stages(cell, folder, earlier, blank) if own is None else _by_own(own, cell, folder, blank)
+        except (KeyboardInterrupt, Interrupted):
+            raise
+        except Exception as caught:  # one cell's failure, of whatever kind, is a row, and the others go on
+            traceback.print_exc()
+            error = " ".join(str(caught).split()) if isinstance(caught, InputError) else one_line(caught)
+    if any_rank(bool(error)):
+        result = dataclasses.replace(blank, error=error or "failed on another process")
+    result = dataclasses.replace(result, seconds=time.monotonic() - start)
+    if is_main():
+        write_json(_record(folder), without_nan(dataclasses.asdict(result)))
+        if result.finished and not keep_policy:
+            _drop_weights(folder)
+    barrier()
+    return result
+
+
+def _by_stages(cell: Cell, folder: Path, earlier: Sequence[Path], blank: CellResult) -> CellResult:
+    """The stages of `infalign run`, all but the report."""
+    experiment = Experiment(cell.recipe)
+    preflight(experiment)
+    experiment.claim_output()
+    if is_main():
+        for name in SHARED:
+            _share_table(folder / name, [one / name for one in earlier], experiment, name)
+    barrier()
+    calibrate(cell.recipe, experiment)
+    train(cell.recipe, experiment)
+    found = evaluate(cell.recipe, experiment)
+    experiment.release_models()
+    log = folder / "policy" / "training_log.json"
+    counted = [row["num_tokens"] for row in read_json(log, "the training log") if "num_tokens" in row]
+    return dataclasses.replace(
+        blank,
+        procedure=found.procedure,
+        transform=found.transform,
+        kl=found.kl.mean,
+        kl_error=found.kl.error,
+        tokens=float(counted[-1]) if counted else math.nan,
+        length=found.policy.tokens,
+        rows=found.win_rates,
+    )
+
+
+def _by_own(own: Callable[..., Any], cell: Cell, folder: Path, blank: CellResult) -> CellResult:
+    """The sweep's own function, given the cell's keys; its samples are measured as those of a run."""
+    found = own(**cell.keys)
+    if not isinstance(found, CellSamples):
+        raise InputError(f"the cell function returned {type(found).__name__}, not infalign.CellSamples")
+    lengths = np.zeros(np.shape(found.policy_PM)[1])
+    policy, base = (
+        Side(list(rewards_PM), list(rewards_PM), [lengths] * len(found.keys))
+        for rewards_PM in (np.asarray(found.policy_PM, float), np.asarray(found.base_PM, float))
+    )
+    kl = cluster_mean([np.atleast_1d(one) for one in np.asarray(found.kl_P, float)])
+    procedure, confidence = load_procedure(cell.recipe), cell.recipe.confidence
+    shown = decoders(procedure, cell.recipe.eval_n)
+    rows = [decoder_row(policy, base, one, PROXY, kl=kl.mean, confidence=confidence, seed=cell.seed) for one in shown]
+    wins = {(PROXY, repr(one)): wins_per_prompt(policy, base, one, PROXY) for one in shown}
+    if is_main():
+        write_per_prompt(folder, PerPrompt(tuple(found.keys), np.asarray(found.kl_P, float), wins))
+    return dataclasses.replace(
+        blank,
+        procedure=repr(procedure),
+        transform=load_objective(cell.recipe, procedure).label,
+        kl=kl.mean,
+        kl_error=kl.error,
+        rows=tuple(rows),
+        exact={name: float(value) for name, value in found.exact.items()},
+    )
+
+
+def _share_table(folder: Path, earlier: Sequence[Path], experiment: Experiment, purpose: str) -> None:
+    """Start with the samples of the latest earlier cell that drew from the same distribution with the same seed."""
+    wanted = _plain(experiment.sampling_parts(experiment.base_path, purpose))
+    if folder.exists():
+        return
+    for source in reversed(earlier):
+        plan = source / "plan.json"
+        if plan.exists() and not differences(read_json(plan, "the sampling plan")["parts"], wanted):
+            break
+    else:
+        return
+    with whole_folder(folder) as target:
+        for path in source.rglob("*"):
+            hidden = any(part.startswith(".") for part in path.relative_to(source).parts)  # of a writer that was killed
+            # the manifest is the other cell's word that its calibration is whole
+            if path.is_file() and path.name != MANIFEST and not hidden:
+                there = target / path.relative_to(source)
+                there.parent.mkdir(parents=True, exist_ok=True)
+                _link(path, there)
+
+
+def _link(path: Path, there: Path) -> None:
+    try:
+        os.link(path, there)
+    except OSError:  # a file system without hard links
+        shutil.copy2(path, there)
+
+
+def _drop_weights(folder: Path) -> None:
+    """Delete what is large of a policy; its log, card and manifest stay."""
+    for path in (folder / "policy").glob("checkpoint-*"):
+        shutil.rmtree(path)
+    for pattern in ("*.safetensors", "*.bin", "adapter/*.safetensors"):
+        for path in (folder / "policy").glob(pattern):
+            path.unlink()
+
+
+def _record(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.json")
+
+
+def _plain(value: Any) -> Any:
+    """As JSON will give it back."""
+    if isinstance(value, dict):
+        return {str(name): _plain(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+
+
+class _Told(io.TextIOBase):
+    """A cell's output: into its log, and the latest line to the person who waits."""
+
+    def __init__(self, log: Any, name: str, screen: Any) -> None:
+        self.log, self.name, self.screen = log, name, screen
+        self.last = time.monotonic()
+
+    def write(self, text: str) -> int:
+        self.log.write(text)
+        self.log.flush()
+        line = " ".join(text.split())
+        if not line or not is_main():
+            return len(text)
+        if self.screen.isatty():
+            width = shutil.get_terminal_size().columns - 1
+            print(f"\r\033[K  {self.name}: {line}"[: width + 4], end="", file=self.screen, flush=True)
+        elif time.monotonic() - self.last > 2 * LINE_EVERY_SECONDS:
+            self.last = time.monotonic()
+            print(f"  {self.name}: {line}", file=self.screen, flush=True)
+        return len(text)
+
+    def flush(self) -> None:
+        self.log.flush()
+
+
+@contextlib.contextmanager
+def _logged(path: Path, name: str) -> Iterator[None]:
+    """What is printed meanwhile goes to a log; rank 0's, because only it speaks."""
+    screen = sys.stdout
+    with open(path if is_main() else os.devnull, "a", encoding="utf-8") as log:
+        told = _Told(log, name, screen)
+        try:
+            with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
+                yield
+        finally:
+            if is_main() and screen.isatty():
+                print("\r\033[K", end="", file=screen, flush=True)

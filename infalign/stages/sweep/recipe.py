@@ -1,0 +1,219 @@
+"""The YAML of a sweep, and the cells that it stands for.
+
+    recipe: small_language_model.yaml        # a recipe; its keys can be given here as well, and win over it
+    output_dir: outputs/sweep
+    arms:                                    # what is compared, each with its keys
+      optimal: {transform: optimal}
+      identity: {transform: identity}
+    grid: {target_kl: [0.25, 0.5, 1.0], seed: [1, 2]}
+    reference: identity                      # the others' differences are to it
+    compare_at: [0.3, 0.5, 0.9]              # nats, within what is measured
+
+A cell is an arm with one value of each key of the grid, and is a run like any other: `cells/NAME` has all that
+`infalign run` would have written there. Without `arms` the grid's own keys tell objectives apart. `target_kl`, `beta`
+and `seed` never do: cells that differ only in KL are points of one objective's curve, and seeds are averaged over.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from infalign.runtime.config import check, field_hints, read_yaml
+from infalign.runtime.launch import FLAGS as LAUNCH_FLAGS
+from infalign.stages.recipe import Recipe, find_recipe, key, load_recipe, settle_paths, settled_output
+from infalign.types import InputError
+
+ALONG = ("target_kl", "beta")
+"""Keys that move along one objective's curve."""
+NOT_VARIED = ("output_dir", "overwrite", "dataset_name", "datasets", "objectives")
+"""Keys that cells share: objectives are compared on the same prompts."""
+OBJECTIVE = (
+    *("procedure", "n", "procedure_kwargs", "objective", "transform", "transform_kwargs", "target_kl", "beta"),
+    *("eval_n", "eval_samples", "confidence", "seed"),
+)
+"""A recipe's keys that are checked where the sweep's own function makes cells."""
+_INTERNAL = ("keys", "flags", "base_dir")
+_UNSAFE = re.compile(r"[^A-Za-z0-9_.=,+-]+")
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep's own keys.
+
+    `keys` are the recipe's that all cells share and `flags` those from the command line, which win over them;
+    `base_dir` is where relative paths start: the recipe's folder.
+    """
+
+    recipe: str | None = key(None, "the recipe that cells vary: a file, or the name of one that is shipped", "sweep")
+    arms: dict = key({}, "what is compared, by name: {optimal: {transform: optimal}, raw: {objective: raw}}", "sweep")
+    grid: dict = key({}, "values that every arm is run with: {target_kl: [0.25, 0.5, 1.0], seed: [1, 2]}", "sweep")
+    cell: str | None = key(None, "file.py:name that makes a cell in place of `infalign run`", "sweep")
+    reference: str | None = key(None, "the arm that differences are to; unset: the last one", "sweep")
+    compare_at: list[float] = key([], "KLs in nats for the comparison; unset: within what all arms have", "sweep")
+    keep_policies: bool = key(True, "false: a cell's weights are deleted when it is evaluated", "sweep")
+    output_dir: str = key("", "where everything is written; a relative path starts at the working directory", "sweep")
+    overwrite: bool = key(False, "make cells anew whose keys have changed, instead of refusing", "sweep")
+
+    keys: dict = field(default_factory=dict, metadata={"kind": "internal"})
+    flags: dict = field(default_factory=dict, metadata={"kind": "internal"})
+    base_dir: Path = field(default=Path(), metadata={"kind": "internal"})
+
+    __post_init__ = settle_paths
+    output = property(settled_output)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a sweep.
+
+    Attributes:
+        name: its folder under `cells/`.
+        arm: the objective that it is a point of.
+        varied: the grid's keys with this cell's values.
+        keys: everything that its recipe is made of, flags included.
+        seed: of the recipe.
+        recipe: checked; where the sweep's own function makes cells, what it says of the objective.
+    """
+
+    name: str
+    arm: str
+    varied: dict[str, Any]
+    keys: dict[str, Any]
+    seed: int
+    recipe: Recipe
+
+
+def load_sweep(config: str | Path | Mapping[str, Any] | None, flags: Mapping[str, Any] | None = None) -> Sweep:
+    """A checked sweep from a YAML path or a mapping, with flags on top: its own keys, or a recipe's for all cells.
+
+    Raises:
+        InputError: everything that is wrong with its own keys.
+    """
+    values, base_dir = dict(config) if isinstance(config, Mapping) else {}, Path()
+    if config is not None and not isinstance(config, Mapping):
+        path = find_recipe(str(config))
+        values, base_dir = read_yaml(path), path.parent
+    flags = dict(flags or {})
+    hints = {name: hint for name, hint in field_hints(Sweep).items() if name not in _INTERNAL}
+    own = check(*({name: value for name, value in given.items() if name in hints} for given in (values, flags)), hints)
+    keys = {name: value for name, value in values.items() if name not in hints}
+    if own.get("recipe"):
+        beside = base_dir / own["recipe"]
+        path = beside if beside.is_file() else find_recipe(own["recipe"])
+        base, base_dir = read_yaml(path), path.parent
+        if "arms" in base or "grid" in base:
+            raise InputError(f"recipe {own['recipe']} is a sweep itself: name a recipe, or run that sweep")
+        keys = {**{name: value for name, value in base.items() if name not in hints}, **keys}
+    keys = {name: value for name, value in keys.items() if name not in LAUNCH_FLAGS}
+    flags = {name: value for name, value in flags.items() if name not in hints}
+    recipe = Sweep(**own, keys=keys, flags=flags, base_dir=base_dir)
+    _check(recipe)
+    return recipe
+
+
+def _check(sweep: Sweep) -> None:
+    """What is wrong with the sweep's own keys, all at once."""
+    problems = []
+    if not sweep.arms and not sweep.grid:
+        problems.append("a sweep needs arms or a grid: e.g. grid: {target_kl: [0.25, 0.5, 1.0]}")
+    for name, values in sweep.grid.items():
+        if not isinstance(values, list) or not values:
+            problems.append(f"grid, {name}: must be a list of values, got {values!r}")
+        elif len({repr(value) for value in values}) < len(values):
+            problems.append(f"grid, {name}: has a value twice, got {values!r}")
+    for name, keys in sweep.arms.items():
+        if not isinstance(keys, dict):
+            problems.append(f"arms, {name}: must be keys of a recipe, e.g. {{transform: identity}}, got {keys!r}")
+            continue
+        problems += [
+            f"arms, {name}: {one} is in the grid, too: leave one of them out" for one in keys if one in sweep.grid
+        ]
+    varied = [*sweep.grid, *(one for keys in sweep.arms.values() if isinstance(keys, dict) for one in keys)]
+    problems += [f"{name} can't be varied: cells are compared on the same data" for name in dict.fromkeys(varied)
+                 if name in NOT_VARIED]  # fmt: skip
+    problems += [
+        f"--{name} is given, and the sweep varies it: leave one of them out"
+        for name in dict.fromkeys(varied)
+        if name in sweep.flags
+    ]
+    if any(not kl > 0 for kl in sweep.compare_at):
+        problems.append(f"compare_at must be nats above 0, got {sweep.compare_at}")
+    if problems:
+        raise InputError("; ".join(problems))
+    names = list(dict.fromkeys(cell.arm for cell in _points(sweep)))
+    if sweep.reference is not None and sweep.reference not in names:
+        raise InputError(f"reference {sweep.reference!r} is none of the arms: {', '.join(names)}")
+
+
+def cells_of(sweep: Sweep) -> list[Cell]:
+    """Every cell, with its recipe checked; all arms at the grid's first point, then at the next.
+
+    Raises:
+        InputError: naming the first cell whose recipe does not fit, or two cells that are the same.
+    """
+    points = _points(sweep)
+    names = [point.name for point in points]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"two cells are called {name}: give the arms names that differ in letters or digits")
+    return [_cell(sweep, point) for point in points]
+
+
+@dataclass(frozen=True)
+class _Point:
+    """A cell before its recipe is checked."""
+
+    name: str
+    arm: str
+    varied: dict[str, Any]
+    keys: dict[str, Any]
+
+
+def _points(sweep: Sweep) -> list[_Point]:
+    arms: dict[str, dict[str, Any]] = {str(name): keys for name, keys in sweep.arms.items()} or {"": {}}
+    points = []
+    for values in itertools.product(*sweep.grid.values()):
+        point = dict(zip(sweep.grid, values, strict=True))
+        apart = {name: value for name, value in point.items() if name not in (*ALONG, "seed")}
+        for arm, keys in arms.items():
+            own = {**keys, **point}
+            # of beta and target_kl a recipe has one: what the cell sets replaces the other
+            replaced = {other for name, other in (ALONG, ALONG[::-1]) if name in own and other not in own}
+            shared = {name: value for name, value in sweep.keys.items() if name not in replaced}
+            points.append(
+                _Point(
+                    name=_UNSAFE.sub("_", "-".join([*([arm] if arm else []), *_named(point)])) or "all",
+                    arm=" ".join([*([arm] if arm else []), *_named(apart)]) or "all",
+                    varied=point,
+                    keys={**shared, **own, **sweep.flags},
+                )
+            )
+    return points
+
+
+def _named(values: Mapping[str, Any]) -> list[str]:
+    """Each key with its value, as a person would write it."""
+    return [f"{name}={_short(value)}" for name, value in values.items()]
+
+
+def _short(value: Any) -> str:
+    return ",".join(f"{name}={one}" for name, one in value.items()) if isinstance(value, dict) else str(value)
+
+
+def _cell(sweep: Sweep, point: _Point) -> Cell:
+    given = {name: value for name, value in point.keys.items() if name not in sweep.flags}
+    flags = sweep.flags
+    if sweep.cell is not None:  # the function knows its other keys
+        given, flags = ({name: one for name, one in keys.items() if name in OBJECTIVE} for keys in (given, flags))
+    else:
+        given["output_dir"] = str(sweep.output / "cells" / point.name)
+    try:
+        recipe = replace(load_recipe(given, flags), base_dir=sweep.base_dir)
+    except InputError as error:
+        raise InputError(f"cell {point.name}: {error}") from error
+    return Cell(point.name, point.arm, point.varied, point.keys, recipe.seed, recipe)

@@ -1,0 +1,227 @@
+"""`infalign sweep`: every cell, one after the other; what is finished is kept, and a failure is a row."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv as csv
+import pyarrow.parquet as pq
+
+from infalign.evaluation.sweep import CellResult, SweepResult, compare, limit_curve, tidy
+from infalign.report.sweep_page import compared_tables, report_sweep
+from infalign.report.table import ABSENT, Table, number, plain_text
+from infalign.runtime.artifacts import fingerprint, sweep_temporaries, without_nan, write_json, write_whole
+from infalign.runtime.console import clock, say
+from infalign.runtime.distributed import any_rank, barrier, is_main, together
+from infalign.runtime.plugins import find_object
+from infalign.stages.estimate import stage_costs
+from infalign.stages.experiment import CALIBRATION, Experiment
+from infalign.stages.objective import load_objective, load_procedure
+from infalign.stages.per_prompt import read_per_prompt
+from infalign.stages.recipe import Recipe, require
+from infalign.stages.run import preflight
+from infalign.stages.sweep.cells import make_cell, read_cell
+from infalign.stages.sweep.recipe import Cell, Sweep, cells_of, load_sweep
+from infalign.theory.procedures import Procedure
+from infalign.types import InputError, TrainingError
+
+PAGE_EVERY_SECONDS = 120.0
+
+
+def sweep(config: Sweep | Mapping[str, Any] | str | Path, *, dry_run: bool = False, **flags: Any) -> SweepResult | None:
+    """Run every cell that is not finished yet, and write the table, the comparison and the page after each.
+
+    Args:
+        config: a `Sweep`, its keys as a mapping, or the path of a YAML file.
+        dry_run: only check all cells, and estimate tokens and time.
+        flags: keys that win over `config`: the sweep's own, or a recipe's for all cells.
+
+    Returns:
+        What was measured; None for a dry run.
+
+    Raises:
+        InputError: whatever is wrong with the sweep, a cell's recipe, or the output folder.
+        TrainingError: cells failed; the others are finished and written.
+    """
+    settings = config if isinstance(config, Sweep) else load_sweep(config, flags)
+    require(settings, "output_dir")  # pyright: ignore[reportArgumentType] - any recipe with such a key
+    cells = cells_of(settings)
+    if dry_run:
+        _dry_run(settings, cells)
+        return None
+    own = _own_function(settings, cells)
+    if is_main():
+        sweep_temporaries(settings.output)
+    folders = [settings.output / "cells" / cell.name for cell in cells]
+    with together("what is finished of the sweep"):
+        found = [read_cell(folder, cell, settings.overwrite) for cell, folder in zip(cells, folders, strict=True)]
+    done = {cell.name: one for cell, one in zip(cells, found, strict=True) if one is not None}
+    say(f"infalign: a sweep of {len(cells)} cells, {len(done)} of them finished, output in {settings.output}")
+    start, made, written = time.monotonic(), 0, -math.inf
+    for place, (cell, folder) in enumerate(zip(cells, folders, strict=True)):
+        if cell.name in done:
+            continue
+        done[cell.name] = make_cell(cell, folder, folders[:place], own, settings.keep_policies)
+        made += 1
+        left = len(cells) - len(done)
+        say(f"[{len(done)}/{len(cells)}] {_line(done[cell.name])}{_time_left(start, made, left)}")
+        # the comparison takes seconds: not after every cell of a few seconds
+        whole = any_rank(is_main() and time.monotonic() - written > PAGE_EVERY_SECONDS)
+        _written(settings, cells, done, whole)
+        written = time.monotonic() if whole else written
+    result = _written(settings, cells, done, True)
+    _tell(settings, result)
+    failed = [cell for cell in result.cells if not cell.finished]
+    if failed:
+        raise TrainingError(
+            f"{len(failed)} of {len(cells)} cells failed (first: {failed[0].name}: {failed[0].error}): its log is "
+            f"beside its folder in {settings.output / 'cells'}; the same command tries them again"
+        )
+    return result
+
+
+def sweep_verb(recipe: Sweep, *, dry_run: bool = False) -> None:
+    """`sweep` as the command line calls it."""
+    sweep(recipe, dry_run=dry_run)
+
+
+def _own_function(settings: Sweep, cells: Sequence[Cell]) -> Callable[..., Any] | None:
+    """The sweep's `cell`, None where cells are runs."""
+    if settings.cell is None:
+        for cell in cells:
+            require(cell.recipe, "model_name_or_path", "reward")
+        return None
+    found = find_object(settings.cell, settings.base_dir, what="cell")
+    if found is None or not callable(found.value):
+        raise InputError(f"cell {settings.cell!r} names no function: give file.py:name")
+    return found.value
+
+
+def _line(result: CellResult) -> str:
+    if not result.finished:
+        return f"{result.name}: failed: {result.error}"
+    main = next((row for row in result.rows if row.label == result.procedure), result.rows[0])
+    interval = "" if math.isnan(main.low) else f" [{main.low:.3f}, {main.high:.3f}]"
+    return (
+        f"{result.name}: KL {result.kl:.3f}, {main.label} {main.mean:.3f}{interval}, attainment "
+        f"{number(main.attainment, 2)}, {clock(result.seconds)}"
+    )
+
+
+def _time_left(start: float, made: int, left: int) -> str:
+    """At the pace of the cells made now."""
+    return f"; {left} left, about {clock((time.monotonic() - start) / made * left)}" if left else ""
+
+
+def _written(settings: Sweep, cells: Sequence[Cell], done: Mapping[str, CellResult], whole: bool) -> SweepResult:
+    """The result so far: its table, and where `whole` the comparison and the page; rank 0 writes them."""
+    results = tuple(done[cell.name] for cell in cells if cell.name in done)
+    procedures = {repr(one): one for one in (load_procedure(cell.recipe) for cell in cells)}
+    reference = settings.reference or cells[-1].arm
+    result = SweepResult(reference, cells[0].recipe.confidence, results, len(cells))
+    if whole:
+        result = _compared(settings, cells, result, procedures)
+    if is_main():
+        table = pa.Table.from_pylist(_same_columns(tidy(result, procedures)))
+        write_whole(settings.output / "sweep.parquet", lambda path: pq.write_table(table, path))
+        write_whole(settings.output / "sweep.csv", lambda path: csv.write_csv(table, path))
+        if whole:
+            write_json(settings.output / "sweep.json", without_nan(dataclasses.asdict(result)))
+            report_sweep(settings.output)
+    barrier()
+    return result
+
+
+def _compared(
+    settings: Sweep, cells: Sequence[Cell], result: SweepResult, procedures: Mapping[str, Procedure]
+) -> SweepResult:
+    """With the objectives at equal KL."""
+    finished = [one for one in result.cells if one.finished]
+    recipes = {cell.arm: cell.recipe for cell in cells}
+    compared, lacking = compare(
+        finished,
+        {one.name: read_per_prompt(settings.output / "cells" / one.name) for one in finished},
+        procedures,
+        result.reference,
+        settings.compare_at,
+        lambda arm, label, kl: predicted(recipes[arm], procedures[label], kl),
+        confidence=result.confidence,
+        seed=0,
+    )
+    largest = max((one.kl for one in finished), default=0.0)
+    limits = tuple(limit_curve(one, largest) for label, one in procedures.items() if label in result.trained_for)
+    return dataclasses.replace(result, compared=compared, lacking=lacking, limits=limits)
+
+
+def predicted(recipe: Recipe, decoder: Procedure, kl: float) -> float:
+    """The win rate under a decoder of the exact policy that a recipe's objective aims at with `kl` nats.
+
+    NaN for baselines on the raw reward, whose policy depends on how rewards are distributed, and where a transform
+    reaches no such KL.
+    """
+    if recipe.objective not in ("transform", "direct"):
+        return math.nan
+    try:
+        aim = load_objective(dataclasses.replace(recipe, target_kl=kl, beta=None), load_procedure(recipe))
+    except InputError:
+        return math.nan
+    return math.nan if aim.policy is None else float(aim.policy.win_rate(decoder))
+
+
+def _same_columns(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of a table: every column in each, and keys that are mappings or lists as text."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    mixed = {name for name in names if len({type(row.get(name)) for row in rows} - {type(None)}) > 1}
+
+    def plain(name: str, value: Any) -> Any:
+        if value is None or isinstance(value, (bool, int, float, str)):
+            return str(value) if name in mixed and not isinstance(value, (int, float)) and value is not None else value
+        return json.dumps(value)
+
+    return [{name: plain(name, row.get(name)) for name in names} for row in rows]
+
+
+def _tell(settings: Sweep, result: SweepResult) -> None:
+    """The comparison at equal KL, and where everything is."""
+    if result.lacking:
+        say(f"\nno comparison at equal KL: {result.lacking}")
+    for title, table in compared_tables(result):
+        say()
+        say(title)
+        for line in plain_text(table):
+            say(line)
+    say(f"\ntable: {settings.output / 'sweep.csv'}\nreport: {settings.output / 'report' / 'index.html'}")
+
+
+def _dry_run(settings: Sweep, cells: Sequence[Cell]) -> None:
+    """Check every cell, and say what it would cost."""
+    own = _own_function(settings, cells)
+    say(f"infalign: a sweep of {len(cells)} cells of {len({cell.arm for cell in cells})} objectives")
+    rows: list[tuple[str, ...]] = []
+    drawn: set[str] = set()
+    total, all_tokens = 0.0, 0
+    for cell in cells:
+        if own is not None:
+            rows.append((cell.name, ABSENT, ABSENT))
+            continue
+        experiment = Experiment(cell.recipe)
+        with together(f"the checks of {cell.name}"):
+            preflight(experiment)
+        tokens, seconds = stage_costs(experiment)
+        base = fingerprint([experiment.sampling_parts(experiment.base_path, CALIBRATION), tokens["calibrate"]])
+        if base in drawn:  # another cell has drawn its base samples
+            del tokens["calibrate"], seconds["calibrate"]
+        drawn.add(base)
+        total, all_tokens = total + sum(seconds.values()), all_tokens + sum(tokens.values())
+        rows.append((cell.name, f"{sum(tokens.values()):,}", clock(sum(seconds.values()))))
+    for line in plain_text(Table(("cell", "tokens", "about"), tuple(rows))):
+        say(line)
+    if own is None:
+        say(f"  in all {all_tokens:,} tokens, about {clock(total)} at this machine's rate of matrix products")

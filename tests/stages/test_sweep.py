@@ -1,0 +1,342 @@
+"""Sweeps: what cells a YAML stands for, one table of all they measured, failures as rows, and no step lost."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from infalign import BestOfN, WorstOfN, optimal_transform, sweep, tilt, transforms, win_rate_limit
+from infalign.cli import main
+from infalign.evaluation.matched import Curve, at_equal_kl
+from infalign.evaluation.sweep import CellResult, common_kls
+from infalign.report.sweep_page import report_sweep
+from infalign.runtime.artifacts import read_json
+from infalign.stages.recipe import load_recipe
+from infalign.stages.sweep.recipe import cells_of, load_sweep
+from infalign.stages.sweep.run import predicted
+from infalign.types import InputError, TrainingError
+
+BASE = {"model_name_or_path": "m", "reward": "r.py:reward", "output_dir": "out", "target_kl": 1.0}
+
+CELL = '''
+import os, time
+import numpy as np
+from infalign import CellSamples
+
+
+def cell(target_kl, seed=1, shift=0.0, pause=0.0, broken="", **_):
+    """Gaussian rewards moved by as much as an exact tilt of this KL moves them, and a little more."""
+    time.sleep(pause)
+    if broken and os.path.exists(broken):
+        raise RuntimeError(f"no luck at {target_kl}")
+    base = np.random.default_rng(5 + seed).normal(size=(12, 16))
+    rng = np.random.default_rng([int(100 * target_kl), seed])
+    kl_P = target_kl * np.exp(0.1 * rng.normal(size=12))
+    policy = rng.normal(size=(12, 16)) + np.sqrt(2 * kl_P)[:, None] + shift
+    return CellSamples([f"p{one}" for one in range(12)], kl_P, policy, base, {"kl": target_kl, "BestOfN(4)": 0.75})
+'''
+
+SWEEP = {
+    "cell": "own.py:cell",
+    "arms": {"better": {"transform": "optimal", "shift": 0.3}, "plain": {"transform": "identity"}},
+    "grid": {"target_kl": [0.2, 0.5, 1.2], "seed": [1, 2]},
+    "compare_at": [0.3, 1.0, 5.0],
+    "eval_n": [1, 2],
+}
+
+
+@pytest.fixture
+def own(tmp_path):
+    (tmp_path / "own.py").write_text(CELL)
+
+    def write(**changes):
+        path = tmp_path / "own.yaml"
+        path.write_text(yaml.safe_dump({**SWEEP, **changes}, sort_keys=False))
+        return path
+
+    return write
+
+
+# ---- what a YAML stands for ----
+
+
+def test_cells_are_arms_times_the_grid():
+    cells = cells_of(
+        load_sweep(
+            {
+                **BASE,
+                "arms": {"ctrl": {"transform": "optimal"}, "plain": {"transform": "identity", "n": 2}},
+                "grid": {"target_kl": [0.5, 1.0], "seed": [1, 2]},
+            }
+        )
+    )
+    assert [cell.name for cell in cells] == [
+        f"{arm}-target_kl={kl}-seed={seed}" for kl in (0.5, 1.0) for seed in (1, 2) for arm in ("ctrl", "plain")
+    ]
+    assert {cell.arm for cell in cells} == {"ctrl", "plain"}
+    recipes = [cell.recipe for cell in cells]
+    assert [(one.target_kl, one.seed, one.transform, one.n) for one in recipes[:2]] == [
+        (0.5, 1, "optimal", 4),
+        (0.5, 1, "identity", 2),
+    ]
+    assert recipes[0].output == Path("out/cells").absolute() / "ctrl-target_kl=0.5-seed=1"
+
+
+def test_without_arms_the_grid_tells_objectives_apart():
+    """KL and seed never do; everything else does."""
+    cells = cells_of(
+        load_sweep({**BASE, "grid": {"transform": ["optimal", "log"], "n": [2, 4], "target_kl": [0.5], "seed": [1]}})
+    )
+    assert [cell.arm for cell in cells] == [f"transform={t} n={n}" for t in ("optimal", "log") for n in (2, 4)]
+    alone = cells_of(load_sweep({**BASE, "grid": {"target_kl": [0.5, 1.0]}}))
+    assert [cell.arm for cell in alone] == ["all", "all"]
+
+
+def test_a_grid_over_beta_replaces_the_target_kl():
+    cells = cells_of(load_sweep({**BASE, "grid": {"beta": [0.1, 0.3]}}))
+    assert [(cell.recipe.beta, cell.recipe.target_kl) for cell in cells] == [(0.1, None), (0.3, None)]
+    arms = {"fixed": {"beta": 0.2}, "steered": {}}
+    mixed = cells_of(load_sweep({**BASE, "arms": arms}))
+    assert [(cell.recipe.beta, cell.recipe.target_kl) for cell in mixed] == [(0.2, None), (None, 1.0)]
+
+
+def test_a_recipe_is_read_beside_the_sweep_and_its_paths_are_kept(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "base.yaml").write_text("model_name_or_path: ../m\nreward: r.py:reward\nn: 2\noutput_dir: x\n")
+    path = tmp_path / "sweep.yaml"
+    path.write_text("recipe: sub/base.yaml\nn: 3\noutput_dir: here\ngrid: {target_kl: [0.5, 1.0]}\n")
+    settings = load_sweep(path, {"max_steps": "7"})
+    (first, _) = cells_of(settings)
+    assert first.recipe.n == 3 and first.recipe.training == {"max_steps": 7}
+    assert first.recipe.base_dir == (tmp_path / "sub").absolute() and settings.output == Path("here").absolute()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "a sweep needs arms or a grid"),
+        ({"grid": {"target_kl": 0.5}}, "grid, target_kl: must be a list of values, got 0.5"),
+        ({"grid": {"target_kl": []}}, r"grid, target_kl: must be a list of values, got \[\]"),
+        ({"grid": {"target_kl": [0.5, 0.5]}}, "grid, target_kl: has a value twice"),
+        ({"grid": {"target_kl": [0.5]}, "arms": {"a": "identity"}}, "arms, a: must be keys of a recipe"),
+        ({"grid": {"n": [2]}, "arms": {"a": {"n": 4}}}, "arms, a: n is in the grid, too"),
+        ({"grid": {"dataset_name": ["a", "b"]}}, "dataset_name can't be varied"),
+        ({"grid": {"output_dir": ["a", "b"]}}, "output_dir can't be varied"),
+        ({"grid": {"target_kl": [0.5]}, "compare_at": [0.0]}, r"compare_at must be nats above 0, got \[0.0\]"),
+        ({"grid": {"target_kl": [0.5]}, "reference": "raw"}, "reference 'raw' is none of the arms: all"),
+        ({"grid": {"n": [2, 4]}, "reference": "n=3"}, "reference 'n=3' is none of the arms: n=2, n=4"),
+        ({"grid": {"transfrom": ["log"]}}, "cell transfrom=log: unknown key transfrom: did you mean 'transform'"),
+        ({"grid": {"target_kl": [0.5, "much"]}}, "cell target_kl=much: target_kl"),
+        ({"arms": {"a b": {}, "a/b": {}}}, "two cells are called a_b"),
+        ({"grid": {"target_kl": [0.5]}, "keep_policies": 3}, "keep_policies"),
+    ],
+)
+def test_mistakes_in_a_sweep(changes, words):
+    with pytest.raises(InputError, match=words):
+        cells_of(load_sweep({**BASE, **changes}))
+
+
+def test_mistakes_on_the_command_line(own, tmp_path, capsys):
+    path = str(own())
+    for words, told in [
+        (["--output_dir", str(tmp_path / "out"), "--target_kl", "3"], "--target_kl is given, and the sweep varies it"),
+        ([], "the recipe lacks output_dir"),
+        (["--output_dir", str(tmp_path / "out"), "--cell", "nowhere.py:cell"], "nowhere.py"),
+        (["--output_dir", str(tmp_path / "out"), "--reference", "best"], "reference 'best' is none of the arms"),
+    ]:
+        assert main(["sweep", "--config", path, *words]) == 2
+        out = capsys.readouterr()
+        assert told in out.err and out.err.count("\n") == 1
+    assert main(["sweep", "--config", "nowhere.yaml"]) == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_sweep_of_a_sweep_is_refused(own, tmp_path):
+    own()
+    (tmp_path / "outer.yaml").write_text("recipe: own.yaml\ngrid: {target_kl: [1.0]}\n")
+    with pytest.raises(InputError, match=r"own\.yaml is a sweep itself"):
+        load_sweep(tmp_path / "outer.yaml")
+
+
+# ---- what comes out ----
+
+
+def rows_of(folder):
+    with open(folder / "sweep.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_cell_and_decoder_is_a_row(own, tmp_path, capsys):
+    result = sweep(own(), output_dir=str(tmp_path / "out"))
+    out, rows = tmp_path / "out", rows_of(tmp_path / "out")
+    measured = [row for row in rows if not row["arm"].startswith("base")]
+    # Best-of-4 is the recipe's; eval_n adds Best- and Worst-of-1 and 2
+    assert len(measured) == 12 * 5 and len(result.cells) == 12
+    first = measured[0]
+    assert first["cell"] == "better-target_kl=0.2-seed=1" and first["decoder"] == "BestOfN(4)"
+    kl = float(first["kl"])
+    assert float(first["limit"]) == pytest.approx(float(win_rate_limit(BestOfN(4), kl)), abs=1e-9)
+    assert float(first["attainment"]) == pytest.approx((float(first["win"]) - 0.5) / (float(first["limit"]) - 0.5))
+    assert (float(first["win_exact"]), float(first["kl_exact"])) == (0.75, 0.2)
+    parquet = pq.read_table(out / "sweep.parquet").to_pylist()
+    assert [row["cell"] for row in parquet] == [row["cell"] for row in rows]
+    assert parquet[0]["win"] == pytest.approx(float(first["win"]))
+    shown = capsys.readouterr().out
+    assert "[12/12] plain-target_kl=1.2-seed=2: KL" in shown and "reference: plain" in shown
+    assert (out / "report" / "frontier-best-of-4.png").stat().st_size > 10_000
+    page = (out / "report" / "index.html").read_text()
+    assert "ahead of plain by" in page and "12 of 12 cells are finished" in page
+
+
+def test_the_comparison_is_that_of_the_cells_files(own, tmp_path):
+    """Every number again from the cells' own per-prompt files, and outside what was measured a dash."""
+    result = sweep(own(), output_dir=str(tmp_path / "out"))
+    curves = {}
+    for arm in ("better", "plain"):
+        for seed in (1, 2):
+            tables = [
+                pq.read_table(
+                    tmp_path / "out" / "cells" / f"{arm}-target_kl={kl}-seed={seed}" / "evaluation/per_prompt.parquet"
+                )
+                for kl in SWEEP["grid"]["target_kl"]
+            ]
+            curves.setdefault(arm, {})[seed] = Curve(
+                tuple(tables[0]["key"].to_pylist()),
+                np.array([table["kl"].to_numpy() for table in tables]),
+                np.array([table["reward/BestOfN(4)"].to_numpy() for table in tables]),
+            )
+    wanted = at_equal_kl(curves, "plain", SWEEP["compare_at"])
+    found = {(one.arm, one.at.kl): one for one in result.compared if one.decoder == "BestOfN(4)"}
+    for arm, rows in wanted.items():
+        for row in rows:
+            np.testing.assert_equal(found[arm, row.kl].at, row)
+    assert math.isnan(found["better", 5.0].at.win) and not math.isnan(found["better", 1.0].at.difference_low)
+    theory = float(win_rate_limit(BestOfN(4), 1.0)) - tilt(transforms.identity, kl=1.0).win_rate(BestOfN(4))
+    assert found["better", 1.0].predicted == pytest.approx(theory, abs=1e-6)
+
+
+def test_what_theory_predicts_of_an_arm():
+    recipe = load_recipe({**BASE, "transform": "optimal", "n": 4})
+    for decoder in (BestOfN(4), BestOfN(8), WorstOfN(2)):
+        wanted = optimal_transform(BestOfN(4), kl=0.5).win_rate(decoder)
+        assert predicted(recipe, decoder, 0.5) == pytest.approx(float(wanted), abs=1e-9)
+    direct = load_recipe({**BASE, "objective": "direct", "n": 4})
+    assert predicted(direct, BestOfN(4), 1.0) == pytest.approx(0.941123, abs=1e-5)
+    assert math.isnan(predicted(load_recipe({**BASE, "objective": "raw"}), BestOfN(4), 1.0))
+
+
+def test_the_untrained_base_with_more_samples(own, tmp_path):
+    """By simulation: the best of eight against the best of four, uniform rewards; its KL as a policy."""
+    sweep(own(), output_dir=str(tmp_path / "out"))
+    row = next(row for row in rows_of(tmp_path / "out") if row["arm"] == "base x2" and row["decoder"] == "BestOfN(4)")
+    draws = np.random.default_rng(0).random((200_000, 12))
+    assert float(row["win"]) == pytest.approx((draws[:, :8].max(1) > draws[:, 8:].max(1)).mean(), abs=0.005)
+    u = (np.arange(10_000) + 0.5) / 10_000
+    assert float(row["kl"]) == pytest.approx((2 * u * np.log(2 * u)).mean(), abs=1e-4)
+
+
+def test_a_failure_is_a_row_and_is_tried_again(own, tmp_path, capsys):
+    path = own(arms={"good": {}, "bad": {"broken": str(tmp_path / "trap")}}, grid={"target_kl": [0.3, 0.9]})
+    (tmp_path / "trap").write_text("")
+    with pytest.raises(
+        TrainingError, match=r"2 of 4 cells failed \(first: bad-target_kl=0.3: RuntimeError: no luck at 0.3"
+    ):
+        sweep(path, output_dir=str(tmp_path / "out"))
+    failed = [row for row in rows_of(tmp_path / "out") if row["error"]]
+    assert [row["cell"] for row in failed] == ["bad-target_kl=0.3", "bad-target_kl=0.9"] and failed[0]["win"] == ""
+    assert "no luck at 0.3" in (tmp_path / "out" / "cells" / "bad-target_kl=0.3.log").read_text()
+    assert "no luck at 0.3" in (tmp_path / "out" / "report" / "index.html").read_text()
+    assert main(["sweep", "--config", str(path), "--output_dir", str(tmp_path / "out")]) == 1
+    (tmp_path / "trap").unlink()
+    capsys.readouterr()
+    result = sweep(path, output_dir=str(tmp_path / "out"))
+    assert all(cell.finished for cell in result.cells) and not any(row["error"] for row in rows_of(tmp_path / "out"))
+    assert "4 cells, 2 of them finished" in capsys.readouterr().out
+
+
+def test_changed_cells_are_refused_and_new_ones_are_added(own, tmp_path, capsys):
+    out = str(tmp_path / "out")
+    sweep(own(grid={"target_kl": [0.3, 0.9]}), output_dir=out)
+    sweep(own(grid={"target_kl": [0.3, 0.6, 0.9]}), output_dir=out)
+    assert "6 cells, 4 of them finished" in capsys.readouterr().out
+    changed = own(grid={"target_kl": [0.3]}, arms={"better": {"shift": 0.5}, "plain": {}})
+    with pytest.raises(InputError, match=r"better-target_kl=0.3 was made with other settings .*shift: 0.3 -> 0.5"):
+        sweep(changed, output_dir=out)
+    before = rows_of(tmp_path / "out")[0]["win"]
+    result = sweep(changed, output_dir=out, overwrite=True)
+    assert [cell.keys["shift"] for cell in result.cells if cell.arm == "better"] == [0.5]
+    assert rows_of(tmp_path / "out")[0]["win"] != before
+
+
+def test_a_cell_that_returns_something_else_is_told(own, tmp_path):
+    path = own(cell="own2.py:cell", grid={"target_kl": [0.3]}, arms={})
+    (tmp_path / "own2.py").write_text("def cell(**keys):\n    return 1.0\n")
+    with pytest.raises(TrainingError, match=r"the cell function returned float, not infalign\.CellSamples"):
+        sweep(path, output_dir=str(tmp_path / "out"))
+
+
+def test_common_kls():
+    def cell(arm, kl):
+        return CellResult(f"{arm}{kl}", arm, 1, {}, {}, kl=kl)
+
+    assert common_kls([cell("a", 0.2), cell("a", 1.0), cell("b", 0.251), cell("b", 0.808)]) == [0.26, 0.45, 0.8]
+    assert common_kls([cell("a", 0.2), cell("b", 1.0)]) == [] == common_kls([])
+
+
+def test_one_kl_only_says_why_nothing_is_compared(own, tmp_path, capsys):
+    result = sweep(own(grid={"target_kl": [0.5]}, compare_at=[]), output_dir=str(tmp_path / "out"))
+    assert result.compared == () and "give the grid several target_kl" in result.lacking
+    assert "no comparison at equal KL" in capsys.readouterr().out
+    assert "No comparison at equal KL" in (tmp_path / "out" / "report" / "index.html").read_text()
+
+
+def test_the_report_verb_shows_a_sweep(own, tmp_path, capsys):
+    sweep(own(), output_dir=str(tmp_path / "out"))
+    page = tmp_path / "out" / "report" / "index.html"
+    before = page.read_bytes()
+    page.unlink()
+    assert main(["report", "--output_dir", str(tmp_path / "out")]) == 0
+    assert page.read_bytes() == before == report_sweep(tmp_path / "out").read_bytes()
+
+
+def test_a_dry_run_writes_nothing(own, tmp_path, capsys):
+    assert sweep(own(), output_dir=str(tmp_path / "out"), dry_run=True) is None
+    assert "a sweep of 12 cells of 2 objectives" in capsys.readouterr().out and not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_killed_at_ten_instants_it_ends_with_the_same_table(own, tmp_path):
+    """SIGKILL at random instants of a sweep of 12 cells; what counts is all but the seconds."""
+    path = own(pause=0.15)
+    command = [sys.executable, "-m", "infalign", "sweep", "--config", str(path), "--output_dir"]
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
+    rng = np.random.default_rng(0)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    for _ in range(10):
+        process = subprocess.Popen(
+            [*command, str(tmp_path / "killed")], stdout=subprocess.PIPE, env=environment, text=True
+        )
+        process.stdout.readline()  # it has begun
+        time.sleep(float(rng.uniform(0.0, 1.0)))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    subprocess.run([*command, str(tmp_path / "killed")], check=True, capture_output=True, env=environment)
+    tables = []
+    for folder in ("whole", "killed"):
+        rows = rows_of(tmp_path / folder)
+        tables.append([{name: value for name, value in row.items() if name != "seconds"} for row in rows])
+    assert tables[0] == tables[1]
+    whole, killed = (read_json(tmp_path / one / "sweep.json", "a sweep")["compared"] for one in ("whole", "killed"))
+    assert json.dumps(whole) == json.dumps(killed)
