@@ -1,0 +1,171 @@
+"""A sweep of real runs: a cell is what `infalign run` makes alone, the base is sampled once, kills lose nothing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from infalign import run, sweep
+from infalign.calibration.table import SampleTable
+from infalign.cli import main
+from tests.e2e.experiment import tiny_experiment
+
+ARMS = {
+    "optimal": {"transform": "optimal"},
+    "raw": {"objective": "raw"},
+    "pkpo": {"objective": "pkpo", "n": 2},
+    "identity": {"transform": "identity"},
+}
+
+HARNESS = """
+import os, random, signal, sys, time
+
+import torch
+
+torch.set_num_threads(1)
+from infalign.stages.sweep.run import sweep
+
+path, out, kills = sys.argv[1], sys.argv[2], int(sys.argv[3])
+rng, killed = random.Random(0), 0
+while True:
+    child = os.fork()
+    if child == 0:
+        sweep(path, output_dir=out)
+        os._exit(0)
+    limit = time.monotonic() + (rng.uniform(0.5, 4.0) if killed < kills else 600.0)
+    while time.monotonic() < limit:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            break
+        time.sleep(0.002)
+    if done:
+        assert status == 0, status
+        break
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    killed += 1
+print("kills", killed)
+"""
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    """Four objectives at two KLs, one of them aiming at another decoder."""
+    folder = tmp_path_factory.mktemp("sweep")
+    recipe = tiny_experiment(folder)
+    del recipe["output_dir"]
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    found = folder / "sweep.yaml"
+    content = {"recipe": "recipe.yaml", "arms": ARMS, "grid": {"target_kl": [0.1, 0.4]}, "max_steps": 2}
+    found.write_text(yaml.safe_dump(content, sort_keys=False))
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole(path, tmp_path_factory):
+    """The sweep, never interrupted."""
+    folder = tmp_path_factory.mktemp("whole") / "out"
+    return sweep(path, output_dir=str(folder)), folder
+
+
+def inodes(folder: Path) -> dict[str, int]:
+    return {str(one.relative_to(folder)): one.stat().st_ino for one in folder.rglob("*.parquet")}
+
+
+@pytest.mark.slow
+def test_a_cell_is_what_run_makes_alone(whole, path, tmp_path):
+    result, _ = whole
+    assert [cell.finished for cell in result.cells] == [True] * 8
+    base = yaml.safe_load((path.parent / "recipe.yaml").read_text())
+    for cell in (result.cells[0], result.cells[1], result.cells[6]):
+        keys = {**base, **ARMS[cell.arm], **cell.varied, "max_steps": 2, "output_dir": str(tmp_path / cell.name)}
+        evaluation = run(keys)["evaluation"]
+        assert evaluation.kl.mean == cell.kl and repr(evaluation.win_rates) == repr(cell.rows)
+
+
+@pytest.mark.slow
+def test_base_samples_are_drawn_once(whole):
+    """All cells' tables of the base are the same files; the policies' are not."""
+    result, folder = whole
+    for name in ("calibration", "evaluation/base"):
+        tables = [inodes(folder / "cells" / cell.name / name) for cell in result.cells]
+        assert tables[0] and all(table == tables[0] for table in tables)
+    policies = [inodes(folder / "cells" / cell.name / "evaluation/policy") for cell in result.cells]
+    assert not set(policies[0].values()) & set(policies[1].values())
+
+
+@pytest.mark.slow
+def test_a_cell_keeps_its_own_manifest_and_can_be_reported(whole, capsys):
+    result, folder = whole
+    cell = folder / "cells" / result.cells[3].name
+    manifest = json.loads((cell / "calibration" / "manifest.json").read_text())
+    assert manifest["diagnostics"]["cost"] is not None
+    assert main(["report", "--output_dir", str(cell)]) == 0
+    raw = json.loads((folder / "cells" / result.cells[1].name / "calibration" / "manifest.json").read_text())
+    assert raw["diagnostics"]["cost"] is None  # it has no transform
+
+
+@pytest.mark.slow
+def test_per_prompt_rows_average_to_the_table(whole):
+    result, folder = whole
+    for cell in result.cells:
+        table = pq.read_table(folder / "cells" / cell.name / "evaluation/per_prompt.parquet")
+        assert table["kl"].to_numpy().mean() == pytest.approx(cell.kl)
+        for row in cell.rows:
+            assert table[f"{row.judge}/{row.label}"].to_numpy().mean() == pytest.approx(row.mean, abs=1e-12)
+
+
+@pytest.mark.slow
+def test_more_samples_of_a_later_cell_do_not_touch_an_earlier_one(path, tmp_path):
+    content = {**yaml.safe_load(path.read_text()), "arms": {}, "grid": {"num_calibration_samples": [4, 8]}}
+    more = path.parent / "more.yaml"
+    more.write_text(yaml.safe_dump({**content, "target_kl": 0.3}))
+    result = sweep(more, output_dir=str(tmp_path / "out"))
+    few, many = (tmp_path / "out" / "cells" / cell.name / "calibration" for cell in result.cells)
+    parts = json.loads((few / "plan.json").read_text())["parts"]
+    tables = [SampleTable.open(one, parts).samples() for one in (few, many)]
+    assert {len(rows) for rows in tables[0].values()} == {4} and {len(rows) for rows in tables[1].values()} == {8}
+    for key, rows in tables[0].items():
+        assert [one.token_ids for one in tables[1][key][:4]] == [one.token_ids for one in rows]
+
+
+@pytest.mark.slow
+def test_without_weights_the_rest_stays(path, tmp_path):
+    out = tmp_path / "out"
+    flags = {"grid": "{target_kl: [0.1]}", "arms": "{optimal: {}}", "keep_policies": "false"}
+    result = sweep(path, output_dir=str(out), **flags)
+    policy = out / "cells" / result.cells[0].name / "policy"
+    assert not list(policy.rglob("*.safetensors")) and (policy / "manifest.json").exists()
+    assert repr(sweep(path, output_dir=str(out), **flags).cells) == repr(result.cells)
+    assert main(["report", "--output_dir", str(policy.parent)]) == 0
+
+
+@pytest.mark.slow
+def test_a_dry_run_counts_the_base_samples_once(path, tmp_path, capsys):
+    assert sweep(path, output_dir=str(tmp_path / "out"), dry_run=True) is None
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if "target_kl=" in line]
+    tokens = {line[0]: int(line[1].replace(",", "")) for line in lines}
+    assert tokens["optimal-target_kl=0.1"] > tokens["raw-target_kl=0.1"] == tokens["identity-target_kl=0.4"]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_killed_at_random_it_ends_with_the_same_table(path, whole, tmp_path):
+    """A process imports everything once and forks a child an attempt; ten are killed in the work."""
+    _, folder = whole
+    harness = tmp_path / "harness.py"
+    harness.write_text(textwrap.dedent(HARNESS))
+    command = [sys.executable, str(harness), str(path), str(tmp_path / "killed"), "10"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout.split("kills ")[-1]) >= 5
+    read = [pq.read_table(one / "sweep.parquet") for one in (folder, tmp_path / "killed")]
+    tables = [table.drop_columns(["seconds"]).to_pylist() for table in read]
+    assert json.dumps(tables[0]) == json.dumps(tables[1])
