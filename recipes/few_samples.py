@@ -17,8 +17,9 @@ import torch
 
 from infalign import BestOfN, CTRLReward, WorstOfN, optimal_transform, win_rate_limit
 from infalign.calibration.few_samples import beta_for_kl
+from infalign.training.baselines import Baseline
 from infalign.training.direct import Direct
-from infalign.training.kl_control import KLControl
+from infalign.training.kl_control import FARTHEST, FARTHEST_UNKNOWN, KLControl
 
 
 def train(
@@ -30,7 +31,8 @@ def train(
     references = reward_PJ.gather(1, page.sample(base, count, rng)).tolist()
     policy = page.Policy(*(logits.clone().requires_grad_() for logits in base))
     optimizer = torch.optim.Adam(policy, lr=rate)
-    control = None if kl is None else KLControl(kl, math.log(beta), steps, math.log(beta))
+    bound = FARTHEST_UNKNOWN if isinstance(reward.transform, Baseline) else FARTHEST
+    control = None if kl is None else KLControl(kl, math.log(beta), steps, math.log(beta), farthest=bound)
     names = [str(prompt) for prompt in range(page.P) for _ in range(group)]
     rows = [references[prompt] for prompt in range(page.P) for _ in range(group)]
     for step in range(steps):

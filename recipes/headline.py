@@ -1,8 +1,8 @@
 """A cell of `headline.yaml`: one objective, trained and measured on the table of `ctrl_one_page.py`, exactly as well.
 
 The table stands in for a language model: 32 prompts, answers of two tokens out of 24, rewards that are numbers drawn
-once. What is trained is its logits, by the package's own rewards (`CTRLReward`, `Direct`, `Baseline`) and its control of
-the KL; what a policy is worth is known without sampling. So where objectives differ here, it is the objectives.
+once. What is trained is its logits, by the package's own rewards (`CTRLReward`, `Direct`, `Baseline`) and its control
+of the KL; what a policy is worth is known without sampling. So where objectives differ here, it is the objectives.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def cell(
             a recipe.
         objective: `procedure`, `n`, `transform`, `transform_kwargs`, `objective`, as in a recipe.
     """
-    recipe = load_recipe({"target_kl": target_kl, "num_calibration_samples": num_calibration_samples, **objective})
+    keys = {"target_kl": target_kl, "num_calibration_samples": num_calibration_samples}
+    recipe = load_recipe({**keys, **objective})
     procedure = load_procedure(recipe)
     aim = load_objective(recipe, procedure)
     value: Any = aim.transform

@@ -151,7 +151,7 @@ def check(
 def _from_text(value: Any, hint: Any) -> Any:
     """A flag's text as the type asks: first as a YAML scalar, then as the text itself, then as a list of one."""
     words = value if isinstance(value, list) else [value]
-    read = [_scalar(word) if isinstance(word, str) else word for word in words]
+    read = [flag_value(word) if isinstance(word, str) else word for word in words]
     attempts = [read, words] if isinstance(value, list) else [read[0], value, read, words]
     error = TypeError("no value")
     for attempt in attempts:
@@ -162,7 +162,7 @@ def _from_text(value: Any, hint: Any) -> Any:
     raise error
 
 
-def _scalar(word: str) -> Any:
+def flag_value(word: str) -> Any:
     """A word as YAML reads it; a text as it was typed, with its quotes, line breaks and ` #`."""
     try:
         read = yaml.load(word, Loader=_StrictLoader)

@@ -251,14 +251,13 @@ def measured_per_prompt(
     measured: Measured, rows: Sequence[DecoderRow], experiment: Experiment, kls: Mapping[str, float]
 ) -> PerPrompt:
     """The rows' win rates, prompt by prompt, with the KL on it."""
-    keys, sides = measured.keys, {}
-    procedures = {repr(one): one for one in [*decoders(experiment.procedure, experiment.recipe.eval_n)]}
-    procedures |= {repr(term.procedure): term.procedure for term in experiment.terms}
+    keys = measured.keys
+    shown = [*decoders(experiment.procedure, experiment.recipe.eval_n), *(term.procedure for term in experiment.terms)]
+    procedures = {repr(one): one for one in shown}
     wins: dict[tuple[str, str], NDArray[np.float64]] = {}
     for row in rows:
-        if row.judge not in sides:
-            sides[row.judge] = measured.policy.side(keys, row.judge), measured.base.side(keys, row.judge)
-        wins[row.judge, row.label] = wins_per_prompt(*sides[row.judge], procedures[row.label], row.judge)
+        policy, base = (side.side(keys, row.judge) for side in (measured.policy, measured.base))
+        wins[row.judge, row.label] = wins_per_prompt(policy, base, procedures[row.label], row.judge)
     return PerPrompt(tuple(keys), np.array([kls[key] for key in keys]), wins)
 
 

@@ -122,7 +122,7 @@ def _direct(recipe: Recipe, procedures: list[Procedure]) -> Objective:
 
 def _baseline(recipe: Recipe, name: Name, procedure: Procedure) -> Objective:
     """A rival objective's: what it aims at depends on the rewards, and its first beta is that of Gaussian ones."""
-    near = start(name, procedure)
+    near = start(name, procedure, recipe.target_kl)
     beta = tilt(near, kl=recipe.target_kl).beta if recipe.beta is None else recipe.beta
     return Objective(procedure, near, beta, None, Baseline(name, procedure).label)
 

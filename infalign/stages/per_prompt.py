@@ -30,13 +30,11 @@ FILE = "evaluation/per_prompt.parquet"
 def wins_per_prompt(policy: Side, base: Side, procedure: Procedure, judge: str) -> Array:
     """(P,) win rates of the policy, both sides decoded; the terms of a `DecoderRow`'s mean."""
     if judge == GOLD:
-        sides = ((policy.proxy, policy.judge), (base.proxy, base.judge))
-        return judged_win_rate(*sides, procedure).per_prompt
-    rows = [
-        tuple(np.asarray(row, dtype=np.float64)[~np.isnan(row)] for row in pair)
-        for pair in zip(policy.proxy, base.proxy, strict=True)
+        return judged_win_rate((policy.proxy, policy.judge), (base.proxy, base.judge), procedure).per_prompt
+    scored = [
+        [np.asarray(row, dtype=np.float64)[~np.isnan(row)] for row in rows] for rows in (policy.proxy, base.proxy)
     ]
-    return np.array([prompt_win_rate(*pair, procedure) for pair in rows])
+    return np.array([prompt_win_rate(ours, theirs, procedure) for ours, theirs in zip(*scored, strict=True)])
 
 
 def write_per_prompt(output: Path, found: PerPrompt) -> None:

@@ -31,6 +31,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
 from infalign.theory.procedures import Procedure
+from infalign.theory.tilted import tilt
 from infalign.theory.transforms import Transform, identity, normal_icdf
 from infalign.training.direct import direct_rewards
 from infalign.types import InputError
@@ -40,6 +41,8 @@ Name = Literal["raw", "pkpo", "iama", "par", "grpo"]
 BASELINES: tuple[Name, ...] = get_args(Name)
 """The words that `objective` takes for them."""
 
+_ROUNDS = 12
+"""Of the iteration for the aim of an objective that depends on its own policy."""
 _STEADY = 1e-4
 """Added to a group's standard deviation, as in TRL: a group whose rewards are all equal gets 0."""
 
@@ -98,15 +101,20 @@ class Baseline:
         return found
 
 
-def start(name: Name, procedure: Procedure) -> Transform:
-    """What a baseline is near at the start, as a transform of the quantile: a first beta for a KL follows from it.
+def start(name: Name, procedure: Procedure, kl: float | None = None) -> Transform:
+    """What a baseline aims at with Gaussian base rewards, as a transform of the quantile: a first beta follows from it.
 
-    For Gaussian base rewards `raw` and `grpo` are the normal quantile and `par` is near the identity. The two that know
-    the decoder have the first variation at the base, `int_0^u g(v) dz(v)` with z the normal quantile.
+    `raw` and `grpo` are the normal quantile z, and `par` is near the identity. The two that know the decoder have the
+    first variation of the decoded mean reward, `int_0^u g(Q(v)) dz(v)`, with Q their own optimal policy at `kl` nats
+    (None: the base).
     """
-    if name in ("pkpo", "iama"):
-        return _FirstVariation(procedure)
-    return identity if name == "par" else normal_icdf
+    if name not in ("pkpo", "iama"):
+        return identity if name == "par" else normal_icdf
+    found = _FirstVariation(procedure, _FirstVariation.u_Q)
+    for _ in range(_ROUNDS if kl is not None else 0):
+        now = _FirstVariation(procedure, tilt(found, kl=kl).cdf(_FirstVariation.u_Q))
+        found.phi_Q = (found.phi_Q + now.phi_Q) / 2.0  # halfway: the whole step may swing
+    return found
 
 
 def base_spread(rewards: Sequence[Array]) -> float:
@@ -121,19 +129,18 @@ def base_spread(rewards: Sequence[Array]) -> float:
 
 
 class _FirstVariation:
-    """`int_{1/2}^u g(v) dz(v)`, bounded at the ends of a fine grid."""
+    """`int g(Q(v)) dz(v)` up to u, bounded at the ends of a fine grid; `cdf_Q` is Q there."""
 
     name = "first_variation"
+    u_Q = np.linspace(0.0, 1.0, 2049)[1:-1]
 
-    def __init__(self, procedure: Procedure) -> None:
-        self._u_Q = np.linspace(0.0, 1.0, 2049)[1:-1]
-        steps = np.diff(special.ndtri(self._u_Q))
-        middles = procedure.density((self._u_Q[1:] + self._u_Q[:-1]) / 2.0)
-        self._phi_Q = np.concatenate([[0.0], np.cumsum(middles * steps)])
+    def __init__(self, procedure: Procedure, cdf_Q: Array) -> None:
+        middles = procedure.density(np.clip((cdf_Q[1:] + cdf_Q[:-1]) / 2.0, 0.0, 1.0))
+        self.phi_Q = np.concatenate([[0.0], np.cumsum(middles * np.diff(special.ndtri(self.u_Q)))])
 
     def __call__(self, u: ArrayLike) -> Array:
         """The value at u in [0, 1], any shape."""
-        return np.interp(np.asarray(u, dtype=np.float64), self._u_Q, self._phi_Q)
+        return np.interp(np.asarray(u, dtype=np.float64), self.u_Q, self.phi_Q)
 
 
 def _raw(baseline: Baseline, rewards_m: Array, refs_K: Array) -> Array:

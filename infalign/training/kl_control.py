@@ -26,7 +26,9 @@ TRAVEL = 4.0
 FASTEST = 0.1
 """this much: the KL of one generation is noisy, and the policy follows beta late."""
 FARTHEST = math.log(5.0)
-"""How far log beta may get from where it starts."""
+"""How far log beta may get from where it starts, where theory knows the start."""
+FARTHEST_UNKNOWN = math.log(100.0)
+"""Where it does not: objectives on raw rewards start from what Gaussian ones would need."""
 
 
 @dataclass
@@ -39,6 +41,7 @@ class KLControl:
         generations: of rollouts in the whole run.
         log_beta: of the next generation.
         kl, trend, seen: running mean of what was measured, its change for each generation, and of how many.
+        farthest: how far log beta may get from `start`.
 
     >>> control = KLControl(target=1.0, start=0.0, generations=100, log_beta=0.0)
     >>> for _ in range(40): control.update(0.2)  # stays far below: beta falls
@@ -53,6 +56,7 @@ class KLControl:
     kl: float = 0.0
     trend: float = 0.0
     seen: int = 0
+    farthest: float = FARTHEST
 
     @property
     def beta(self) -> float:
@@ -75,7 +79,7 @@ class KLControl:
         # in logs, because KL and beta are about inversely proportional; one estimate counts for no more than a factor e
         error = math.log(max(expected, 1e-3 * self.target) / self.target)
         moved = self.log_beta + min(FASTEST, TRAVEL / self.generations) * max(-1.0, min(1.0, error))
-        self.log_beta = max(self.start - FARTHEST, min(self.start + FARTHEST, moved))
+        self.log_beta = max(self.start - self.farthest, min(self.start + self.farthest, moved))
 
     def verdict(self, kl: float | None = None) -> str:
         """What to do about a KL that is not the target at the end, in one line; empty within 15 %.

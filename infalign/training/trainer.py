@@ -54,6 +54,7 @@ from infalign.runtime.artifacts import disk_errors, write_whole
 from infalign.runtime.console import notice, say
 from infalign.runtime.distributed import any_rank, barrier, is_main, together, world_size
 from infalign.runtime.launch import check_started
+from infalign.training.baselines import Baseline
 from infalign.training.callbacks import (
     ContinueLoss,
     KLBudget,
@@ -79,7 +80,7 @@ from infalign.training.config import CTRLConfig, as_ctrl_config, own_beta, resol
 from infalign.training.data_sets import check_data_sets
 from infalign.training.held_out import measure
 from infalign.training.interpolation import Interpolated, interpolate
-from infalign.training.kl_control import KLControl
+from infalign.training.kl_control import FARTHEST, FARTHEST_UNKNOWN, KLControl
 from infalign.training.packages import missing_packages
 from infalign.training.reward import PROMPT_IDS, CTRLReward
 from infalign.training.rollouts import PromptOrder, rollout_uniforms, shuffled_groups
@@ -291,7 +292,9 @@ class CTRLTrainer(RLOOTrainer):
                 micro_steps = self.state.max_steps * self.args.gradient_accumulation_steps
                 generations = -(-micro_steps // (self.args.steps_per_generation * self.num_iterations))
                 start = math.log(self.args.beta)
-                self.kl_control = KLControl(self.args.target_kl, start, max(1, generations), start)
+                unknown = any(isinstance(one.transform, Baseline) for one in self.ctrl_rewards)
+                bound = FARTHEST_UNKNOWN if unknown else FARTHEST
+                self.kl_control = KLControl(self.args.target_kl, start, max(1, generations), start, farthest=bound)
             return self.kl_control.beta
         start, end = self.args.beta_start, self.args.beta
         if start is None or not self.state.max_steps:

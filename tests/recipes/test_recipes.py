@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,13 @@ from infalign.stages.objective import load_objective, load_procedure
 from infalign.stages.recipe import find_recipe, load_recipe, require
 from infalign.stages.reward_model.recipe import load_reward_model_recipe
 from infalign.stages.reward_model.train import load_pairs
+from infalign.stages.sweep.recipe import cells_of, load_sweep
 from tests.tiny import tiny_causal
 
 ROOT = Path(__file__).parents[2]
 REWARD_MODELS = [ROOT / "recipes" / "harmless_reward.yaml"]
-RECIPES = sorted(set((ROOT / "recipes").glob("*.yaml")) - set(REWARD_MODELS))
+SWEEPS = [ROOT / "recipes" / "headline.yaml", ROOT / "recipes" / "language_model_sweep.yaml"]
+RECIPES = sorted(set((ROOT / "recipes").glob("*.yaml")) - set(REWARD_MODELS) - set(SWEEPS))
 TRAINED = {str(Path(load_reward_model_recipe(path).output_dir) / "reward_model") for path in REWARD_MODELS}
 HARMLESS = ROOT.parent / "shared" / "data" / "hh-harmless-base-test.jsonl.gz"
 
@@ -31,6 +34,18 @@ def test_recipe_is_valid(path):
     assert beta > 0
     if recipe.reward not in TRAINED:  # another recipe makes it
         assert load_reward(recipe.reward, recipe.reward_kwargs, base_dir=recipe.base_dir).fingerprint
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_every_cell_of_a_sweep_is_valid(path):
+    settings = load_sweep(path)
+    cells = cells_of(settings)
+    assert len(cells) == len(settings.arms) * math.prod(map(len, settings.grid.values()))
+    for cell in cells[: len(settings.arms)]:
+        assert load_objective(cell.recipe, load_procedure(cell.recipe)).beta > 0
+        # compared where every arm is measured
+        assert min(settings.grid["target_kl"]) < min(settings.compare_at)
+        assert max(settings.grid["target_kl"]) > max(settings.compare_at)
 
 
 def test_the_harmless_recipe_uses_the_reward_that_the_other_one_trains():

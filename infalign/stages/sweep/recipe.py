@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from infalign.runtime.config import check, field_hints, read_yaml
+from infalign.runtime.config import check, field_hints, flag_value, read_yaml
 from infalign.runtime.launch import FLAGS as LAUNCH_FLAGS
 from infalign.stages.recipe import Recipe, find_recipe, key, load_recipe, settle_paths, settled_output
 from infalign.types import InputError
@@ -100,7 +100,8 @@ def load_sweep(config: str | Path | Mapping[str, Any] | None, flags: Mapping[str
         values, base_dir = read_yaml(path), path.parent
     flags = dict(flags or {})
     hints = {name: hint for name, hint in field_hints(Sweep).items() if name not in _INTERNAL}
-    own = check(*({name: value for name, value in given.items() if name in hints} for given in (values, flags)), hints)
+    ours, ours_flags = ({name: value for name, value in given.items() if name in hints} for given in (values, flags))
+    own = check(ours, ours_flags, hints)
     keys = {name: value for name, value in values.items() if name not in hints}
     if own.get("recipe"):
         beside = base_dir / own["recipe"]
@@ -111,9 +112,18 @@ def load_sweep(config: str | Path | Mapping[str, Any] | None, flags: Mapping[str
         keys = {**{name: value for name, value in base.items() if name not in hints}, **keys}
     keys = {name: value for name, value in keys.items() if name not in LAUNCH_FLAGS}
     flags = {name: value for name, value in flags.items() if name not in hints}
+    if own.get("cell"):  # whose function knows the types of its keys
+        flags = {name: _value(one) for name, one in flags.items()}
     recipe = Sweep(**own, keys=keys, flags=flags, base_dir=base_dir)
     _check(recipe)
     return recipe
+
+
+def _value(given: Any) -> Any:
+    """A flag's text, or several of them, as YAML would read it."""
+    if isinstance(given, list):
+        return [_value(one) for one in given]
+    return flag_value(given) if isinstance(given, str) else given
 
 
 def _check(sweep: Sweep) -> None:
