@@ -25,6 +25,13 @@ TRAVEL = 4.0
 """How far log beta may move in a whole run: e^4 is a factor of 55. A short run moves more in a generation, up to"""
 FASTEST = 0.1
 """this much: the KL of one generation is noisy, and the policy follows beta late."""
+OVER = 1.25
+"""Times the target: a KL that is above this and does not fall is braked at the highest speed."""
+RELEASE = 2.0
+"""How much faster than otherwise beta comes back to its start after braking."""
+STRONG = math.log(1.0)
+"""A beta that holds any policy. Braking may go up to it where the start is far below: the optimum for Worst-of-N at 2
+nats is 1e-6, and a policy that is not there yet runs past it."""
 FARTHEST = math.log(5.0)
 """How far log beta may get from where it starts, where theory knows the start."""
 FARTHEST_UNKNOWN = math.log(100.0)
@@ -78,8 +85,13 @@ class KLControl:
         expected = soon if soon > self.target else min(at_the_end, self.target)
         # in logs, because KL and beta are about inversely proportional; one estimate counts for no more than a factor e
         error = math.log(max(expected, 1e-3 * self.target) / self.target)
-        moved = self.log_beta + min(FASTEST, TRAVEL / self.generations) * max(-1.0, min(1.0, error))
-        self.log_beta = max(self.start - self.farthest, min(self.start + self.farthest, moved))
+        speed = min(FASTEST, TRAVEL / self.generations)
+        if self.kl > OVER * self.target and self.trend >= 0.0:
+            speed = FASTEST
+        elif error < 0.0 and self.log_beta > self.start:
+            speed = min(FASTEST, RELEASE * speed)
+        moved = self.log_beta + speed * max(-1.0, min(1.0, error))
+        self.log_beta = max(self.start - self.farthest, min(max(self.start + self.farthest, STRONG), moved))
 
     def verdict(self, kl: float | None = None) -> str:
         """What to do about a KL that is not the target at the end, in one line; empty within 15 %.

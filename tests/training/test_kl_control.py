@@ -12,7 +12,7 @@ import pytest
 from infalign import BestOfN, WorstOfN, optimal_transform
 from infalign.calibration.few_samples import beta_for_kl
 from infalign.training.config import CTRLConfig
-from infalign.training.kl_control import FARTHEST, KLControl
+from infalign.training.kl_control import KLControl
 from infalign.types import InputError
 from tests.tiny import tiny_causal
 from tests.training.test_trainer import config, trainer
@@ -62,12 +62,26 @@ def test_what_will_run_over_is_braked_before_it_does():
     assert control.beta > 0.1
 
 
-def test_beta_has_bounds():
-    for kl, side in ((0.0, -1), (50.0, 1)):
-        control = made(1.0, 0.1, 50)
+@pytest.mark.parametrize("start", [0.1, 1e-6])
+def test_beta_has_bounds(start):
+    """A factor of five down; up as far, or to 1, which holds any policy."""
+    for kl, bound in ((0.0, start / 5), (50.0, max(5 * start, 1.0))):
+        control = made(1.0, start, 50)
         for _ in range(500):
             control.update(kl)
-        assert control.log_beta == pytest.approx(math.log(0.1) + side * FARTHEST)
+        assert control.beta == pytest.approx(bound)
+
+
+def test_an_overshoot_is_braked_at_once_and_given_back():
+    """A KL that runs past its target raises beta by .1 a generation, also in a long run; below it, beta comes back."""
+    control = made(1.0, 0.01, 1000)
+    for step in range(60):
+        control.update(0.05 * step)
+    braked = control.log_beta
+    assert braked - math.log(0.01) > 1.5  # at a thousandth of 4 a generation it would be .1
+    for _ in range(100):
+        control.update(0.7)
+    assert math.log(0.01) <= control.log_beta < braked - 0.3
 
 
 def test_a_negative_or_missing_kl_is_no_catastrophe():
