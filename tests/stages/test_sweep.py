@@ -287,6 +287,28 @@ def test_a_cell_that_returns_something_else_is_told(own, tmp_path):
         sweep(path, output_dir=str(tmp_path / "out"))
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ("keys=['p0', 'p0', 'p2']", "name a prompt twice"),
+        ("kl_P=[0.1, 0.2]", r"kl_P must be 3 finite numbers, one a key, got \(2,\)"),
+        ("kl_P=[0.1, 0.2, float('nan')]", "kl_P must be 3 finite numbers"),
+        ("policy_PM=np.zeros((2, 8))", r"policy_PM must have 3 rows of samples, got \(2, 8\)"),
+        ("base_PM=np.zeros(3)", r"base_PM must have 3 rows of samples, got \(3,\)"),
+        ("policy_PM=np.zeros((3, 2))", r"BestOfN\(4\) needs 4 scored samples a prompt"),
+    ],
+)
+def test_samples_that_do_not_fit_each_other(own, tmp_path, changes, words):
+    path = own(cell="own3.py:cell", grid={"target_kl": [0.3]}, arms={})
+    parts = "keys=['p0', 'p1', 'p2'], kl_P=[0.1] * 3, policy_PM=np.zeros((3, 8)), base_PM=np.zeros((3, 8))"
+    (tmp_path / "own3.py").write_text(
+        "import numpy as np\nfrom infalign import CellSamples\n\n\ndef cell(**keys):\n"
+        f"    return CellSamples(**{{**dict({parts}), **dict({changes})}})\n"
+    )
+    with pytest.raises(TrainingError, match=words):
+        sweep(path, output_dir=str(tmp_path / "out"))
+
+
 def test_common_kls():
     def cell(arm, kl):
         return CellResult(f"{arm}{kl}", arm, 1, {}, {}, kl=kl)

@@ -147,21 +147,19 @@ def _by_stages(cell: Cell, folder: Path, earlier: Sequence[Path], blank: CellRes
 
 def _by_own(own: Callable[..., Any], cell: Cell, folder: Path, blank: CellResult) -> CellResult:
     """The sweep's own function, given the cell's keys; its samples are measured as those of a run."""
-    found = own(**cell.keys)
-    if not isinstance(found, CellSamples):
-        raise InputError(f"the cell function returned {type(found).__name__}, not infalign.CellSamples")
-    lengths = np.zeros(np.shape(found.policy_PM)[1])
+    found = _checked(own(**cell.keys))
+    lengths = np.zeros(np.shape(found.policy_PM)[1])  # not known: the same for all
     policy, base = (
         Side(list(rewards_PM), list(rewards_PM), [lengths] * len(found.keys))
-        for rewards_PM in (np.asarray(found.policy_PM, float), np.asarray(found.base_PM, float))
+        for rewards_PM in (found.policy_PM, found.base_PM)
     )
-    kl = cluster_mean([np.atleast_1d(one) for one in np.asarray(found.kl_P, float)])
+    kl = cluster_mean([np.atleast_1d(one) for one in found.kl_P])
     procedure, confidence = load_procedure(cell.recipe), cell.recipe.confidence
     shown = decoders(procedure, cell.recipe.eval_n)
     rows = [decoder_row(policy, base, one, PROXY, kl=kl.mean, confidence=confidence, seed=cell.seed) for one in shown]
     wins = {(PROXY, repr(one)): wins_per_prompt(policy, base, one, PROXY) for one in shown}
     if is_main():
-        write_per_prompt(folder, PerPrompt(tuple(found.keys), np.asarray(found.kl_P, float), wins))
+        write_per_prompt(folder, PerPrompt(tuple(found.keys), found.kl_P, wins))
     return dataclasses.replace(
         blank,
         procedure=repr(procedure),
@@ -171,6 +169,26 @@ def _by_own(own: Callable[..., Any], cell: Cell, folder: Path, blank: CellResult
         rows=tuple(rows),
         exact={name: float(value) for name, value in found.exact.items()},
     )
+
+
+def _checked(found: Any) -> CellSamples:
+    """What a sweep's own function returned, as arrays.
+
+    Raises:
+        InputError: it is something else, or its parts do not fit each other.
+    """
+    if not isinstance(found, CellSamples):
+        raise InputError(f"the cell function returned {type(found).__name__}, not infalign.CellSamples")
+    keys, kl_P = list(found.keys), np.asarray(found.kl_P, dtype=np.float64)
+    sides = [np.asarray(one, dtype=np.float64) for one in (found.policy_PM, found.base_PM)]
+    if len(set(keys)) < len(keys):
+        raise InputError("the cell function's keys name a prompt twice: give each prompt a name of its own")
+    if kl_P.shape != (len(keys),) or not np.isfinite(kl_P).all():
+        raise InputError(f"the cell function's kl_P must be {len(keys)} finite numbers, one a key, got {kl_P.shape}")
+    for name, side in zip(("policy_PM", "base_PM"), sides, strict=True):
+        if side.ndim != 2 or len(side) != len(keys):
+            raise InputError(f"the cell function's {name} must have {len(keys)} rows of samples, got {side.shape}")
+    return dataclasses.replace(found, keys=keys, kl_P=kl_P, policy_PM=sides[0], base_PM=sides[1])
 
 
 def _share_table(folder: Path, earlier: Sequence[Path], experiment: Experiment, purpose: str) -> None:
