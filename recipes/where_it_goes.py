@@ -99,10 +99,12 @@ def main() -> None:
     parser.add_argument("--n", type=int, nargs="+", default=[4, 16])
     arguments = parser.parse_args()
     rows = []
-    for path in sorted((arguments.sweep / "cells").glob("*.json")):
+    for path in sorted((arguments.sweep / "results").glob("*.json")):
         cell = from_plain(CellResult, read_json(path, "the cell"))
         if cell.finished:
-            rows += [row(cell, path.parent / cell.name, procedure) for procedure in map(BestOfN, arguments.n)]
+            rows += [
+                row(cell, arguments.sweep / "cells" / cell.name, procedure) for procedure in map(BestOfN, arguments.n)
+            ]
     heads = ("cell", "decoder", "KL", "of ranks", "limit", "of the ranks", "normal", "measured")
     heads = (*heads, "mean", "spread", "optimum's", "spread")
     print("\n".join(plain_text(Table(heads, tuple(rows)))))

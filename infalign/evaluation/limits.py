@@ -63,7 +63,8 @@ def attainment(win_rate: float, limit: float, kl: float) -> float:
     >>> round(attainment(0.9, 0.94, 1.0), 3)
     0.909
     """
-    return (win_rate - 0.5) / (limit - 0.5) if kl > _TOO_SMALL else float("nan")
+    # the limit is 1/2 where a reward never differs
+    return (win_rate - 0.5) / (limit - 0.5) if kl > _TOO_SMALL and limit > 0.5 else float("nan")
 
 
 def regret_ratio(win_rate: float, limit: float) -> float:

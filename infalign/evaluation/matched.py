@@ -50,7 +50,7 @@ class AtKL:
         kl: nats.
         win, low, high: the interpolated win rate with its interval.
         difference, difference_low, difference_high: to the reference objective, paired; 0 for itself.
-        by_seed: that difference for each seed that both have.
+        by_seed, seeds: that difference for each seed that both have, and which.
     """
 
     kl: float
@@ -61,6 +61,7 @@ class AtKL:
     difference_low: float
     difference_high: float
     by_seed: tuple[float, ...] = ()
+    seeds: tuple[int, ...] = ()
 
 
 def interpolated(kl_C: Array, win_C: Array, at_Q: Array) -> Array:
@@ -74,19 +75,20 @@ def interpolated(kl_C: Array, win_C: Array, at_Q: Array) -> Array:
     >>> interpolated(np.array([0.25, 1.0]), np.array([0.6, 0.7]), np.array([0.1, 0.25, 1.0, 2.0])).round(3).tolist()
     [nan, 0.6, 0.7, nan]
     """
-    found = _along(kl_C, win_C, at_Q)
-    return np.where((at_Q < kl_C.min()) | (at_Q > kl_C.max()), np.nan, found)
+    near = 1e-9 * np.abs(at_Q)  # a mean of equal numbers may be a rounding beside them
+    outside = (at_Q < kl_C.min() - near) | (at_Q > kl_C.max() + near)
+    return np.where(outside, np.nan, _along(kl_C, win_C, at_Q))
 
 
 def _along(kl_C: Array, win_C: Array, at_Q: Array) -> Array:
-    """Without the range; KLs that coincide count as one with the mean win rate."""
+    """Beyond the range the win rate at its end; KLs that coincide count as one with the mean win rate."""
     kls, place_C = np.unique(np.maximum(kl_C, 0.0), return_inverse=True)
     wins = np.bincount(place_C, win_C) / np.bincount(place_C)
     if kls[0] > 0.0:  # the base against itself
         kls, wins = np.append(0.0, kls), np.append(0.5, wins)
     if kls.size < 2:
         return np.full(at_Q.shape, wins[0])
-    return PchipInterpolator(np.sqrt(kls), wins)(np.sqrt(at_Q))
+    return PchipInterpolator(np.sqrt(kls), wins)(np.sqrt(np.clip(at_Q, kls[0], kls[-1])))
 
 
 def at_equal_kl(
@@ -106,8 +108,9 @@ def at_equal_kl(
         confidence, seed, resamples: of the bootstrap.
 
     Returns:
-        For each objective a row for each KL. Win rates are means over the objective's seeds, differences over the seeds
-        that it shares with the reference.
+        For each objective a row for each KL. Win rates are means over the seeds that all objectives share (over an
+        objective's own, where there is none), differences over those that it shares with the reference. No intervals
+        from a single prompt.
 
     Raises:
         InputError: the reference is none of the objectives, or curves of one seed have different prompts.
@@ -115,6 +118,9 @@ def at_equal_kl(
     if reference not in curves:
         raise InputError(f"reference {reference!r} is none of the objectives: {', '.join(curves)}")
     keys = _prompts(curves)
+    common = set.intersection(*(set(by_seed) for by_seed in curves.values()))
+    if common:
+        curves = {name: {one: by_seed[one] for one in sorted(common)} for name, by_seed in curves.items()}
     at_Q = np.asarray(at, dtype=np.float64)
     # the same resampled prompts for all objectives; seeds with the same prompts share them, too
     rng, drawn = np.random.default_rng(seed), {}
@@ -127,9 +133,12 @@ def at_equal_kl(
         clouds[name] = {one: _cloud(c, at_Q, drawn[keys[one]]) for one, c in by_seed.items()}
     tails = [(1 - confidence) / 2, (1 + confidence) / 2]
 
+    single = any(len(names) < 2 for names in keys.values())
+
     def interval(cloud_BQ: Array, point_Q: Array) -> tuple[Array, Array]:
         low_Q, high_Q = np.quantile(cloud_BQ, tails, axis=0)
-        return np.where(np.isnan(point_Q), np.nan, low_Q), np.where(np.isnan(point_Q), np.nan, high_Q)
+        unknown = np.isnan(point_Q) | single
+        return np.where(unknown, np.nan, low_Q), np.where(unknown, np.nan, high_Q)
 
     found: dict[str, list[AtKL]] = {}
     for name in curves:
@@ -150,6 +159,7 @@ def at_equal_kl(
                 difference_low=float(gap_low_Q[q]),
                 difference_high=float(gap_high_Q[q]),
                 by_seed=tuple(gaps[:, q].tolist()),
+                seeds=tuple(shared),
             )
             for q in range(at_Q.size)
         ]
@@ -167,7 +177,7 @@ def _prompts(curves: Mapping[str, Mapping[int, Curve]]) -> dict[int, tuple[str, 
 
 
 def _cloud(curve: Curve, at_Q: Array, drawn_BP: NDArray[np.int64]) -> Array:
-    """(B, Q) interpolated win rates on resampled prompts; just beyond a resample's KLs the cubic goes on."""
+    """(B, Q) interpolated win rates on resampled prompts; beyond a resample's own KLs the one at their end."""
     kl_BC = curve.kl_CP[:, drawn_BP].mean(2).T
     win_BC = curve.win_CP[:, drawn_BP].mean(2).T
     return np.array([_along(kl_C, win_C, at_Q) for kl_C, win_C in zip(kl_BC, win_BC, strict=True)])

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from infalign.evaluation.limits import attainment, limit_at, regret_ratio
 from infalign.evaluation.matched import AtKL, Curve, at_equal_kl
 from infalign.evaluation.summary import GOLD, PROXY, DecoderRow
-from infalign.types import InputError
 
 if TYPE_CHECKING:
     from infalign.theory.procedures import Procedure
@@ -66,6 +65,8 @@ class CellResult:
         length: mean completion length of the policy, tokens.
         rows: the table of win rates.
         exact: win rates by decoder, and "kl", where they are known without sampling.
+        source: what it was made from beside its keys: the content of rewards and data, or of the cell function.
+        measured_against: names the base's samples and the reward; cells of one seed are compared where they share them.
     """
 
     name: str
@@ -83,6 +84,8 @@ class CellResult:
     length: float = math.nan
     rows: tuple[DecoderRow, ...] = ()
     exact: dict[str, float] = field(default_factory=dict)
+    source: dict = field(default_factory=dict)
+    measured_against: str = ""
 
     @property
     def finished(self) -> bool:
@@ -267,13 +270,23 @@ def compare(
             (),
             "the objectives' KLs do not overlap: give the grid several target_kl, and more steps where KLs fall short",
         )
+    against = {cell.seed: cell.measured_against for cell in cells if cell.arm == reference}
+    apart = [cell for cell in cells if cell.measured_against != against.get(cell.seed, cell.measured_against)]
+    cells = [cell for cell in cells if cell not in apart]
+    problems = []
+    if apart:
+        arms = ", ".join(dict.fromkeys(cell.arm for cell in apart))
+        problems.append(f"{arms}: measured against another base or reward than {reference}, and left out")
     labels = [label for label in procedures if any(cell.procedure == label for cell in cells)]
     judges = list(dict.fromkeys(judge for cell in cells for judge, _ in prompts[cell.name].wins))
     found: list[Compared] = []
     for judge in judges:
         for label in labels:
-            curves = _curves(cells, prompts, judge, label)
+            curves, unshared = _curves(cells, prompts, judge, label)
+            if unshared:
+                return (), f"cells of seed {unshared[0]} have no test prompt in common"
             if reference not in curves:
+                problems.append(f"{reference} was not measured under {label}: no comparison there")
                 continue
             limits = {kl: limit_at(procedures[label], kl) if judge != GOLD else math.nan for kl in at}
             for arm, rows in at_equal_kl(curves, reference, at, confidence, seed).items():
@@ -288,13 +301,22 @@ def compare(
                     )
                     for row in rows
                 ]
-    return tuple(found), ""
+    rivals = [one for one in found if one.arm != reference]
+    if rivals and all(math.isnan(one.at.difference) for one in rivals):
+        ranges = {arm: [cell.kl for cell in cells if cell.arm == arm] for arm in {cell.arm for cell in cells}}
+        measured = ", ".join(f"{arm} {min(kls):.2f} to {max(kls):.2f}" for arm, kls in sorted(ranges.items()))
+        asked = ", ".join(f"{kl:g}" for kl in at)
+        problems.append(
+            f"nobody else was measured where {reference} was, around {asked} nats (measured: "
+            f"{measured}): change compare_at, or target_kl and the steps to reach it"
+        )
+    return tuple(found), "; ".join(dict.fromkeys(problems))
 
 
 def _curves(
     cells: Sequence[CellResult], prompts: Mapping[str, PerPrompt], judge: str, label: str
-) -> dict[str, dict[int, Curve]]:
-    """Each objective's cells under a decoder, by seed, on the prompts that all cells of the seed have."""
+) -> tuple[dict[str, dict[int, Curve]], list[int]]:
+    """Each objective's cells under a decoder, by seed, on the prompts that all of the seed have; seeds without any."""
     groups: dict[str, dict[int, list[PerPrompt]]] = {}
     shared: dict[int, list[str]] = {}
     for cell in cells:
@@ -306,13 +328,13 @@ def _curves(
         shared[cell.seed] = [key for key in shared.get(cell.seed, mine.keys) if key in kept]
     empty = [seed for seed, keys in shared.items() if not keys]
     if empty:
-        raise InputError(f"cells of seed {empty[0]} have no test prompt in common: they can't be compared")
+        return {}, empty
 
     def row(one: PerPrompt, values_P: Array, seed: int) -> Array:
         place = {key: at for at, key in enumerate(one.keys)}
         return values_P[[place[key] for key in shared[seed]]]
 
-    return {
+    curves = {
         arm: {
             seed: Curve(
                 tuple(shared[seed]),
@@ -323,3 +345,4 @@ def _curves(
         }
         for arm, by_seed in groups.items()
     }
+    return curves, []

@@ -36,7 +36,7 @@ from infalign.training.reward import DATA_COLUMNS, PROMPT_IDS, CTRLReward
 from infalign.training.trainer import CTRLTrainer
 from infalign.types import InputError, Interrupted, Prompt
 
-_REPORTING = {
+REPORTING = {
     "report_to",
     "run_name",
     "project",
@@ -57,6 +57,7 @@ _REPORTING = {
     "hub_always_push",
     "hub_revision",
 }
+"""Training keys that change what is written down, and not the policy."""
 
 
 _OF_THE_RECIPE = {
@@ -148,7 +149,7 @@ def check_ready(experiment: Experiment) -> None:
 def training_parts(experiment: Experiment) -> dict[str, Any]:
     """What the policy depends on, by name; secrets (`hub_token`) are blotted out."""
     recipe = experiment.recipe
-    training = without_secrets({name: value for name, value in recipe.training.items() if name not in _REPORTING})
+    training = without_secrets({name: value for name, value in recipe.training.items() if name not in REPORTING})
     return {
         **{f"calibration {name}": value for name, value in calibration_parts(experiment).items()},
         **experiment.objective.record(),

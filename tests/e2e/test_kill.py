@@ -1,14 +1,8 @@
-"""`calibrate` and `train`, killed at random instants and run again, end with what an uninterrupted run makes.
-
-One process imports everything once and forks a child per attempt, so that kills land in the work and not in imports.
-"""
+"""`calibrate` and `train`, killed at random instants and run again, end with what an uninterrupted run makes."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -19,38 +13,7 @@ from infalign.cli import main
 from infalign.stages.calibrate import calibrate
 from infalign.stages.recipe import load_recipe
 from tests.e2e.experiment import tiny_experiment
-
-HARNESS = """
-import os, random, signal, sys, time
-
-import torch
-
-torch.set_num_threads(1)
-from infalign.stages.calibrate import calibrate
-from infalign.stages.recipe import load_recipe
-from infalign.stages.train import train
-
-path, stage, wanted, longest = sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
-rng, kills = random.Random(0), 0
-while True:
-    child = os.fork()
-    if child == 0:
-        {"calibrate": calibrate, "train": train}[stage](load_recipe(path))
-        os._exit(0)
-    limit = time.monotonic() + (rng.uniform(0.0, longest) if kills < wanted else 120.0)
-    while time.monotonic() < limit:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            break
-        time.sleep(0.002)
-    if done:
-        assert status == 0, status
-        break
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    kills += 1
-print("kills", kills)
-"""
+from tests.e2e.kills import killed
 
 
 def table_of(folder: Path) -> tuple[list, list]:
@@ -68,10 +31,8 @@ def table_of(folder: Path) -> tuple[list, list]:
 
 def harness(recipe: Path, stage: str, kills: int, longest: float) -> int:
     """Run a stage to its end through so many kills, each at most `longest` seconds into it; returns how many landed."""
-    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(HARNESS), str(recipe), stage, str(kills)]
-    done = subprocess.run([*command, str(longest)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return int(done.stdout.rsplit("kills", 1)[1])
+    imports = f"from infalign.stages.{stage} import {stage}\nfrom infalign.stages.recipe import load_recipe"
+    return killed(recipe.parent, imports, f"{stage}(load_recipe({str(recipe)!r}))", kills, longest)
 
 
 @pytest.mark.slow

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -16,6 +13,7 @@ from infalign import run, sweep
 from infalign.calibration.table import SampleTable
 from infalign.cli import main
 from tests.e2e.experiment import tiny_experiment
+from tests.e2e.kills import killed
 
 ARMS = {
     "optimal": {"transform": "optimal"},
@@ -23,36 +21,6 @@ ARMS = {
     "pkpo": {"objective": "pkpo", "n": 2},
     "identity": {"transform": "identity"},
 }
-
-HARNESS = """
-import os, random, signal, sys, time
-
-import torch
-
-torch.set_num_threads(1)
-from infalign.stages.sweep.run import sweep
-
-path, out, kills = sys.argv[1], sys.argv[2], int(sys.argv[3])
-rng, killed = random.Random(0), 0
-while True:
-    child = os.fork()
-    if child == 0:
-        sweep(path, output_dir=out)
-        os._exit(0)
-    limit = time.monotonic() + (rng.uniform(0.5, 4.0) if killed < kills else 600.0)
-    while time.monotonic() < limit:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            break
-        time.sleep(0.002)
-    if done:
-        assert status == 0, status
-        break
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    killed += 1
-print("kills", killed)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -158,14 +126,9 @@ def test_a_dry_run_counts_the_base_samples_once(path, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_killed_at_random_it_ends_with_the_same_table(path, whole, tmp_path):
-    """A process imports everything once and forks a child an attempt; ten are killed in the work."""
     _, folder = whole
-    harness = tmp_path / "harness.py"
-    harness.write_text(textwrap.dedent(HARNESS))
-    command = [sys.executable, str(harness), str(path), str(tmp_path / "killed"), "10"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert int(done.stdout.split("kills ")[-1]) >= 5
+    work = f"sweep({str(path)!r}, output_dir={str(tmp_path / 'killed')!r})"
+    assert killed(tmp_path, "from infalign.stages.sweep.run import sweep", work, 10, 4.0, shortest=0.5) >= 5
     read = [pq.read_table(one / "sweep.parquet") for one in (folder, tmp_path / "killed")]
     tables = [table.drop_columns(["seconds"]).to_pylist() for table in read]
     assert json.dumps(tables[0]) == json.dumps(tables[1])

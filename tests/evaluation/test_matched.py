@@ -113,7 +113,26 @@ def test_seeds_are_averaged_and_told():
     }
     row = at_equal_kl(curves, "b", [1.0], resamples=20)["a"][0]
     assert row.by_seed == pytest.approx((0.1, 0.14)) and row.difference == pytest.approx(0.12)
-    assert row.win == pytest.approx((0.8 + 0.84 + 0.0) / 3)
+    assert row.win == pytest.approx(0.82) and row.seeds == (1, 2)  # the third seed is not all objectives'
+
+
+def test_a_single_prompt_has_no_interval():
+    curves = {name: {0: exactly([0.2, 1.0], [0.6, 0.7 + gap], prompts=1)} for name, gap in (("a", 0.1), ("b", 0.0))}
+    row = at_equal_kl(curves, "b", [0.5], resamples=20)["a"][0]
+    assert row.difference > 0 and np.isnan([row.low, row.high, row.difference_low, row.difference_high]).all()
+
+
+def test_a_resample_with_other_kls_is_not_extrapolated():
+    """Three prompts of very uneven KL: intervals stay within what was measured."""
+    kl_CP = np.array([[0.01, 0.02, 0.5], [0.02, 0.05, 2.4]])
+    curves = {name: {0: Curve(("a", "b", "c"), kl_CP, np.array([[0.5, 0.6, 0.7], [0.6, 0.8, 1.0]]))} for name in "xy"}
+    row = at_equal_kl(curves, "y", [0.5])["x"][0]
+    assert 0.4 <= row.low <= row.high <= 1.0
+
+
+def test_a_kl_at_the_end_is_measured():
+    """The mean of twelve 0.2 is a rounding below."""
+    assert not np.isnan(interpolated(np.array([np.mean([0.2] * 12), 1.0]), np.array([0.6, 0.7]), np.array([0.2])))[0]
 
 
 def test_an_objective_of_other_seeds_has_no_difference():

@@ -1,8 +1,8 @@
 """One cell of a sweep: made, measured, and written down so that the next run of the sweep finds it.
 
-    cells/NAME/         the run: calibration/, policy/, evaluation/, evaluation.json
-    cells/NAME.log      what it said
-    cells/NAME.json     what came out: measured, or failed and why
+    cells/NAME/            the run: calibration/, policy/, evaluation/, evaluation.json
+    logs/NAME.log          what it said
+    results/NAME.json      what came out: measured, or failed and why
 
 Cells with the same base, prompts and seed share their samples: a new cell starts with the tables of the latest earlier
 one as hard links. Tables only grow, by whole new files, so that cells never see each other's additions.
@@ -32,6 +32,7 @@ from infalign.evaluation.sweep import CellResult, CellSamples, PerPrompt
 from infalign.runtime.artifacts import (
     MANIFEST,
     differences,
+    fingerprint,
     from_plain,
     read_json,
     whole_folder,
@@ -41,49 +42,71 @@ from infalign.runtime.artifacts import (
 from infalign.runtime.console import LINE_EVERY_SECONDS
 from infalign.runtime.distributed import any_rank, barrier, is_main
 from infalign.runtime.plugins import one_line
-from infalign.stages.calibrate import calibrate
+from infalign.stages.calibrate import calibrate, calibration_parts
 from infalign.stages.evaluate import evaluate
 from infalign.stages.experiment import CALIBRATION, Experiment
 from infalign.stages.objective import load_objective, load_procedure
+from infalign.stages.per_prompt import FILE as PER_PROMPT
 from infalign.stages.per_prompt import wins_per_prompt, write_per_prompt
 from infalign.stages.run import preflight
-from infalign.stages.sweep.recipe import Cell
-from infalign.stages.train import train
+from infalign.stages.sweep.recipe import EVALUATED, Cell
+from infalign.stages.train import REPORTING, train
 from infalign.types import InputError, Interrupted
 
 SHARED = (CALIBRATION, "evaluation/base")
 """The tables that cells share, by folder and purpose: all that does not depend on what a policy is trained for."""
 
 
+@dataclasses.dataclass(frozen=True)
+class OwnCell:
+    """A sweep's own function, and the content of the files that it is made of."""
+
+    function: Callable[..., Any]
+    source: dict[str, str]
+
+
 def read_cell(folder: Path, cell: Cell, overwrite: bool) -> CellResult | None:
-    """The result that a cell's folder holds, None where it is not finished or has failed.
+    """The result that a cell's folder holds, None where it is to be made, or only to be measured again.
+
+    A cell that failed is no result, nor is one whose measurement is gone; what they left is kept where it is still of
+    use, and removed where the cell's keys have changed.
 
     Raises:
-        InputError: it was made of other keys, which are named; with `overwrite` the folder is removed instead.
+        InputError: a finished cell was made of other keys, which are named; with `overwrite` it is removed instead.
     """
     path = _record(folder)
-    if not path.exists():
+    found = from_plain(CellResult, read_json(path, "the cell")) if path.exists() else None
+    if found is None:
+        if overwrite and folder.exists():  # of a run that was killed, perhaps with other settings
+            remove_cell(folder)
         return None
-    found = from_plain(CellResult, read_json(path, "the cell"))
-    changed = differences(found.keys, _plain(cell.keys))
-    if changed and not overwrite:
+    now = _plain(cell.keys)
+    names = [name for name in {**found.keys, **now} if found.keys.get(name) != now.get(name) and name not in REPORTING]
+    changed = differences({name: found.keys.get(name) for name in names}, {name: now.get(name) for name in names})
+    if not changed:
+        whole = found.finished and (folder / PER_PROMPT).exists()
+        return found if whole else None
+    if found.finished and set(names) <= set(EVALUATED) and any((folder / "policy").glob("*.safetensors")):
+        return None
+    if found.finished and not overwrite:
         raise InputError(
             f"{folder} was made with other settings ({'; '.join(changed)}): give another --output_dir, or --overwrite "
             "to make such cells anew"
         )
-    if changed:
-        barrier()
-        if is_main():
-            shutil.rmtree(folder, ignore_errors=True)
-            path.unlink()
-        barrier()
-        return None
-    return found if found.finished else None
+    remove_cell(folder)
+    return None
 
 
-def make_cell(
-    cell: Cell, folder: Path, earlier: Sequence[Path], own: Callable[..., Any] | None, keep_policy: bool
-) -> CellResult:
+def remove_cell(folder: Path) -> None:
+    """A cell's run and its result."""
+    barrier()
+    if is_main():
+        shutil.rmtree(folder, ignore_errors=True)
+        _record(folder).unlink(missing_ok=True)
+    barrier()
+
+
+def make_cell(cell: Cell, folder: Path, earlier: Sequence[Path], own: OwnCell | None, keep_policy: bool) -> CellResult:
     """Run a cell; whatever goes wrong in it is its result. Only an interruption ends the sweep.
 
     Args:
@@ -97,14 +120,15 @@ def make_cell(
     blank = CellResult(cell.name, cell.arm, cell.seed, _plain(cell.varied), _plain(cell.keys))
     error, result = "", blank
     if is_main():
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        for place in (folder, _record(folder), _beside(folder, "logs", ".log")):
+            place.parent.mkdir(parents=True, exist_ok=True)
     barrier()
-    with _logged(folder.with_name(f"{folder.name}.log"), cell.name):
+    with _logged(_beside(folder, "logs", ".log"), cell.name):
         try:
             result = _by_stages(cell, folder, earlier, blank) if own is None else _by_own(own, cell, folder, blank)
         except (KeyboardInterrupt, Interrupted):
             raise
-        except Exception as caught:  # one cell's failure, of whatever kind, is a row, and the others go on
+        except (Exception, SystemExit) as caught:  # one cell's failure, of whatever kind, is a row; the others go on
             traceback.print_exc()
             error = " ".join(str(caught).split()) if isinstance(caught, InputError) else one_line(caught)
     if any_rank(bool(error)):
@@ -142,12 +166,16 @@ def _by_stages(cell: Cell, folder: Path, earlier: Sequence[Path], blank: CellRes
         tokens=float(counted[-1]) if counted else math.nan,
         length=found.policy.tokens,
         rows=found.win_rates,
+        source=source_of(experiment),
+        measured_against=fingerprint(
+            [experiment.sampling_parts(experiment.base_path, SHARED[1]), source_of(experiment)["reward"]]
+        ),
     )
 
 
-def _by_own(own: Callable[..., Any], cell: Cell, folder: Path, blank: CellResult) -> CellResult:
+def _by_own(own: OwnCell, cell: Cell, folder: Path, blank: CellResult) -> CellResult:
     """The sweep's own function, given the cell's keys; its samples are measured as those of a run."""
-    found = _checked(own(**cell.keys))
+    found = _checked(own.function(**cell.keys))
     lengths = np.zeros(np.shape(found.policy_PM)[1])  # not known: the same for all
     policy, base = (
         Side(list(rewards_PM), list(rewards_PM), [lengths] * len(found.keys))
@@ -168,7 +196,14 @@ def _by_own(own: Callable[..., Any], cell: Cell, folder: Path, blank: CellResult
         kl_error=kl.error,
         rows=tuple(rows),
         exact={name: float(value) for name, value in found.exact.items()},
+        source=own.source,
+        measured_against=fingerprint([list(found.keys), found.base_PM.tolist()]),
     )
+
+
+def source_of(experiment: Experiment) -> dict[str, str]:
+    """What a cell's files are made from, beside its keys: whoever edits a reward or the data makes another cell."""
+    return {name: str(value) for name, value in calibration_parts(experiment).items()}
 
 
 def _checked(found: Any) -> CellSamples:
@@ -229,7 +264,12 @@ def _drop_weights(folder: Path) -> None:
 
 
 def _record(folder: Path) -> Path:
-    return folder.with_name(f"{folder.name}.json")
+    return _beside(folder, "results", ".json")
+
+
+def _beside(folder: Path, kind: str, suffix: str) -> Path:
+    """A cell's file in one of the folders beside `cells/`."""
+    return folder.parent.parent / kind / f"{folder.name}{suffix}"
 
 
 def _plain(value: Any) -> Any:

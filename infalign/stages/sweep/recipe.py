@@ -16,6 +16,7 @@ and `seed` never do: cells that differ only in KL are points of one objective's 
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import re
 from collections.abc import Mapping
@@ -26,19 +27,28 @@ from typing import Any
 from infalign.runtime.config import check, field_hints, flag_value, read_yaml
 from infalign.runtime.launch import FLAGS as LAUNCH_FLAGS
 from infalign.stages.recipe import Recipe, find_recipe, key, load_recipe, settle_paths, settled_output
+from infalign.theory.optimum import LARGEST_KL
 from infalign.types import InputError
 
 ALONG = ("target_kl", "beta")
 """Keys that move along one objective's curve."""
-NOT_VARIED = ("output_dir", "overwrite", "dataset_name", "datasets", "objectives")
-"""Keys that cells share: objectives are compared on the same prompts."""
+SHARED = (
+    *("model_name_or_path", "model_revision", "dtype", "temperature", "max_completion_length", "system_prompt"),
+    *("dataset_name", "dataset_config", "dataset_data_dir", "datasets", "num_test_prompts", "confidence", "objectives"),
+)
+"""Keys that all cells have in common: objectives are compared on the same base, prompts and samples of the base."""
+OF_THE_SWEEP = ("output_dir", "overwrite")
+EVALUATED = ("eval_n", "eval_samples", "kl_samples", "judge", "judge_kwargs", "judge_samples", "gold_reward_kwargs")
+"""Keys of a recipe that change how a cell is measured, and not its policy."""
+LONGEST = 120
+"""Bytes of a cell's name, which is a folder's."""
 OBJECTIVE = (
     *("procedure", "n", "procedure_kwargs", "objective", "transform", "transform_kwargs", "target_kl", "beta"),
     *("eval_n", "eval_samples", "confidence", "seed"),
 )
 """A recipe's keys that are checked where the sweep's own function makes cells."""
 _INTERNAL = ("keys", "flags", "base_dir")
-_UNSAFE = re.compile(r"[^A-Za-z0-9_.=,+-]+")
+_UNSAFE = re.compile(r"[^\w.=,+-]+")
 
 
 @dataclass(frozen=True)
@@ -106,12 +116,19 @@ def load_sweep(config: str | Path | Mapping[str, Any] | None, flags: Mapping[str
     if own.get("recipe"):
         beside = base_dir / own["recipe"]
         path = beside if beside.is_file() else find_recipe(own["recipe"])
+        if not path.is_file():
+            raise InputError(f"recipe: there is no {own['recipe']}: give a file, or the name of a shipped recipe")
         base, base_dir = read_yaml(path), path.parent
         if "arms" in base or "grid" in base:
             raise InputError(f"recipe {own['recipe']} is a sweep itself: name a recipe, or run that sweep")
         keys = {**{name: value for name, value in base.items() if name not in hints}, **keys}
     keys = {name: value for name, value in keys.items() if name not in LAUNCH_FLAGS}
     flags = {name: value for name, value in flags.items() if name not in hints}
+    known = {**hints, **field_hints(Recipe)}
+    for name in {**values, **flags}:
+        near = [] if name in known else difflib.get_close_matches(name, list(hints), n=1, cutoff=0.8)
+        if near:
+            raise InputError(f"unknown key {name}: did you mean {near[0]!r}?")
     if own.get("cell"):  # whose function knows the types of its keys
         flags = {name: _value(one) for name, one in flags.items()}
     recipe = Sweep(**own, keys=keys, flags=flags, base_dir=base_dir)
@@ -143,16 +160,26 @@ def _check(sweep: Sweep) -> None:
         problems += [
             f"arms, {name}: {one} is in the grid, too: leave one of them out" for one in keys if one in sweep.grid
         ]
+    names = list(map(str, sweep.arms))
+    problems += [f"arms: {name} is there twice" for name in dict.fromkeys(names) if names.count(name) > 1]
+    problems += [
+        f"arms, {name!r}: must be a text, because YAML reads it as {type(name).__name__}: put it in quotes"
+        for name in sweep.arms
+        if not isinstance(name, str)
+    ]
     varied = [*sweep.grid, *(one for keys in sweep.arms.values() if isinstance(keys, dict) for one in keys)]
-    problems += [f"{name} can't be varied: cells are compared on the same data" for name in dict.fromkeys(varied)
-                 if name in NOT_VARIED]  # fmt: skip
+    for name in dict.fromkeys(varied):
+        if name in SHARED:
+            problems.append(f"{name} can't be varied: cells are compared on the same base, prompts and samples")
+        elif name in OF_THE_SWEEP or name in LAUNCH_FLAGS:
+            problems.append(f"{name} can't be varied: it is the whole sweep's")
     problems += [
         f"--{name} is given, and the sweep varies it: leave one of them out"
         for name in dict.fromkeys(varied)
         if name in sweep.flags
     ]
-    if any(not kl > 0 for kl in sweep.compare_at):
-        problems.append(f"compare_at must be nats above 0, got {sweep.compare_at}")
+    if any(not 0 < kl <= LARGEST_KL for kl in sweep.compare_at):
+        problems.append(f"compare_at must be nats above 0, at most {LARGEST_KL:g}, got {sweep.compare_at}")
     if problems:
         raise InputError("; ".join(problems))
     names = list(dict.fromkeys(cell.arm for cell in _points(sweep)))
@@ -171,7 +198,22 @@ def cells_of(sweep: Sweep) -> list[Cell]:
     for name in names:
         if names.count(name) > 1:
             raise InputError(f"two cells are called {name}: give the arms names that differ in letters or digits")
-    return [_cell(sweep, point) for point in points]
+        if name.startswith("."):
+            raise InputError(f"a cell is called {name}, which is no name for a folder: begin with a letter or a digit")
+        if len(name.encode()) > LONGEST:
+            raise InputError(f"a cell's name is above {LONGEST} bytes: {name[:60]}...: give the arm a shorter one")
+    return _under_all_decoders([_cell(sweep, point) for point in points])
+
+
+def _under_all_decoders(cells: list[Cell]) -> list[Cell]:
+    """Every cell is also measured under the Best-of-N and Worst-of-N that another arm is trained for."""
+    trained = {cell.recipe.n for cell in cells if cell.recipe.procedure in ("best_of_n", "worst_of_n")}
+    found = []
+    for cell in cells:
+        sizes = [*cell.recipe.eval_n, *sorted(trained - set(cell.recipe.eval_n))]
+        # an arm that draws too few samples for another's decoder is told so by its own checks
+        found.append(replace(cell, recipe=replace(cell.recipe, eval_n=sizes)))
+    return found
 
 
 @dataclass(frozen=True)

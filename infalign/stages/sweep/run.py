@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,10 @@ import pyarrow.parquet as pq
 from infalign.evaluation.sweep import CellResult, SweepResult, compare, limit_curve, tidy
 from infalign.report.sweep_page import compared_tables, report_sweep
 from infalign.report.table import ABSENT, Table, number, plain_text
-from infalign.runtime.artifacts import fingerprint, sweep_temporaries, without_nan, write_json, write_whole
+from infalign.runtime.artifacts import differences, fingerprint, sweep_temporaries, without_nan, write_json, write_whole
 from infalign.runtime.console import clock, say
 from infalign.runtime.distributed import any_rank, barrier, is_main, together
+from infalign.runtime.imports import file_digest
 from infalign.runtime.plugins import find_object
 from infalign.stages.estimate import stage_costs
 from infalign.stages.experiment import CALIBRATION, Experiment
@@ -27,8 +28,8 @@ from infalign.stages.objective import load_objective, load_procedure
 from infalign.stages.per_prompt import read_per_prompt
 from infalign.stages.recipe import Recipe, require
 from infalign.stages.run import preflight
-from infalign.stages.sweep.cells import make_cell, read_cell
-from infalign.stages.sweep.recipe import Cell, Sweep, cells_of, load_sweep
+from infalign.stages.sweep.cells import OwnCell, make_cell, read_cell, remove_cell, source_of
+from infalign.stages.sweep.recipe import ALONG, Cell, Sweep, cells_of, load_sweep
 from infalign.theory.procedures import Procedure
 from infalign.types import InputError, TrainingError
 
@@ -56,12 +57,17 @@ def sweep(config: Sweep | Mapping[str, Any] | str | Path, *, dry_run: bool = Fal
     if dry_run:
         _dry_run(settings, cells)
         return None
-    own = _own_function(settings, cells)
+    own = _own_cell(settings)
+    folders = [settings.output / "cells" / cell.name for cell in cells]
+    with together("the checks before a sweep"):  # every rank looks, and one of them speaks
+        _check_output(settings.output)
+        if own is None:
+            _check_cells(cells)
+        found = [read_cell(folder, cell, settings.overwrite) for cell, folder in zip(cells, folders, strict=True)]
+        sources: dict[str, dict[str, str]] = {}
+        found = [_fresh(one, cell, own, settings, sources) for one, cell in zip(found, cells, strict=True)]
     if is_main():
         sweep_temporaries(settings.output)
-    folders = [settings.output / "cells" / cell.name for cell in cells]
-    with together("what is finished of the sweep"):
-        found = [read_cell(folder, cell, settings.overwrite) for cell, folder in zip(cells, folders, strict=True)]
     done = {cell.name: one for cell, one in zip(cells, found, strict=True) if one is not None}
     say(f"infalign: a sweep of {len(cells)} cells, {len(done)} of them finished, output in {settings.output}")
     start, made, written = time.monotonic(), 0, -math.inf
@@ -81,8 +87,8 @@ def sweep(config: Sweep | Mapping[str, Any] | str | Path, *, dry_run: bool = Fal
     failed = [cell for cell in result.cells if not cell.finished]
     if failed:
         raise TrainingError(
-            f"{len(failed)} of {len(cells)} cells failed (first: {failed[0].name}: {failed[0].error}): its log is "
-            f"beside its folder in {settings.output / 'cells'}; the same command tries them again"
+            f"{len(failed)} of {len(cells)} cells failed (first: {failed[0].name}: {failed[0].error}): their logs are "
+            f"in {settings.output / 'logs'}; the same command tries them again"
         )
     return result
 
@@ -92,16 +98,71 @@ def sweep_verb(recipe: Sweep, *, dry_run: bool = False) -> None:
     sweep(recipe, dry_run=dry_run)
 
 
-def _own_function(settings: Sweep, cells: Sequence[Cell]) -> Callable[..., Any] | None:
+def _own_cell(settings: Sweep) -> OwnCell | None:
     """The sweep's `cell`, None where cells are runs."""
     if settings.cell is None:
-        for cell in cells:
-            require(cell.recipe, "model_name_or_path", "reward")
         return None
     found = find_object(settings.cell, settings.base_dir, what="cell")
     if found is None or not callable(found.value):
         raise InputError(f"cell {settings.cell!r} names no function: give file.py:name")
-    return found.value
+    files = {name: file_digest(path) for name, path in sorted(found.modules.items())}
+    return OwnCell(found.value, {"cell": " ".join([*map(str, found.source), *files.values()])})
+
+
+def _check_output(folder: Path) -> None:
+    """An output folder is nobody's, or a sweep's."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"output_dir {folder} is a file: give a folder")
+    if not folder.is_dir() or (folder / "results").is_dir() or not any(folder.iterdir()):
+        return
+    if any(not path.match(".*.tmp") and path.name not in ("cells", "logs") for path in folder.iterdir()):
+        what = "an experiment's" if (folder / "recipe.json").exists() else "not empty and not a sweep's"
+        raise InputError(f"output_dir {folder} is {what}: give another --output_dir")
+
+
+def _check_cells(cells: Sequence[Cell]) -> None:
+    """All that can be known before the first cell: every cell's recipe, and one experiment of each arm.
+
+    Raises:
+        InputError: naming the cell.
+    """
+    met: set[str] = set()
+    for cell in cells:
+        try:
+            require(cell.recipe, "model_name_or_path", "reward")
+            load_objective(cell.recipe, load_procedure(cell.recipe))
+            if cell.arm not in met:
+                preflight(Experiment(cell.recipe))
+        except InputError as error:
+            raise InputError(f"cell {cell.name}: {error}") from error
+        met.add(cell.arm)
+
+
+def _fresh(
+    found: CellResult | None, cell: Cell, own: OwnCell | None, settings: Sweep, sources: dict[str, dict[str, str]]
+) -> CellResult | None:
+    """A finished cell, unless its rewards, data or cell function have been edited since.
+
+    `sources` keeps what was looked up: cells that differ in their KL alone are made from the same.
+
+    Raises:
+        InputError: they have; with `overwrite` the cell is made anew.
+    """
+    if found is None or not found.source:
+        return found
+    same = fingerprint({name: value for name, value in cell.keys.items() if name not in ALONG})
+    if same not in sources:
+        sources[same] = source_of(Experiment(cell.recipe)) if own is None else own.source
+    now = sources[same]
+    changed = differences(found.source, now)
+    if changed and not settings.overwrite:
+        raise InputError(
+            f"cell {cell.name} was made from something else ({'; '.join(changed)}): give another --output_dir, or "
+            "--overwrite to make such cells anew"
+        )
+    if changed:
+        remove_cell(settings.output / "cells" / cell.name)
+    return None if changed else found
 
 
 def _line(result: CellResult) -> str:
@@ -202,7 +263,11 @@ def _tell(settings: Sweep, result: SweepResult) -> None:
 
 def _dry_run(settings: Sweep, cells: Sequence[Cell]) -> None:
     """Check every cell, and say what it would cost."""
-    own = _own_function(settings, cells)
+    own = _own_cell(settings)
+    if own is None:
+        with together("the checks before a sweep"):
+            _check_output(settings.output)
+            _check_cells(cells)
     say(f"infalign: a sweep of {len(cells)} cells of {len({cell.arm for cell in cells})} objectives")
     rows: list[tuple[str, ...]] = []
     drawn: set[str] = set()
@@ -212,8 +277,6 @@ def _dry_run(settings: Sweep, cells: Sequence[Cell]) -> None:
             rows.append((cell.name, ABSENT, ABSENT))
             continue
         experiment = Experiment(cell.recipe)
-        with together(f"the checks of {cell.name}"):
-            preflight(experiment)
         tokens, seconds = stage_costs(experiment)
         base = fingerprint([experiment.sampling_parts(experiment.base_path, CALIBRATION), tokens["calibrate"]])
         if base in drawn:  # another cell has drawn its base samples
