@@ -18,9 +18,22 @@ MARKERS = "osD^vPX*"
 """Of objectives, in order; with colours they repeat only after 24."""
 
 
+FAINT = "#c3c8ce"
+LONGEST = 32
+"""Letters of an objective's name in the legend."""
+
+
+def _aims_elsewhere(cell: CellResult, decoder: str) -> bool:
+    """Whether what was trained for knows a decoder, and another one."""
+    knows = "OfN(" in cell.transform or cell.transform.startswith("direct")
+    return knows and cell.procedure != decoder
+
+
 @styled()
 def draw_frontier(cells: Sequence[CellResult], arms: Sequence[str], judge: str, curve: LimitCurve) -> Figure:
     """Every finished cell under one decoder, with intervals; cells of one objective and seed are joined.
+
+    Objectives that aim at another decoder are grey.
 
     Args:
         cells: of the sweep; those without this decoder are left out.
@@ -32,8 +45,12 @@ def draw_frontier(cells: Sequence[CellResult], arms: Sequence[str], judge: str, 
     if judge != GOLD:
         axes.plot(curve.kl, curve.limit, color=LIMIT, linewidth=1.6, label="limit of any method")
     looks = itertools.cycle(zip(itertools.cycle(LINES), itertools.cycle(MARKERS), strict=False))
+    elsewhere: str | None = "aims at another decoder"
     for arm, (color, marker) in zip(arms, looks, strict=False):
-        label: str | None = arm
+        label: str | None = arm if len(arm) <= LONGEST else f"{arm[: LONGEST - 1]}\N{HORIZONTAL ELLIPSIS}"
+        order = 3
+        if any(cell.arm == arm and _aims_elsewhere(cell, curve.decoder) for cell in cells):
+            color, label, elsewhere, order = FAINT, elsewhere, None, 1
         for seed in dict.fromkeys(cell.seed for cell in cells if cell.arm == arm):
             points = sorted(
                 (cell.kl, row.mean, row.low, row.high)
@@ -47,11 +64,10 @@ def draw_frontier(cells: Sequence[CellResult], arms: Sequence[str], judge: str, 
             kl, win, low, high = np.array(points).T
             if kl.size > 1:
                 between = np.linspace(kl[0], kl[-1], 60)
-                axes.plot(between, interpolated(kl, win, between), color=color, linewidth=1.0, alpha=0.7)
+                axes.plot(between, interpolated(kl, win, between), color=color, linewidth=1.0, alpha=0.7, zorder=order)
             bars = None if np.isnan(low).any() else [np.maximum(win - low, 0.0), np.maximum(high - win, 0.0)]
-            axes.errorbar(
-                kl, win, yerr=bars, fmt=marker, color=color, markersize=5.5, elinewidth=0.8, capsize=0, label=label
-            )
+            style = {"markersize": 5.5, "elinewidth": 0.8, "capsize": 0, "zorder": order}
+            axes.errorbar(kl, win, yerr=bars, fmt=marker, color=color, label=label, **style)
             label = None
     axes.axhline(0.5, color=MUTED, linewidth=0.8)
     axes.set_xlim(left=0.0)

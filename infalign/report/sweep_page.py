@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from infalign.evaluation.matched import AtKL
 from infalign.evaluation.summary import GOLD, PROXY
 from infalign.evaluation.sweep import CellResult, Compared, SweepResult
 from infalign.report.frontier_plot import draw_frontier
@@ -94,8 +95,12 @@ def _compared_cells(one: Compared, reference: str) -> tuple[str, ...]:
         if itself or math.isnan(at.difference_low)
         else f"[{_signed(at.difference_low)}, {_signed(at.difference_high)}]",
         ABSENT if itself else _signed(one.predicted),
-        ABSENT if itself or len(at.by_seed) < 2 else " ".join(_signed(gap) for gap in at.by_seed),
+        ABSENT if itself or len(at.by_seed) < 2 else _by_seed(at),
     )
+
+
+def _by_seed(at: AtKL) -> str:
+    return ", ".join(f"{seed}: {_signed(gap)}" for seed, gap in zip(at.seeds, at.by_seed, strict=True))
 
 
 def cell_table(cells: Sequence[CellResult]) -> Table:
@@ -148,7 +153,7 @@ def _outcome(result: SweepResult) -> str:
 
 def _best(result: SweepResult) -> Compared | None:
     """The objective with the highest win rate, judged by the reward, at the middle KL that is measured."""
-    rows = [one for one in result.compared if one.judge == PROXY and not math.isnan(one.at.win)]
+    rows = [one for one in result.compared if one.judge == PROXY and not math.isnan(one.at.difference)]
     rows = [one for one in rows if one.decoder == rows[0].decoder]
     kls = sorted({one.at.kl for one in rows})
     middle = [one for one in rows if one.at.kl == kls[len(kls) // 2]]
@@ -166,8 +171,11 @@ def remarks(result: SweepResult) -> list[str]:
         )
     else:
         lines.append("One seed of training: another one may come out differently by more than the interval.")
+    few = [row.low for cell in finished for row in cell.rows if math.isnan(row.low)]
+    if few:
+        lines.append("A single test prompt has no intervals: raise num_test_prompts.")
     if result.lacking:
-        lines.append(f"No comparison at equal KL: {result.lacking}.")
+        lines.append(f"{'' if result.compared else 'No comparison at equal KL: '}{result.lacking}.")
     return lines
 
 

@@ -252,7 +252,7 @@ def _same_columns(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def _tell(settings: Sweep, result: SweepResult) -> None:
     """The comparison at equal KL, and where everything is."""
     if result.lacking:
-        say(f"\nno comparison at equal KL: {result.lacking}")
+        say(f"\n{'note' if result.compared else 'no comparison at equal KL'}: {result.lacking}")
     for title, table in compared_tables(result):
         say()
         say(title)
