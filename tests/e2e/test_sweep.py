@@ -12,6 +12,7 @@ import yaml
 from infalign import run, sweep
 from infalign.calibration.table import SampleTable
 from infalign.cli import main
+from infalign.types import InputError
 from tests.e2e.experiment import tiny_experiment
 from tests.e2e.kills import killed
 
@@ -102,6 +103,44 @@ def test_more_samples_of_a_later_cell_do_not_touch_an_earlier_one(path, tmp_path
     assert {len(rows) for rows in tables[0].values()} == {4} and {len(rows) for rows in tables[1].values()} == {8}
     for key, rows in tables[0].items():
         assert [one.token_ids for one in tables[1][key][:4]] == [one.token_ids for one in rows]
+
+
+@pytest.mark.slow
+def test_everything_is_checked_before_the_first_cell(path, tmp_path, capsys):
+    for flags, words in (
+        (
+            {"arms": "{good: {}, bad: {objective: pkpo, n: 4}}"},
+            "cell bad-target_kl=0.1: objective pkpo BestOfN(4) needs",
+        ),
+        ({"arms": "{good: {}, bad: {reward: nowhere.py:build}}"}, "cell bad-target_kl=0.1: "),
+        ({"arms": "{good: {}, bad: {transform: nothing}}"}, "cell bad-target_kl=0.1: "),
+        ({"grid": "{target_kl: [0.1, -1.0]}", "arms": "{good: {}}"}, "cell good-target_kl=-1.0: "),
+    ):
+        words_of = [word for name, value in flags.items() for word in (f"--{name}", value)]
+        assert main(["sweep", "--config", str(path), "--output_dir", str(tmp_path / "out"), *words_of]) == 2
+        out = capsys.readouterr()
+        assert words in out.err and out.err.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_an_edited_reward_is_noticed(tmp_path):
+    keys = {**tiny_experiment(tmp_path), "arms": {"one": {}}, "grid": {"target_kl": [0.1]}}
+    sweep(keys)
+    score = tmp_path / "score.py"
+    score.write_text(score.read_text().replace("sum(ids)", "2.0 * sum(ids)"))
+    with pytest.raises(InputError, match=r"cell one-target_kl=0.1 was made from something else \(reward"):
+        sweep(keys)
+
+
+@pytest.mark.slow
+def test_other_numbers_to_decode_with_measure_again_and_train_nothing(path, tmp_path):
+    flags = {"grid": "{target_kl: [0.1]}", "arms": "{optimal: {}}", "output_dir": str(tmp_path / "out")}
+    first = sweep(path, **flags)
+    policy = tmp_path / "out" / "cells" / first.cells[0].name / "policy" / "model.safetensors"
+    made = policy.stat().st_mtime_ns
+    again = sweep(path, eval_n=["1", "4"], **flags)
+    assert policy.stat().st_mtime_ns == made
+    assert {row.label for row in again.cells[0].rows} > {"BestOfN(4)", "WorstOfN(4)"}
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import os
@@ -112,6 +113,17 @@ def test_a_grid_over_beta_replaces_the_target_kl():
     assert [(cell.recipe.beta, cell.recipe.target_kl) for cell in mixed] == [(0.2, None), (None, 1.0)]
 
 
+def test_names_may_be_in_any_script():
+    cells = cells_of(load_sweep({**BASE, "arms": {"最適": {}, "恒等": {"transform": "identity"}}}))
+    assert [cell.name for cell in cells] == ["最適", "恒等"]
+
+
+def test_every_cell_is_measured_under_all_arms_decoders():
+    arms = {"four": {"n": 4}, "three": {"n": 3}, "worst": {"procedure": "worst_of_n", "n": 6}}
+    cells = cells_of(load_sweep({**BASE, "arms": arms, "eval_n": [1, 4]}))
+    assert [cell.recipe.eval_n for cell in cells] == [[1, 4, 3, 6]] * 3
+
+
 def test_a_recipe_is_read_beside_the_sweep_and_its_paths_are_kept(tmp_path):
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "base.yaml").write_text("model_name_or_path: ../m\nreward: r.py:reward\nn: 2\noutput_dir: x\n")
@@ -140,6 +152,17 @@ def test_a_recipe_is_read_beside_the_sweep_and_its_paths_are_kept(tmp_path):
         ({"grid": {"transfrom": ["log"]}}, "cell transfrom=log: unknown key transfrom: did you mean 'transform'"),
         ({"grid": {"target_kl": [0.5, "much"]}}, "cell target_kl=much: target_kl"),
         ({"arms": {"a b": {}, "a/b": {}}}, "two cells are called a_b"),
+        ({"arms": {"..": {}, "b": {}}}, r"a cell is called \.\., which is no name for a folder"),
+        ({"arms": {".hidden": {}}}, r"a cell is called \.hidden"),
+        ({"arms": {"long" * 60: {}}}, "a cell's name is above 120 bytes: longlong"),
+        ({"arms": {1: {}, "1": {}}}, "arms: 1 is there twice"),
+        ({"arms": {True: {}}}, "arms, True: must be a text, because YAML reads it as bool"),
+        ({"arms": {"a": {"temperature": 0.7}, "b": {}}}, "temperature can't be varied: cells are compared on the same"),
+        ({"grid": {"model_name_or_path": ["a", "b"]}}, "model_name_or_path can't be varied"),
+        ({"grid": {"num_processes": [1, 2]}}, "num_processes can't be varied: it is the whole sweep's"),
+        ({"grid": {"target_kl": [0.5]}, "compare_at": [60.0]}, "at most 20, got"),
+        ({"grid": {"target_kl": [0.5]}, "referense": "a"}, "unknown key referense: did you mean 'reference'"),
+        ({"recipe": "nope.yaml", "grid": {"target_kl": [0.5]}}, r"recipe: there is no nope\.yaml"),
         ({"grid": {"target_kl": [0.5]}, "keep_policies": 3}, "keep_policies"),
     ],
 )
@@ -307,6 +330,68 @@ def test_samples_that_do_not_fit_each_other(own, tmp_path, changes, words):
     )
     with pytest.raises(TrainingError, match=words):
         sweep(path, output_dir=str(tmp_path / "out"))
+
+
+def test_an_output_folder_of_something_else_is_refused(own, tmp_path):
+    for name, words in (("recipe.json", "is an experiment's"), ("notes.txt", "is not empty and not a sweep's")):
+        folder = tmp_path / name.replace(".", "-")
+        folder.mkdir()
+        (folder / name).write_text("{}")
+        with pytest.raises(InputError, match=words):
+            sweep(own(), output_dir=str(folder))
+        assert [one.name for one in folder.iterdir()] == [name]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="is a file: give a folder"):
+        sweep(own(), output_dir=str(tmp_path / "file"))
+
+
+def test_an_edited_cell_function_is_noticed(own, tmp_path):
+    path = own(grid={"target_kl": [0.3]}, arms={})
+    sweep(path, output_dir=str(tmp_path / "out"))
+    (tmp_path / "own.py").write_text(CELL.replace("+ shift", "- shift"))
+    with pytest.raises(InputError, match=r"cell target_kl=0\.3 was made from something else"):
+        sweep(path, output_dir=str(tmp_path / "out"))
+    assert sweep(path, output_dir=str(tmp_path / "out"), overwrite=True).cells[0].finished
+
+
+def test_another_base_is_told_and_left_out(own, tmp_path):
+    """The cells of one arm were measured against other samples of the base."""
+    (tmp_path / "own4.py").write_text(CELL.replace("default_rng(5 + seed)", "default_rng(5 + seed + int(10 * shift))"))
+    result = sweep(own(cell="own4.py:cell"), output_dir=str(tmp_path / "out"))
+    assert "better: measured against another base or reward than plain, and left out" in result.lacking
+    assert {one.arm for one in result.compared} == {"plain"}
+
+
+def test_a_failed_cell_may_be_changed(own, tmp_path):
+    (tmp_path / "trap").write_text("")
+    path = own(arms={"bad": {"broken": str(tmp_path / "trap")}}, grid={"target_kl": [0.3]})
+    with pytest.raises(TrainingError, match="no luck"):
+        sweep(path, output_dir=str(tmp_path / "out"))
+    assert sweep(own(arms={"bad": {}}, grid={"target_kl": [0.3]}), output_dir=str(tmp_path / "out")).cells[0].finished
+
+
+def test_a_lost_measurement_is_made_again(own, tmp_path):
+    sweep(own(), output_dir=str(tmp_path / "out"))
+    lost = tmp_path / "out" / "cells" / "plain-target_kl=0.5-seed=1" / "evaluation" / "per_prompt.parquet"
+    before = lost.read_bytes()
+    lost.unlink()
+    sweep(own(), output_dir=str(tmp_path / "out"))
+    assert pq.read_table(lost).equals(pq.read_table(io.BytesIO(before)))
+
+
+def test_a_function_that_exits_is_a_failure(own, tmp_path):
+    (tmp_path / "own5.py").write_text("import sys\n\n\ndef cell(**keys):\n    sys.exit(3)\n")
+    with pytest.raises(TrainingError, match="SystemExit: 3"):
+        sweep(own(cell="own5.py:cell", grid={"target_kl": [0.3]}, arms={}), output_dir=str(tmp_path / "out"))
+
+
+def test_kls_outside_of_what_was_measured_are_told(own, tmp_path):
+    result = sweep(own(compare_at=[5.0]), output_dir=str(tmp_path / "out"))
+    assert (
+        "nobody else was measured where plain was, around 5 nats (measured: better 0.19 to 1.25, plain"
+        in result.lacking
+    )
+    assert "nan" not in (tmp_path / "out" / "report" / "index.html").read_text().split("</style>")[1].split("<h2>")[0]
 
 
 def test_common_kls():
