@@ -281,6 +281,9 @@ def test_a_verb_executes_itself_again(verb, recipe, replaced):
     if verb == "reward-model":  # it has keys of its own
         keys = {name: yaml.safe_load(Path(recipe).read_text())[name] for name in ("model_name_or_path", "output_dir")}
         Path(recipe).write_text(yaml.safe_dump({**keys, "dataset_name": "pairs.jsonl", "use_cpu": True}))
+    if verb == "sweep":
+        keys = yaml.safe_load(Path(recipe).read_text())
+        Path(recipe).write_text(yaml.safe_dump({**keys, "grid": {"seed": [1, 2]}}))
     with pytest.raises(Replaced):
         main([verb, "--accelerate_config", "cpu_ddp", "--num_processes", "3", "--config", recipe, "--debug"])
     [(command, environment)] = replaced
