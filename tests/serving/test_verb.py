@@ -70,7 +70,7 @@ def test_the_end_lets_what_is_under_way_finish(number, code, recipe):
         threads = [threading.Thread(target=request) for _ in range(2)]
         for thread in threads:
             thread.start()
-        end = time.monotonic() + 10
+        end = time.monotonic() + 60
         while True:
             health = httpx.get(f"{url}/health", trust_env=False).json()
             if health["in_progress"] + health["queue_length"] == 2:
@@ -134,12 +134,11 @@ def test_a_mistake_is_one_line_and_exit_code_2(flags, message, recipe, capsys, m
     assert message in err and err.count("\n") == 1 and "xyzzy" not in err and "sk-secret" not in err
 
 
-def test_a_port_that_is_taken_is_told_before_anything_is_loaded(recipe, capsys):
+def test_a_port_that_is_taken_is_told_before_anything_is_loaded(recipe, capsys, monkeypatch):
+    monkeypatch.setattr("infalign.stages.serve.service_of", lambda *_: pytest.fail("the model was loaded"))
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        begin = time.monotonic()
         assert main(["serve", "--config", str(recipe), "--port", str(port)]) == 2
-    assert time.monotonic() - begin < 5
     assert capsys.readouterr().err == (
         f"infalign: error: port {port} of 127.0.0.1 is taken: give another --port, or 0 for any free one\n"
     )

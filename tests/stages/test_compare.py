@@ -239,7 +239,7 @@ sys.exit(code)
     assert done.returncode == 0, done.stderr
     seconds = sum(_children()) - start[1]
     print(f"1000 prompts x 64 samples: {seconds:.1f} CPU seconds")
-    assert "Best-of-64 " in done.stdout and seconds < 15.0
+    assert "Best-of-64 " in done.stdout and seconds < 60.0
 
 
 def _children():
