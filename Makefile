@@ -11,7 +11,7 @@ PYTEST := OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n 2 --dist loadfil
 
 help:
 	@echo "make quickstart   install, then the whole method on a small real model (5 to 25 minutes on 2 CPU cores)"
-	@echo "make headline     every objective at equal KL on a table, where all is known exactly (15 to 40 minutes)"
+	@echo "make headline     every objective at equal KL on a table, where all is known exactly (10 to 25 minutes)"
 	@echo "make test         install, then the fast tests (5 to 15 minutes); THREADS=2 gives each test process two"
 	@echo "make test-slow    the tests that take minutes (9 to 20 in all)"
 	@echo "make bench        speed beside TRL and transformers, one thread (about half an hour)"
@@ -33,7 +33,7 @@ quickstart: setup
 	@$(BIN)/infalign run --config recipes/quickstart.yaml --output_dir $(OUT)
 
 headline: setup
-	@$(BIN)/infalign sweep --config recipes/headline.yaml --output_dir outputs/headline
+	@OMP_NUM_THREADS=$(THREADS) $(BIN)/infalign sweep --config recipes/headline.yaml --output_dir outputs/headline
 
 test: setup
 	$(PYTEST) -m "not slow"
