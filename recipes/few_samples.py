@@ -19,7 +19,7 @@ from infalign import BestOfN, CTRLReward, WorstOfN, optimal_transform, win_rate_
 from infalign.calibration.few_samples import beta_for_kl
 from infalign.training.baselines import Baseline
 from infalign.training.direct import Direct
-from infalign.training.kl_control import FARTHEST, FARTHEST_UNKNOWN, KLControl
+from infalign.training.kl_control import FARTHEST, FARTHEST_UNKNOWN, KLControl, sensitivity
 
 
 def train(
@@ -32,7 +32,10 @@ def train(
     policy = page.Policy(*(logits.clone().requires_grad_() for logits in base))
     optimizer = torch.optim.Adam(policy, lr=rate)
     bound = FARTHEST_UNKNOWN if isinstance(reward.transform, Baseline) else FARTHEST
-    control = None if kl is None else KLControl(kl, math.log(beta), steps, math.log(beta), farthest=bound)
+    control = None
+    if kl is not None:
+        how = sensitivity(reward.transform, kl)
+        control = KLControl(kl, math.log(beta), steps, math.log(beta), farthest=bound, sensitivity=how)
     names = [str(prompt) for prompt in range(page.P) for _ in range(group)]
     rows = [references[prompt] for prompt in range(page.P) for _ in range(group)]
     for step in range(steps):

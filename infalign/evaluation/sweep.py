@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from infalign.evaluation.limits import attainment, limit_at, regret_ratio
 from infalign.evaluation.matched import AtKL, Curve, at_equal_kl
 from infalign.evaluation.summary import GOLD, PROXY, DecoderRow
+from infalign.evaluation.transfer import Transfer
 
 if TYPE_CHECKING:
     from infalign.theory.procedures import Procedure
@@ -126,6 +127,7 @@ class SweepResult:
         compared: at equal KL, by decoder, arm and KL.
         lacking: why there is no comparison; empty where there is one.
         limits: of every decoder that an arm is trained for.
+        transfers: trained for N, decoded with another; empty unless arms differ in N.
     """
 
     reference: str
@@ -135,6 +137,7 @@ class SweepResult:
     compared: tuple[Compared, ...] = ()
     lacking: str = ""
     limits: tuple[LimitCurve, ...] = ()
+    transfers: tuple[Transfer, ...] = ()
 
     @property
     def arms(self) -> list[str]:

@@ -10,10 +10,12 @@ from infalign.evaluation.matched import AtKL
 from infalign.evaluation.summary import GOLD, PROXY
 from infalign.evaluation.sweep import CellResult, Compared, SweepResult
 from infalign.report.frontier_plot import draw_frontier
+from infalign.report.key_plot import draw_key, plotted_keys
 from infalign.report.names import procedure_name
 from infalign.report.page import Plot, templates
 from infalign.report.style import to_png
 from infalign.report.table import ABSENT, Table, markdown, number
+from infalign.report.transfer_plot import draw_transfer
 from infalign.runtime.artifacts import from_plain, read_json, write_whole
 from infalign.runtime.console import clock
 
@@ -31,7 +33,9 @@ def report_sweep(folder: Path) -> Path:
             words = ["frontier", *procedure_name(curve.decoder).lower().split(), *(["gold"] if judge == GOLD else [])]
             figure = draw_frontier(finished, result.arms, judge, curve)
             plots.append(Plot("-".join(words), "", _CAPTION, to_png(figure)))
-    for plot in plots:
+    keys = [Plot(f"by-{name}", "", _BY_KEY, to_png(draw_key(finished, name))) for name in plotted_keys(finished)]
+    crossed = [Plot(name, "", _TRANSFER, png) for name, png in _transfer_plots(result)]
+    for plot in [*plots, *keys, *crossed]:
         write_whole(folder / "report" / f"{plot.name}.png", lambda path, png=plot.png: path.write_bytes(png))
     tables = compared_tables(result)
     html = (
@@ -44,6 +48,8 @@ def report_sweep(folder: Path) -> Path:
             remarks=remarks(result),
             failures=[cell for cell in result.cells if not cell.finished],
             plots=plots,
+            keys=keys,
+            crossed=crossed,
             compared=[(title, table, markdown(table)) for title, table in tables],
             cells=cell_table(result.cells),
         )
@@ -58,6 +64,27 @@ _CAPTION = (
     "comparison interpolates them. The black curve is the most that any method reaches at a KL, for a reward without "
     "ties."
 )
+
+
+_BY_KEY = (
+    "A point is a cell under the decoder that it was trained for; lines join means over seeds. Attainment is the share "
+    "of what any method can gain at the measured KL."
+)
+_TRANSFER = (
+    "A row is what was trained for, a column what decodes. Bold: the best of its column; the deeper the red, the "
+    "further behind it. Grey: the exact policy for the row's N at the measured KL, for a reward without ties. N = 1 is "
+    "the identity transform."
+)
+
+
+def _transfer_plots(result: SweepResult) -> list[tuple[str, bytes]]:
+    """A name and a PNG for each family and kind of policies that were trained for several N."""
+    groups = dict.fromkeys((box.family, box.kind) for box in result.transfers)
+    found = []
+    for family, kind in groups:
+        figure = draw_transfer([box for box in result.transfers if (box.family, box.kind) == (family, kind)])
+        found.append((f"transfer-{family.lower()}-{kind}", to_png(figure)))
+    return found
 
 
 def compared_tables(result: SweepResult) -> list[tuple[str, Table]]:

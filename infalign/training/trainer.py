@@ -80,7 +80,7 @@ from infalign.training.config import CTRLConfig, as_ctrl_config, own_beta, resol
 from infalign.training.data_sets import check_data_sets
 from infalign.training.held_out import measure
 from infalign.training.interpolation import Interpolated, interpolate
-from infalign.training.kl_control import FARTHEST, FARTHEST_UNKNOWN, KLControl
+from infalign.training.kl_control import FARTHEST, FARTHEST_UNKNOWN, USUAL, KLControl, sensitivity
 from infalign.training.packages import missing_packages
 from infalign.training.reward import PROMPT_IDS, CTRLReward
 from infalign.training.rollouts import PromptOrder, rollout_uniforms, shuffled_groups
@@ -294,7 +294,12 @@ class CTRLTrainer(RLOOTrainer):
                 start = math.log(self.args.beta)
                 unknown = any(isinstance(one.transform, Baseline) for one in self.ctrl_rewards)
                 bound = FARTHEST_UNKNOWN if unknown else FARTHEST
-                self.kl_control = KLControl(self.args.target_kl, start, max(1, generations), start, farthest=bound)
+                aim = self.args.target_kl
+                # of several objectives, the one that reacts most
+                steepest = max((sensitivity(one.transform, aim) for one in self.ctrl_rewards), default=USUAL)
+                self.kl_control = KLControl(
+                    aim, start, max(1, generations), start, farthest=bound, sensitivity=steepest
+                )
             return self.kl_control.beta
         start, end = self.args.beta_start, self.args.beta
         if start is None or not self.state.max_steps:

@@ -411,7 +411,9 @@ FAST = [
 ]
 
 
-CROWDED = 3.0  # the yardstick takes out the machine's speed, not what caches that others use cost the one and not the other
+CROWDED = (
+    3.0  # the yardstick takes out the machine's speed, not what caches that others use cost the one and not the other
+)
 YARDSTICK_SECONDS = 0.0059  # what `yardstick` takes on the machine whose seconds the targets are in
 
 

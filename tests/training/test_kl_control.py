@@ -8,11 +8,14 @@ import math
 
 import numpy as np
 import pytest
+from scipy import optimize
 
-from infalign import BestOfN, WorstOfN, optimal_transform
+from infalign import BestOfN, WorstOfN, optimal_transform, transforms
 from infalign.calibration.few_samples import beta_for_kl
+from infalign.training.baselines import Baseline
 from infalign.training.config import CTRLConfig
-from infalign.training.kl_control import KLControl
+from infalign.training.direct import Direct
+from infalign.training.kl_control import USUAL, KLControl, sensitivity
 from infalign.types import InputError
 from tests.tiny import tiny_causal
 from tests.training.test_trainer import config, trainer
@@ -72,16 +75,62 @@ def test_beta_has_bounds(start):
         assert control.beta == pytest.approx(bound)
 
 
-def test_an_overshoot_is_braked_at_once_and_given_back():
-    """A KL that runs past its target raises beta by .1 a generation, also in a long run; below it, beta comes back."""
-    control = made(1.0, 0.01, 1000)
-    for step in range(60):
-        control.update(0.05 * step)
-    braked = control.log_beta
-    assert braked - math.log(0.01) > 1.5  # at a thousandth of 4 a generation it would be .1
-    for _ in range(100):
-        control.update(0.7)
-    assert math.log(0.01) <= control.log_beta < braked - 0.3
+def settled_by(sensitivity: float, known: float, seed: int, steps: int = 400) -> float:
+    """Root mean square of log KL / target over the last half, of a policy whose KL is (beta_0 / beta)^sensitivity."""
+    rng, kl, seen = np.random.default_rng(seed), 0.0, []
+    start = math.log(0.1) + 0.3 / sensitivity  # the KL would settle a quarter below the target
+    control = KLControl(1.0, start, steps, start, sensitivity=known)
+    for _ in range(steps):
+        kl += (min(20.0, (0.1 / control.beta) ** sensitivity) - kl) / 12
+        seen.append(math.log(max(kl, 0.01)))
+        control.update(kl * (1 + 0.1 * rng.normal()))
+    return float(np.sqrt(np.mean(np.square(seen[steps // 2 :]))))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("value", [0.1, 0.4, 1.0, 2.8, 5.0, 6.6])
+def test_sensitive_and_sluggish_objectives_are_kept_alike(value, seed):
+    assert settled_by(value, value, seed) < 0.12
+
+
+@pytest.mark.parametrize(("value", "worse"), [(0.1, 0.15), (10.0, 0.15)])
+def test_without_the_sensitivity_they_are_not(value, worse):
+    assert settled_by(value, USUAL, 0) > worse
+
+
+@pytest.mark.parametrize(
+    ("transform", "phi"),
+    [
+        (transforms.identity, lambda u: u),
+        (transforms.log, np.log),
+        (optimal_transform(BestOfN(8), kl=0.7), optimal_transform(BestOfN(8), kl=0.7)),
+        (optimal_transform(WorstOfN(4), kl=0.7), optimal_transform(WorstOfN(4), kl=0.7)),
+    ],
+    ids=["identity", "log", "BestOfN(8)", "WorstOfN(4)"],
+)
+def test_sensitivity_of_a_fixed_transform(transform, phi):
+    """By sums over a fine grid: KL of weights exp(phi / beta), at betas around the one that gives .7 nats."""
+    values = phi((np.arange(400_000) + 0.5) / 400_000)
+
+    def kl(beta: float) -> float:
+        weights = np.exp((values - values.max()) / beta)
+        weights /= weights.mean()
+        return float(np.mean(weights * np.log(np.maximum(weights, 1e-300))))
+
+    beta = optimize.brentq(lambda one: kl(one) - 0.7, 1e-3, 10.0)
+    slope = -(math.log(kl(beta * 1.001)) - math.log(kl(beta / 1.001))) / (2 * math.log(1.001))
+    assert sensitivity(transform, 0.7) == pytest.approx(slope, rel=0.02)
+
+
+def test_sensitivity_of_the_others():
+    """Near the base KL is proportional to 1 / beta^2, for everybody; direct follows the optimum, not its transform."""
+    for one in (transforms.identity, transforms.log, Direct(BestOfN(4)), Baseline("par", BestOfN(4))):
+        assert sensitivity(one, 1e-4) == pytest.approx(2.0, rel=0.03)
+    assert sensitivity(Baseline("raw", BestOfN(4)), 1.5) == pytest.approx(2.0, rel=0.01)
+    betas = [optimal_transform(BestOfN(16), kl=one).beta for one in (0.99, 1.01)]
+    slope = math.log(1.01 / 0.99) / math.log(betas[0] / betas[1])
+    assert sensitivity(Direct(BestOfN(16)), 1.0) == pytest.approx(slope, rel=0.02)
+    assert sensitivity(lambda u: np.zeros_like(np.asarray(u)), 1.0) == USUAL  # aims at no policy with a KL
 
 
 def test_a_negative_or_missing_kl_is_no_catastrophe():

@@ -15,6 +15,7 @@ import pyarrow.csv as csv
 import pyarrow.parquet as pq
 
 from infalign.evaluation.sweep import CellResult, SweepResult, compare, limit_curve, tidy
+from infalign.evaluation.transfer import transfers
 from infalign.report.sweep_page import compared_tables, report_sweep
 from infalign.report.table import ABSENT, Table, number, plain_text
 from infalign.runtime.artifacts import differences, fingerprint, sweep_temporaries, without_nan, write_json, write_whole
@@ -218,7 +219,8 @@ def _compared(
     )
     largest = max((one.kl for one in finished), default=0.0)
     limits = tuple(limit_curve(one, largest) for label, one in procedures.items() if label in result.trained_for)
-    return dataclasses.replace(result, compared=compared, lacking=lacking, limits=limits)
+    crossed = transfers(finished)
+    return dataclasses.replace(result, compared=compared, lacking=lacking, limits=limits, transfers=crossed)
 
 
 def predicted(recipe: Recipe, decoder: Procedure, kl: float) -> float:
