@@ -20,8 +20,11 @@ import yaml
 
 from infalign import BestOfN, WorstOfN, optimal_transform, sweep, tilt, transforms, win_rate_limit
 from infalign.cli import main
+from infalign.evaluation.length import LengthControlled
 from infalign.evaluation.matched import Curve, at_equal_kl
+from infalign.evaluation.summary import DecoderRow
 from infalign.evaluation.sweep import CellResult, common_kls
+from infalign.report.key_plot import draw_key, plotted_keys
 from infalign.report.sweep_page import report_sweep
 from infalign.runtime.artifacts import read_json
 from infalign.stages.recipe import load_recipe
@@ -447,3 +450,74 @@ def test_killed_at_ten_instants_it_ends_with_the_same_table(own, tmp_path):
     assert tables[0] == tables[1]
     whole, killed = (read_json(tmp_path / one / "sweep.json", "a sweep")["compared"] for one in ("whole", "killed"))
     assert json.dumps(whole) == json.dumps(killed)
+
+
+# ---- trained for N, decoded with another; what a key does ----
+
+
+def test_trained_for_n_and_decoded_with_another(own, tmp_path):
+    """Every box again from the table: measured means over seeds, and exact policies at the measured KL."""
+    arms = {
+        "two": {"transform": "optimal", "n": 2},
+        "four": {"transform": "optimal", "n": 4},
+        "one": {"transform": "identity", "n": 4},
+        "raw": {"objective": "raw", "n": 4},
+        "direct": {"objective": "direct", "n": 4},
+    }
+    result = sweep(own(arms=arms, reference="one", eval_n=[1, 2, 8]), output_dir=str(tmp_path / "out"))
+    boxes = {(box.target_kl, box.trained, box.decoded): box for box in result.transfers}
+    assert {box.kind for box in result.transfers} == {"optimal"}, "direct was trained for one N alone"
+    assert set(boxes) == {(kl, n, other) for kl in (0.2, 0.5, 1.2) for n in (1, 2, 4) for other in (1, 2, 4, 8)}
+    rows = rows_of(tmp_path / "out")
+    for (target, n, other), box in boxes.items():
+        arm = {1: "one", 2: "two", 4: "four"}[n]
+        mine = [
+            row
+            for row in rows
+            if (row["arm"], row["decoder"], row["target_kl"]) == (arm, f"BestOfN({other})", f"{target:g}")
+        ]
+        assert len(mine) == 2
+        assert box.win == pytest.approx(np.mean([float(row["win"]) for row in mine]))
+        kl = np.mean([float(row["kl"]) for row in mine])
+        policy = tilt(transforms.identity, kl=kl) if n == 1 else optimal_transform(BestOfN(n), kl=kl)
+        assert box.exact == pytest.approx(float(policy.win_rate(BestOfN(other))), abs=1e-6)
+    page = (tmp_path / "out" / "report" / "index.html").read_text()
+    assert "Trained for N, decoded with another" in page
+    assert (tmp_path / "out" / "report" / "transfer-bestofn-optimal.png").stat().st_size > 10_000
+
+
+def test_one_n_has_no_such_matrix(own, tmp_path):
+    result = sweep(own(), output_dir=str(tmp_path / "out"))
+    page = (tmp_path / "out" / "report" / "index.html").read_text()
+    assert result.transfers == () and "Trained for N" not in page and "What a key does" not in page
+
+
+def test_a_key_with_three_values_has_a_plot(own, tmp_path):
+    sweep(
+        own(grid={"target_kl": [0.5], "shift": [0.0, 0.2, 0.4], "pause": [0.0, 0.001]}, arms={"a": {}, "b": {"n": 2}}),
+        output_dir=str(tmp_path / "out"),
+        reference="a shift=0.0 pause=0.0",
+    )
+    report = tmp_path / "out" / "report"
+    assert (report / "by-shift.png").stat().st_size > 10_000 and not (report / "by-pause.png").exists()
+    assert "What a key does" in (report / "index.html").read_text()
+
+
+def test_lines_of_a_keys_plot():
+    """One line for cells that differ in the key alone; means over seeds; limits without a value are not drawn."""
+    cells = [
+        CellResult(f"{k}{s}", f"direct num={k} other={g}", s, {"num": k, "other": g, "target_kl": 1.0, "flag": True}, {},
+                   procedure="BestOfN(4)", rows=(row_of(0.1 * k + 0.01 * s),))
+        for k in (1, 2, 30) for g in (5, 6) for s in (0, 1)
+    ]  # fmt: skip
+    assert plotted_keys(cells) == ["num"]
+    (axes,) = draw_key(cells, "num").axes
+    lines = {line.get_label(): line for line in axes.lines if not line.get_label().startswith("_")}
+    assert sorted(lines) == ["direct other=5, 1 nats", "direct other=6, 1 nats"]
+    np.testing.assert_allclose(lines["direct other=5, 1 nats"].get_xydata(), [[1, 0.105], [2, 0.205], [30, 3.005]])
+    assert axes.get_xscale() == "log"
+
+
+def row_of(attained: float) -> DecoderRow:
+    known = LengthControlled(*[math.nan] * 6)
+    return DecoderRow("BestOfN(4)", "best_of_n", 4, "reward", 0.8, 0.7, 0.9, known, 0.9, attained, 1.0, 1.0, 0.0)
