@@ -426,6 +426,18 @@ def test_a_dry_run_writes_nothing(own, tmp_path, capsys):
     assert "a sweep of 12 cells of 2 objectives" in capsys.readouterr().out and not (tmp_path / "out").exists()
 
 
+def test_a_dry_run_knows_what_is_finished(own, tmp_path, capsys):
+    out = str(tmp_path / "out")
+    sweep(own(grid={"target_kl": [0.2, 0.5]}), output_dir=out)
+    (tmp_path / "out" / "cells" / "plain-target_kl=0.5" / "evaluation" / "per_prompt.parquet").unlink()
+    before = sorted(path for path in (tmp_path / "out").rglob("*") if path.is_file())
+    capsys.readouterr()
+    sweep(own(grid={"target_kl": [0.2, 0.5, 1.2]}), output_dir=out, dry_run=True, overwrite=True)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "target_kl=" in line]
+    assert [line.endswith("finished") for line in lines] == [True, True, True, False, False, False]
+    assert sorted(path for path in (tmp_path / "out").rglob("*") if path.is_file()) == before
+
+
 @pytest.mark.slow
 def test_killed_at_ten_instants_it_ends_with_the_same_table(own, tmp_path):
     """SIGKILL at random instants of a sweep of 12 cells; what counts is all but the seconds."""
@@ -506,8 +518,8 @@ def test_a_key_with_three_values_has_a_plot(own, tmp_path):
 def test_lines_of_a_keys_plot():
     """One line for cells that differ in the key alone; means over seeds; limits without a value are not drawn."""
     cells = [
-        CellResult(f"{k}{s}", f"direct num={k} other={g}", s, {"num": k, "other": g, "target_kl": 1.0, "flag": True}, {},
-                   procedure="BestOfN(4)", rows=(row_of(0.1 * k + 0.01 * s),))
+        CellResult(f"{k}{s}", f"direct num={k} other={g}", s, {"num": k, "other": g, "target_kl": 1.0, "flag": True},
+                   {}, procedure="BestOfN(4)", rows=(row_of(0.1 * k + 0.01 * s),))
         for k in (1, 2, 30) for g in (5, 6) for s in (0, 1)
     ]  # fmt: skip
     assert plotted_keys(cells) == ["num"]

@@ -65,6 +65,23 @@ class OwnCell:
     source: dict[str, str]
 
 
+def is_finished(folder: Path, cell: Cell) -> bool:
+    """Whether a cell's folder holds its result; looks only, and removes nothing."""
+    path = _record(folder)
+    if not path.exists() or not (folder / PER_PROMPT).exists():
+        return False
+    found = from_plain(CellResult, read_json(path, "the cell"))
+    return found.finished and not _changed(found, cell)[1]
+
+
+def _changed(found: CellResult, cell: Cell) -> tuple[list[str], list[str]]:
+    """The names of keys that differ from those that a result was made with, and how in words."""
+    now = _plain(cell.keys)
+    names = [name for name in {**found.keys, **now} if found.keys.get(name) != now.get(name) and name not in REPORTING]
+    before, after = ({name: keys.get(name) for name in names} for keys in (found.keys, now))
+    return names, differences(before, after)
+
+
 def read_cell(folder: Path, cell: Cell, overwrite: bool) -> CellResult | None:
     """The result that a cell's folder holds, None where it is to be made, or only to be measured again.
 
@@ -80,9 +97,7 @@ def read_cell(folder: Path, cell: Cell, overwrite: bool) -> CellResult | None:
         if overwrite and folder.exists():  # of a run that was killed, perhaps with other settings
             remove_cell(folder)
         return None
-    now = _plain(cell.keys)
-    names = [name for name in {**found.keys, **now} if found.keys.get(name) != now.get(name) and name not in REPORTING]
-    changed = differences({name: found.keys.get(name) for name in names}, {name: now.get(name) for name in names})
+    names, changed = _changed(found, cell)
     if not changed:
         whole = found.finished and (folder / PER_PROMPT).exists()
         return found if whole else None

@@ -29,7 +29,7 @@ from infalign.stages.objective import load_objective, load_procedure
 from infalign.stages.per_prompt import read_per_prompt
 from infalign.stages.recipe import Recipe, require
 from infalign.stages.run import preflight
-from infalign.stages.sweep.cells import OwnCell, make_cell, read_cell, remove_cell, source_of
+from infalign.stages.sweep.cells import OwnCell, is_finished, make_cell, read_cell, remove_cell, source_of
 from infalign.stages.sweep.recipe import ALONG, Cell, Sweep, cells_of, load_sweep
 from infalign.theory.procedures import Procedure
 from infalign.types import InputError, TrainingError
@@ -275,6 +275,9 @@ def _dry_run(settings: Sweep, cells: Sequence[Cell]) -> None:
     drawn: set[str] = set()
     total, all_tokens = 0.0, 0
     for cell in cells:
+        if is_finished(settings.output / "cells" / cell.name, cell):
+            rows.append((cell.name, ABSENT, "finished"))
+            continue
         if own is not None:
             rows.append((cell.name, ABSENT, ABSENT))
             continue
