@@ -101,7 +101,7 @@ class KLControl:
         # in logs, because KL and beta are about inversely proportional; one estimate counts for no more than a factor e
         error = math.log(max(expected, 1e-3 * self.target) / self.target)
         gain = USUAL / self.sensitivity
-        speed = min(FASTEST * min(1.0, gain), TRAVEL / self.generations * gain)
+        speed = min(FASTEST, TRAVEL / self.generations * gain)
         moved = self.log_beta + speed * max(-1.0, min(1.0, error))
         far = self.farthest * max(1.0, min(WIDEST, gain))
         self.log_beta = max(self.start - far, min(max(self.start + far, STRONG), moved))
