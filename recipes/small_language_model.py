@@ -15,12 +15,13 @@ import gzip
 import json
 import random
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -89,12 +90,19 @@ def made_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast.from_pretrained(HERE / "model")
 
 
-def build() -> Callable[..., list[float]]:
-    """The reward: what each token at its place is worth, and how a completion goes with its prompt; both random."""
+@cache
+def values() -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Of the reward: what tokens are worth (V,), directions (V, 32) of tokens, weights of places; drawn once."""
     generator = np.random.default_rng(5)
     worth = generator.normal(size=VOCABULARY)
     directions = generator.normal(size=(VOCABULARY, 32)) / np.sqrt(32)
     place = 1.0 + 0.3 * generator.normal(size=4 * COMPLETION)
+    return worth, directions, place
+
+
+def build() -> Callable[..., list[float]]:
+    """The reward: what each token at its place is worth, and how a completion goes with its prompt; both random."""
+    worth, directions, place = values()
 
     def reward(prompts: list[str], completions: list[str], **columns: object) -> list[float]:
         return [one(tokens(prompt), tokens(text)) for prompt, text in zip(prompts, completions, strict=True)]
@@ -110,6 +118,14 @@ def build() -> Callable[..., list[float]]:
         return float(alone + 3.0 * together)
 
     return reward
+
+
+def by_position(prompt: Sequence[int], completions_BT: NDArray[np.int64]) -> NDArray[np.float64]:
+    """(B, T) what each token of completions adds to their rewards, which are the sums over T."""
+    worth, directions, place = values()
+    count = completions_BT.shape[1]
+    together = directions[completions_BT] @ directions[list(prompt)].mean(0)
+    return (worth[completions_BT] * place[:count] + 3.0 * together) / count
 
 
 def main(path: str) -> None:
