@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -32,12 +33,16 @@ def _numbers(cells: Sequence[CellResult], name: str) -> set[float]:
     return {float(one) for one in values if isinstance(one, (int, float)) and not isinstance(one, bool)}
 
 
-def _without(cell: CellResult, name: str) -> str:
-    """What a cell has in common with those that differ in one key alone, and in the seed."""
+def _without(cell: CellResult, name: str, targets: int) -> str:
+    """What a cell has in common with those that differ in one key and the seed; with its KL where there are more."""
     words = f" {cell.arm} ".replace(f" {name}={cell.varied[name]} ", " ").strip()
-    target = cell.varied.get("target_kl")
     own = words if words not in ("", f"{name}={cell.varied[name]}") else "all"
-    return own if target is None else f"{own}, {target:g} nats"
+    return f"{own}, {cell.varied['target_kl']:g} nats" if targets > 1 else own
+
+
+def _natural(label: str) -> list[str | float]:
+    """Sorts numbers in a text by their value."""
+    return [float(part) if at % 2 else part for at, part in enumerate(re.split(r"(\d+(?:\.\d+)?)", label))]
 
 
 @styled()
@@ -50,12 +55,13 @@ def draw_key(cells: Sequence[CellResult], name: str) -> Figure:
     """
     figure, (axes,) = new_figure(size=(9.0, 5.0))
     points: dict[str, dict[float, list[float]]] = {}
+    targets = len({cell.varied.get("target_kl") for cell in cells})
     for cell in cells:
         row = next((row for row in cell.rows if (row.judge, row.label) == (PROXY, cell.procedure)), None)
         value = cell.varied.get(name)
         if row is not None and isinstance(value, (int, float)):
-            points.setdefault(_without(cell, name), {}).setdefault(float(value), []).append(row.attainment)
-    for at, (label, by_value) in enumerate(sorted(points.items(), key=lambda one: one[0])):
+            points.setdefault(_without(cell, name, targets), {}).setdefault(float(value), []).append(row.attainment)
+    for at, (label, by_value) in enumerate(sorted(points.items(), key=lambda one: _natural(one[0]))):
         color, style = LINES[at % len(LINES)], "-" if at < len(LINES) else "--"
         values = sorted(by_value)
         short = label if len(label) <= LONGEST else f"{label[: LONGEST - 1]}\N{HORIZONTAL ELLIPSIS}"

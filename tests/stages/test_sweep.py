@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -525,9 +526,14 @@ def test_lines_of_a_keys_plot():
     assert plotted_keys(cells) == ["num"]
     (axes,) = draw_key(cells, "num").axes
     lines = {line.get_label(): line for line in axes.lines if not line.get_label().startswith("_")}
-    assert sorted(lines) == ["direct other=5, 1 nats", "direct other=6, 1 nats"]
-    np.testing.assert_allclose(lines["direct other=5, 1 nats"].get_xydata(), [[1, 0.105], [2, 0.205], [30, 3.005]])
+    assert sorted(lines) == ["direct other=5", "direct other=6"]
+    np.testing.assert_allclose(lines["direct other=5"].get_xydata(), [[1, 0.105], [2, 0.205], [30, 3.005]])
     assert axes.get_xscale() == "log"
+    # with two targets, each has its lines; numbers sort by value
+    more = [replace(cell, varied={**cell.varied, "target_kl": 0.5}) for cell in cells]
+    arms = [replace(cell, arm=cell.arm.replace("other=6", "other=16")) for cell in [*cells, *more]]
+    labels = [text.get_text() for text in draw_key(arms, "num").axes[0].get_legend().get_texts()]
+    assert labels == [f"direct other={other}, {kl} nats" for other in (5, 16) for kl in ("0.5", "1")]
 
 
 def row_of(attained: float) -> DecoderRow:
