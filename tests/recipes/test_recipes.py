@@ -19,7 +19,7 @@ from tests.tiny import tiny_causal
 
 ROOT = Path(__file__).parents[2]
 REWARD_MODELS = [ROOT / "recipes" / "harmless_reward.yaml"]
-SWEEPS = [ROOT / "recipes" / "headline.yaml", ROOT / "recipes" / "language_model_sweep.yaml"]
+SWEEPS = sorted(path for path in (ROOT / "recipes").glob("*.yaml") if "\ngrid:" in path.read_text(encoding="utf-8"))
 RECIPES = sorted(set((ROOT / "recipes").glob("*.yaml")) - set(REWARD_MODELS) - set(SWEEPS))
 TRAINED = {str(Path(load_reward_model_recipe(path).output_dir) / "reward_model") for path in REWARD_MODELS}
 HARMLESS = ROOT.parent / "shared" / "data" / "hh-harmless-base-test.jsonl.gz"
@@ -44,8 +44,12 @@ def test_every_cell_of_a_sweep_is_valid(path):
     for cell in cells[: len(settings.arms)]:
         assert load_objective(cell.recipe, load_procedure(cell.recipe)).beta > 0
         # compared where every arm is measured
-        assert min(settings.grid["target_kl"]) < min(settings.compare_at)
-        assert max(settings.grid["target_kl"]) > max(settings.compare_at)
+        for kl in settings.compare_at:
+            assert min(settings.grid["target_kl"]) < kl < max(settings.grid["target_kl"])
+
+
+def test_the_sweeps_are_found():
+    assert {path.stem for path in SWEEPS} >= {"headline", "language_model_sweep", "transfer", "how_many_samples"}
 
 
 def test_the_harmless_recipe_uses_the_reward_that_the_other_one_trains():
