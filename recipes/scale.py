@@ -94,7 +94,7 @@ MEASURED = (
 class Job:
     """The rollouts of a step, and how many steps.
 
-    Lengths are log-normal with this median and spread, and end at `longest`; `length_S(count)` draws them.
+    Lengths are log-normal with this median and spread, and end at `longest`; `lengths(count)` draws them.
     """
 
     groups: int = 128

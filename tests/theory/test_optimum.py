@@ -411,9 +411,8 @@ FAST = [
 ]
 
 
-CROWDED = (
-    3.0  # the yardstick takes out the machine's speed, not what caches that others use cost the one and not the other
-)
+# The yardstick takes out the machine's speed; what a cache costs that other work uses, too, it does not.
+CROWDED = 3.0
 YARDSTICK_SECONDS = 0.0059  # what `yardstick` takes on the machine whose seconds the targets are in
 
 
