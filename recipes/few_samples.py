@@ -28,7 +28,7 @@ def train(
     """Policy, base and rewards (P, J): the loop of the page, with the package's rewards, and beta steered to `kl`."""
     base, reward_PJ = page.make_problem(seed)
     rng = torch.Generator().manual_seed(seed)
-    references = reward_PJ.gather(1, page.sample(base, count, rng)).tolist()
+    references = list(reward_PJ.gather(1, page.sample(base, count, rng)).numpy())
     policy = page.Policy(*(logits.clone().requires_grad_() for logits in base))
     optimizer = torch.optim.Adam(policy, lr=rate)
     bound = FARTHEST_UNKNOWN if isinstance(reward.transform, Baseline) else FARTHEST

@@ -118,7 +118,9 @@ def as_rewards(
             f"{subject} returned {len(values)} values for {expected_count} completions; "
             f"return exactly one per completion, None for no score"
         )
-    rewards = np.array([_number(value, i, subject) for i, value in enumerate(values)], dtype=np.float64)
+    plain = set(map(type, values)) == {float}
+    read = values if plain else [_number(value, i, subject) for i, value in enumerate(values)]
+    rewards = np.array(read, dtype=np.float64)
     if infinite == "error" and np.isinf(rewards).any():
         index = int(np.isinf(rewards).argmax())
         raise RewardError(f"{subject} is not finite: {rewards[index]} at index {index}; return None for no score")
