@@ -143,6 +143,17 @@ VERBS = {
         usage="--config SWEEP.yaml [--KEY VALUE ...]",
         note="Any other key is a recipe's, for all cells (`infalign run --help` lists them).",
     ),
+    "merge": Verb(
+        "several models of one architecture become one: mergekit's methods and YAML, and dam",
+        "merge.run:merge",
+        recipe="merge.recipe:MergeRecipe",
+        read="merge.recipe:load_merge_recipe",
+        config="optional",
+        tell="merge.run:tell",
+        launches=True,
+        writes=True,
+        usage="--config MERGE.yaml --output_dir FOLDER [--KEY VALUE ...]",
+    ),
     "theory": Verb(
         "every transform against the optimum for a procedure; loads no model",
         "theory:theory_verb",

@@ -39,9 +39,12 @@ def test_both_modules_are_the_command_line(module):
 def test_every_verb_has_help(verb, capsys):
     assert main([verb, "--help"]) == 0
     out = capsys.readouterr().out
-    own = {"reward-model": "--freeze_backbone", "compare": "--policy", "sweep": "--compare_at"}.get(
-        verb, "--num_calibration_samples"
-    )
+    own = {
+        "reward-model": "--freeze_backbone",
+        "compare": "--policy",
+        "sweep": "--compare_at",
+        "merge": "--base_model",
+    }.get(verb, "--num_calibration_samples")
     assert VERBS[verb].help in out and own in out
 
 

@@ -24,6 +24,7 @@ ORDER = [
     "decoding",
     "evaluation",
     "training",
+    "merging",
     "report",
     "serving",
     "stages",
@@ -113,3 +114,10 @@ def test_every_public_name_is_there():
         assert getattr(infalign, name) is not None
     with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
         _ = infalign.nonsense
+
+
+@pytest.mark.parametrize("leaf", ["merging"])
+def test_only_stages_know_the_leaves(leaf):
+    for path in FILES:
+        if any(name.startswith(f"infalign.{leaf}") for name in imported(path)):
+            assert room(path) in (leaf, "stages"), f"{path} imports {leaf}"

@@ -25,6 +25,7 @@ from transformers import (
 
 from infalign.generation.plan import Request
 from infalign.models.captured import decoding_for
+from infalign.models.mixture import LogitMixture
 from infalign.models.shared_prefix import Decoding, pad_left, positions, why_plain, without_router_logits
 from infalign.runtime.console import notice
 from infalign.runtime.distributed import any_rank
@@ -111,7 +112,7 @@ def decode_rows(
     """Decode one completion a prompt, T tokens at most; row b is a function of prompt b and `uniforms_BT[b]`.
 
     Args:
-        model: a causal language model.
+        model: a causal language model, or a mixture of several.
         prompts: B prompts' token ids.
         uniforms_BT: one uniform a token.
         settings: the sampling distribution; its `max_tokens` is T.
@@ -126,8 +127,7 @@ def decode_rows(
     uniforms = torch.as_tensor(uniforms_BT, device=device)
     ends = torch.tensor(list(end_ids), device=device)
     count = uniforms.shape[1]
-    shared = share and not in_step and _shares(model)
-    rows = decoding_for(model, prompts, room=count) if shared else _Plainly(model, prompts)
+    rows = _decoding(model, prompts, count, share and not in_step)
     active = torch.arange(len(prompts), device=device)
     tokens_BT = torch.zeros(uniforms.shape, dtype=torch.long, device=device)
     logps_BT = torch.zeros(uniforms.shape, dtype=torch.float32, device=device)
@@ -154,13 +154,20 @@ def decode_rows(
         if not (any_rank(unfinished) if in_step else unfinished):
             break
         keep = going.nonzero()[:, 0]  # places among the active rows, not in the batch
-        if unfinished and isinstance(rows, Decoding) and len(keep) <= rows.KEPT * len(active):
+        if unfinished and not isinstance(rows, _Plainly) and len(keep) <= rows.KEPT * len(active):
             rows.keep(keep)
             active, chosen = active[keep], chosen[keep]
     return [
         (tokens[:length], logps[:length])
         for tokens, logps, length in zip(tokens_BT.tolist(), logps_BT.tolist(), lengths_B.tolist(), strict=True)
     ]
+
+
+def _decoding(model: Any, prompts: Sequence[Sequence[int]], room: int, share: bool) -> Decoding | _Plainly | _Mixed:
+    """What gives the logits of the next tokens, some rows at a time."""
+    if isinstance(model, LogitMixture):
+        return _Mixed(model, [_decoding(one, prompts, room, share) for one in model.models])
+    return decoding_for(model, prompts, room=room) if share and _shares(model) else _Plainly(model, prompts)
 
 
 def _shares(model: Any) -> bool:
@@ -197,6 +204,24 @@ class _Plainly:
         self.cache = output.past_key_values
         self.mask = torch.nn.functional.pad(self.mask, (0, 1), value=1)
         return output.logits[:, -1]
+
+
+class _Mixed:
+    """Decoding with several models at once."""
+
+    def __init__(self, mixture: LogitMixture, parts: Sequence[Any]) -> None:
+        self.mixture, self.parts = mixture, parts
+        # all of them let go of finished rows, or none does
+        self.KEPT = Decoding.KEPT if all(isinstance(part, Decoding) for part in parts) else -1.0
+
+    def logits(self, ids_B: Tensor) -> Tensor:
+        """(B, V) as of one model."""
+        return self.mixture.mixed([part.logits(ids_B) for part in self.parts])
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with some of the rows."""
+        for part in self.parts:
+            part.keep(rows)
 
 
 def draw(logits_BV: Tensor, uniforms_B: Tensor) -> tuple[Tensor, Tensor]:

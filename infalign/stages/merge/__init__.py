@@ -1,0 +1,1 @@
+"""`infalign merge`: several models of one architecture become one."""

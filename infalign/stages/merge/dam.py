@@ -1,0 +1,281 @@
+"""`merge_method: dam`: the parents' data and words, the coefficients, and the model that they make.
+
+What the parents say of their examples is written down first, one parent at a time, so that no two models are in memory
+for it. While coefficients are learned the parents' weights are mapped from their files. Everything on the way is kept
+beside the output folder under a hidden name until the model is whole: a killed merge goes on.
+"""
+
+# peft and transformers type what they return as unions of everything that it may be.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from infalign.data.completions import read_completions
+from infalign.data.sources import iter_rows
+from infalign.data.templates import render
+from infalign.merging.dam import TeacherLogits, coefficient_shapes, merged, teacher_logits
+from infalign.merging.learning import DAMSettings, Example, Learned, learn, padded
+from infalign.merging.parents import mapped
+from infalign.merging.plan import MergePlan
+from infalign.models.loading import choose_device, load_policy, load_tokenizer, local_path
+from infalign.report.merge_plot import draw_coefficients
+from infalign.report.style import to_png
+from infalign.runtime.artifacts import fingerprint, whole_folder, write_json, write_whole
+from infalign.runtime.config import coerce
+from infalign.runtime.console import Progress, say
+from infalign.runtime.distributed import barrier, is_main, together, world_size
+from infalign.runtime.launch import join
+from infalign.runtime.seeds import stream
+from infalign.stages.merge.recipe import MergeRecipe
+from infalign.types import InputError, TrainingError
+
+MAX_LENGTH, NUM_EXAMPLES = 512, 1700
+"""Tokens of an example, and examples of a parent, unless the parameters say otherwise."""
+TEACHING_TOKENS = 4096
+"""Of a forward pass of a parent."""
+
+
+def merge_by_dam(recipe: MergeRecipe, plan: MergePlan, names: dict[str, str], parts: dict[str, Any]) -> None:
+    """Learn the coefficients and write the merged model (every rank calls this)."""
+    from infalign.stages.merge.run import finish  # noqa: PLC0415 - which imports this module
+
+    join(recipe.use_cpu)
+    with together("the checks before DAM"):
+        settings, limits = dam_settings(plan, recipe.seed)
+        paths = [names[parent.model] for parent in plan.parents]
+        tokenizer = _common_tokenizer(paths, recipe)
+        examples = [
+            read_examples(_data_path(str(parent.data), recipe), tokenizer, *limits, recipe.seed)
+            for parent in plan.parents
+        ]
+    identity = {**parts, "examples": fingerprint([[one.ids for one in own] for own in examples])}
+    work = recipe.output.parent / f".{recipe.output.name}.{fingerprint(identity)}.dam"
+    work.mkdir(parents=True, exist_ok=True)
+    for parent, path in enumerate(paths):
+        if is_main():
+            _teach(work, parent, path, examples[parent], settings, recipe)
+        barrier()
+    model: Any = load_policy(
+        _whole(work, 0, paths[0]), device=choose_device(recipe.use_cpu), trust_remote_code=recipe.trust_remote_code
+    )
+    learned = _learn(work, model, paths, examples, settings, identity)
+    if is_main():
+        with whole_folder(recipe.output) as temporary:
+            _write(temporary, model, work, paths, learned, recipe, [parent.model for parent in plan.parents])
+            tokenizer.save_pretrained(temporary)
+            finish(temporary, recipe, plan, parts)
+        shutil.rmtree(work)
+
+
+def dam_settings(plan: MergePlan, seed: int) -> tuple[DAMSettings, tuple[int, int]]:
+    """DAM's settings from the plan's parameters; and the most tokens of an example and examples of a parent.
+
+    Raises:
+        InputError: a value of another type, or out of its range.
+    """
+    given = dict(plan.yaml.get("parameters") or {})
+    types: dict[str, type] = dict.fromkeys(given, float)
+    types |= dict.fromkeys(("steps", "batch_size", "top_k", "max_length", "num_examples"), int)
+    problems = []
+    for name, value in given.items():
+        try:
+            given[name] = coerce(value, types[name])
+        except TypeError as error:
+            problems.append(f"parameters: {name}: {error}")
+            continue
+        least = (
+            0 if name in ("cosine", "l1", "l2") else 2 if name == "max_length" else 1 if types[name] is int else None
+        )
+        if least is not None and given[name] < least:
+            problems.append(f"parameters: {name} must be at least {least}, got {value}")
+        elif least is None and not given[name] > 0:
+            problems.append(f"parameters: {name} must be more than 0, got {value}")
+    if not problems and given.get("batch_size", DAMSettings.batch_size) < world_size():
+        problems.append(f"parameters: batch_size must be at least the number of processes, {world_size()}")
+    if problems:
+        raise InputError("; ".join(problems))
+    limits = given.pop("max_length", MAX_LENGTH), given.pop("num_examples", NUM_EXAMPLES)
+    return DAMSettings(**given, seed=seed), limits
+
+
+def _data_path(name: str, recipe: MergeRecipe) -> str:
+    path = local_path(name, recipe.base_dir)
+    if path is None:
+        raise InputError(f"data {name!r}: no such file: give a JSONL of prompts with completions, or of texts")
+    return str(path)
+
+
+def read_examples(path: str, tokenizer: Any, max_length: int, count: int, seed: int) -> list[Example]:
+    """Examples from a file of prompts with completions (any form that `infalign compare` reads), or of texts.
+
+    Args:
+        path: the file.
+        tokenizer: all parents'.
+        max_length: tokens of an example; longer ones are cut at their end.
+        count: examples at most, drawn by `seed`.
+        seed: of the draw.
+
+    Raises:
+        InputError: nothing there to predict.
+    """
+    first = next(iter_rows(path), None)
+    pairs: list[tuple[list[int], list[int]]] = []
+    if first is not None and set(first) & {"text"} and not set(first) & {"prompt", "messages", "question"}:
+        for row in iter_rows(path):
+            ids = tokenizer(str(row["text"]))["input_ids"]
+            pairs.append((ids[:1], ids[1:]))
+    else:
+        for row in read_completions(path).rows:
+            prompt = render(tokenizer, row.prompt.content)
+            pairs += [(prompt, tokenizer(one, add_special_tokens=False)["input_ids"]) for one in row.texts or ()]
+    fitting = [(prompt, text) for prompt, text in pairs if text and len(prompt) < max_length]
+    if not fitting:
+        raise InputError(f"{path}: no row leaves a token to predict within max_length {max_length}")
+    order = stream(seed, "dam examples").permutation(len(fitting))[:count]
+    return [
+        Example(tuple([*prompt, *text][:max_length]), start=len(prompt))
+        for prompt, text in (fitting[int(row)] for row in order)
+    ]
+
+
+def _common_tokenizer(paths: Sequence[str], recipe: MergeRecipe) -> Any:
+    """The first parent's tokenizer, which must give every text the others' tokens.
+
+    Raises:
+        InputError: vocabularies differ.
+    """
+    tokenizers = [load_tokenizer(path.split("+")[0], None, recipe.trust_remote_code) for path in paths]
+    for path, other in zip(paths[1:], tokenizers[1:], strict=True):
+        if other.get_vocab() != tokenizers[0].get_vocab():
+            raise InputError(
+                f"dam merges models of one vocabulary: the tokenizers of {paths[0]} and {path} have other tokens"
+            )
+    return tokenizers[0]
+
+
+def _whole(work: Path, parent: int, path: str) -> str:
+    """A parent's folder; an adapter is merged into its model first."""
+    model, _, adapter = path.partition("+")
+    if not adapter:
+        return model
+    folder = work / f"parent-{parent}"
+    if is_main() and not folder.is_dir():
+        from peft import PeftModel  # noqa: PLC0415 - an extra
+
+        base = load_policy(model, device=torch.device("cpu"))
+        with whole_folder(folder) as temporary:
+            PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(temporary)
+    barrier()
+    return str(folder)
+
+
+def _teach(
+    work: Path, parent: int, path: str, examples: Sequence[Example], settings: DAMSettings, recipe: MergeRecipe
+) -> None:
+    """Write down what a parent says of its examples, unless it stands there."""
+    file = work / f"teacher-{parent}.safetensors"
+    if file.exists():
+        return
+    model: Any = load_policy(_whole(work, parent, path), device=choose_device(recipe.use_cpu)).eval()
+    tops, ids = [], []
+    size = max(1, TEACHING_TOKENS // max(len(one.ids) for one in examples))
+    with torch.no_grad(), Progress(f"dam: parent {parent + 1} reads", len(examples), "examples") as progress:
+        for start in range(0, len(examples), size):
+            chosen = examples[start : start + size]
+            inputs, counts_BL = padded(chosen, model.device)
+            kept = teacher_logits(model(**inputs).logits[counts_BL], settings.top_k, settings.temperature)
+            tops.append(kept.top_RK.cpu())
+            ids.append(kept.ids_RK.to(torch.int32).cpu())
+            progress.advance(len(chosen))
+    held = {"top": torch.cat(tops), "ids": torch.cat(ids)}
+    write_whole(file, lambda temporary: save_file(held, temporary))
+
+
+def _teachers(
+    work: Path, examples: Sequence[Sequence[Example]], device: torch.device
+) -> Callable[[int, Sequence[int]], TeacherLogits]:
+    """What `learn` asks for, read from the files."""
+    held = []
+    for parent in range(len(examples)):
+        with safe_open(work / f"teacher-{parent}.safetensors", framework="pt") as file:
+            held.append((file.get_tensor("top"), file.get_tensor("ids")))
+    ends = [np.cumsum([0, *(len(one.ids) - one.start for one in own)]) for own in examples]
+
+    def teach(parent: int, chosen: Sequence[int]) -> TeacherLogits:
+        rows = np.concatenate([np.arange(ends[parent][number], ends[parent][number + 1]) for number in chosen])
+        top, ids = (one[torch.from_numpy(rows)].to(device) for one in held[parent])
+        return TeacherLogits(top, ids.long())
+
+    return teach
+
+
+def _learn(
+    work: Path,
+    model: Any,
+    paths: Sequence[str],
+    examples: Sequence[Sequence[Example]],
+    settings: DAMSettings,
+    identity: dict[str, Any],
+) -> Learned:
+    weights = _weights(work, model, paths)
+    with Progress("dam: learning", settings.steps, "steps") as progress:
+        learned = learn(
+            model,
+            weights,
+            examples,
+            _teachers(work, examples, model.device),
+            settings,
+            checkpoint=work / "checkpoint.pt",
+            identity=identity,
+            advance=lambda note: progress.advance(1, f"KL to the parents {note}"),
+        )
+    if not np.isfinite(learned.losses_KS).all():
+        raise TrainingError("DAM's losses are not finite: lower parameters.learning_rate")
+    first, last = (np.mean(rows, axis=0) for rows in (learned.losses_KS[:10], learned.losses_KS[-10:]))
+    say(
+        "dam: divergence from the parents, first and last ten steps: "
+        + ", ".join(f"{a:.4f} -> {b:.4f}" for a, b in zip(first, last, strict=True))
+    )
+    return learned
+
+
+def _weights(work: Path, model: Any, paths: Sequence[str]) -> list[dict[str, torch.Tensor]]:
+    names = list(coefficient_shapes(model))
+    return [
+        {name: one.to(model.device) for name, one in mapped(Path(_whole(work, parent, path)), names).items()}
+        for parent, path in enumerate(paths)
+    ]
+
+
+def _write(
+    folder: Path,
+    model: Any,
+    work: Path,
+    paths: Sequence[str],
+    learned: Learned,
+    recipe: MergeRecipe,
+    labels: Sequence[str],
+) -> None:
+    """The merged model, its coefficients, their plot, and the losses."""
+    with torch.no_grad():
+        weights = merged(_weights(work, model, paths), learned.coefficients)
+        for name, parameter in model.named_parameters():
+            parameter.copy_(weights[name])
+    model.save_pretrained(folder, max_shard_size=int(recipe.shard_gb * 1e9))
+    coefficients = {name: c_S.contiguous().cpu() for name, c_S in learned.coefficients.items()}
+    about = folder / "dam"  # not beside the weights, which are every safetensors there
+    about.mkdir()
+    save_file(coefficients, about / "coefficients.safetensors")
+    plain = {name: c_S.numpy() for name, c_S in coefficients.items()}
+    (about / "coefficients.png").write_bytes(to_png(draw_coefficients(plain, [Path(one).name for one in labels])))
+    write_json(about / "losses.json", {"parents": list(labels), "divergence": learned.losses_KS})
