@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -120,3 +122,21 @@ def test_missing_data_and_other_vocabularies(folder, tmp_path):
     path.write_text(yaml.safe_dump(plan))
     with pytest.raises(InputError, match="models of one vocabulary"):
         merge(load_merge_recipe(path, {"output_dir": str(tmp_path / "out")}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launch", ["cpu_ddp", "cpu_zero3"])
+def test_two_processes_learn_the_same_merge_as_one(folder, tmp_path, launch):
+    recipe(folder, tmp_path / "one")  # writes the YAML
+    command = [sys.executable, "-m", "infalign", "merge", "--config", str(folder / "dam.yml"), "--use_cpu"]
+    many = ["--accelerate_config", launch, "--num_processes", "2"]
+    for name, words in (("one", []), ("two", many)):
+        out = ["--output_dir", str(tmp_path / name)]
+        done = subprocess.run([*command, *out, *words], capture_output=True, text=True, check=False, timeout=400)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("merged model:") == 1
+    one, two = (load_file(tmp_path / name / "dam" / "coefficients.safetensors") for name in ("one", "two"))
+    assert max(float((c - 0.5).abs().max()) for c in one.values()) > 0.01
+    # Adam turns a gradient of rounding size into a whole step: where the gradient is more, both agree
+    apart = torch.cat([(one[name] - two[name]).abs().flatten() for name in one])
+    assert float((apart > 1e-4).float().mean()) < 0.02

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from infalign.data.completions import read_completions
 from infalign.data.sources import iter_rows
 from infalign.data.templates import render
-from infalign.merging.dam import TeacherLogits, coefficient_shapes, merged, teacher_logits
+from infalign.merging.dam import TeacherLogits, Weights, coefficient_shapes, merged, teacher_logits
 from infalign.merging.learning import DAMSettings, Example, Learned, learn, padded
 from infalign.merging.parents import mapped
 from infalign.merging.plan import MergePlan
@@ -34,7 +34,6 @@ from infalign.runtime.artifacts import fingerprint, whole_folder, write_json, wr
 from infalign.runtime.config import coerce
 from infalign.runtime.console import Progress, say
 from infalign.runtime.distributed import barrier, is_main, together, world_size
-from infalign.runtime.launch import join
 from infalign.runtime.seeds import stream
 from infalign.stages.merge.recipe import MergeRecipe
 from infalign.types import InputError, TrainingError
@@ -49,7 +48,6 @@ def merge_by_dam(recipe: MergeRecipe, plan: MergePlan, names: dict[str, str], pa
     """Learn the coefficients and write the merged model (every rank calls this)."""
     from infalign.stages.merge.run import finish  # noqa: PLC0415 - which imports this module
 
-    join(recipe.use_cpu)
     with together("the checks before DAM"):
         settings, limits = dam_settings(plan, recipe.seed)
         paths = [names[parent.model] for parent in plan.parents]
@@ -61,20 +59,20 @@ def merge_by_dam(recipe: MergeRecipe, plan: MergePlan, names: dict[str, str], pa
     identity = {**parts, "examples": fingerprint([[one.ids for one in own] for own in examples])}
     work = recipe.output.parent / f".{recipe.output.name}.{fingerprint(identity)}.dam"
     work.mkdir(parents=True, exist_ok=True)
-    for parent, path in enumerate(paths):
+    whole = [_whole(work, parent, path) for parent, path in enumerate(paths)]
+    with together("the parents' words"):
+        for parent, folder in enumerate(whole if is_main() else ()):
+            _teach(work / f"teacher-{parent}.safetensors", folder, examples[parent], settings, recipe, parent)
+    model: Any = load_policy(whole[0], device=choose_device(recipe.use_cpu), trust_remote_code=recipe.trust_remote_code)
+    weights = _weights(model, whole)
+    learned = _learn(work, model, weights, examples, settings, identity)
+    with together("writing the merged model"):
         if is_main():
-            _teach(work, parent, path, examples[parent], settings, recipe)
-        barrier()
-    model: Any = load_policy(
-        _whole(work, 0, paths[0]), device=choose_device(recipe.use_cpu), trust_remote_code=recipe.trust_remote_code
-    )
-    learned = _learn(work, model, paths, examples, settings, identity)
-    if is_main():
-        with whole_folder(recipe.output) as temporary:
-            _write(temporary, model, work, paths, learned, recipe, [parent.model for parent in plan.parents])
-            tokenizer.save_pretrained(temporary)
-            finish(temporary, recipe, plan, parts)
-        shutil.rmtree(work)
+            with whole_folder(recipe.output) as temporary:
+                _write(temporary, model, weights, learned, recipe, [parent.model for parent in plan.parents])
+                tokenizer.save_pretrained(temporary)
+                finish(temporary, recipe, plan, parts)
+            shutil.rmtree(work)
 
 
 def dam_settings(plan: MergePlan, seed: int) -> tuple[DAMSettings, tuple[int, int]]:
@@ -180,13 +178,12 @@ def _whole(work: Path, parent: int, path: str) -> str:
 
 
 def _teach(
-    work: Path, parent: int, path: str, examples: Sequence[Example], settings: DAMSettings, recipe: MergeRecipe
+    file: Path, folder: str, examples: Sequence[Example], settings: DAMSettings, recipe: MergeRecipe, parent: int
 ) -> None:
     """Write down what a parent says of its examples, unless it stands there."""
-    file = work / f"teacher-{parent}.safetensors"
     if file.exists():
         return
-    model: Any = load_policy(_whole(work, parent, path), device=choose_device(recipe.use_cpu)).eval()
+    model: Any = load_policy(folder, device=choose_device(recipe.use_cpu)).eval()
     tops, ids = [], []
     size = max(1, TEACHING_TOKENS // max(len(one.ids) for one in examples))
     with torch.no_grad(), Progress(f"dam: parent {parent + 1} reads", len(examples), "examples") as progress:
@@ -222,12 +219,11 @@ def _teachers(
 def _learn(
     work: Path,
     model: Any,
-    paths: Sequence[str],
+    weights: Sequence[Weights],
     examples: Sequence[Sequence[Example]],
     settings: DAMSettings,
     identity: dict[str, Any],
 ) -> Learned:
-    weights = _weights(work, model, paths)
     with Progress("dam: learning", settings.steps, "steps") as progress:
         learned = learn(
             model,
@@ -249,28 +245,25 @@ def _learn(
     return learned
 
 
-def _weights(work: Path, model: Any, paths: Sequence[str]) -> list[dict[str, torch.Tensor]]:
+def _weights(model: Any, folders: Sequence[str]) -> list[Weights]:
+    """The parents' weights, mapped from their files; on a GPU they are held."""
     names = list(coefficient_shapes(model))
-    return [
-        {name: one.to(model.device) for name, one in mapped(Path(_whole(work, parent, path)), names).items()}
-        for parent, path in enumerate(paths)
-    ]
+    return [{name: one.to(model.device) for name, one in mapped(Path(folder), names).items()} for folder in folders]
 
 
 def _write(
     folder: Path,
     model: Any,
-    work: Path,
-    paths: Sequence[str],
+    weights: Sequence[Weights],
     learned: Learned,
     recipe: MergeRecipe,
     labels: Sequence[str],
 ) -> None:
     """The merged model, its coefficients, their plot, and the losses."""
     with torch.no_grad():
-        weights = merged(_weights(work, model, paths), learned.coefficients)
+        whole = merged(weights, learned.coefficients)
         for name, parameter in model.named_parameters():
-            parameter.copy_(weights[name])
+            parameter.copy_(whole[name])
     model.save_pretrained(folder, max_shard_size=int(recipe.shard_gb * 1e9))
     coefficients = {name: c_S.contiguous().cpu() for name, c_S in learned.coefficients.items()}
     about = folder / "dam"  # not beside the weights, which are every safetensors there

@@ -13,10 +13,11 @@ from infalign import __version__
 from infalign.merging.kit import run_mergekit
 from infalign.merging.parents import check_alike, check_finite, check_loadable, resolve_parent, shapes_of, weight_files
 from infalign.merging.plan import DAM, MergePlan
-from infalign.models.loading import model_fingerprint
+from infalign.models.loading import model_fingerprint, replicated
 from infalign.runtime.artifacts import sweep_temporaries, whole_folder, write_manifest
 from infalign.runtime.console import notice, say
-from infalign.runtime.distributed import barrier, is_main, together
+from infalign.runtime.distributed import is_main, together
+from infalign.runtime.launch import join
 from infalign.stages.merge.recipe import MergeRecipe
 from infalign.stages.output import reusable
 from infalign.types import InputError
@@ -56,6 +57,7 @@ def merge(recipe: MergeRecipe) -> dict[str, Any]:
         InputError: the plan names what is not there or does not fit, or the folder holds something else.
         TrainingError: the merge failed, or its result is not finite.
     """
+    join(recipe.use_cpu)
     plan = recipe.plan
     folder = recipe.output
     if folder.exists() and not folder.is_dir():
@@ -74,10 +76,12 @@ def merge(recipe: MergeRecipe) -> dict[str, Any]:
     if plan.method == DAM:
         from infalign.stages.merge.dam import merge_by_dam  # noqa: PLC0415 - loads models
 
-        merge_by_dam(recipe, plan, names, parts)
-    elif is_main():
-        _merge_by_mergekit(recipe, plan, names, parts)
-    barrier()
+        with replicated():
+            merge_by_dam(recipe, plan, names, parts)
+    else:
+        with together("a merge"):
+            if is_main():
+                _merge_by_mergekit(recipe, plan, names, parts)
     return {"folder": str(folder), "made": True}
 
 
