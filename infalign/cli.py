@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import difflib
 import errno
 import importlib
 import sys
@@ -293,8 +294,13 @@ def _with_recipe(name: str, words: list[str], debug: bool) -> None:
     if planned is None:
         launch.check_started()
     if config is None and verb.config == "required":
-        raise InputError(f"give a recipe: infalign {name} --config RECIPE.yaml (or --config quickstart)")
+        or_shipped = " (or --config quickstart)" if verb.recipe == "recipe:Recipe" else ""
+        raise InputError(f"give a recipe: infalign {name} {verb.usage.partition(' [')[0]}{or_shipped}")
     options = {option: flags.pop(option) for option in verb.options if option in flags}
+    for flag in flags:  # --dryrun: no recipe's key is so near
+        close = difflib.get_close_matches(flag, verb.options, n=1, cutoff=0.9)
+        if close:
+            raise InputError(f"unknown flag --{flag}: did you mean --{close[0]}?")
     if "dry_run" in options:
         options["dry_run"] = _as_bool("dry_run", options["dry_run"])
     recipe = _named(verb.read)(flags) if verb.config == "none" else _named(verb.read)(config, flags)

@@ -167,7 +167,7 @@ def _limit(max_prompt_length: int | None, model_max: int | None, reserve: int) -
     if limits and min(limits) < 1:
         raise InputError(
             f"no room for a prompt: max_prompt_length {max_prompt_length}, context {model_max} tokens, of which "
-            f"{reserve} for the completion"
+            f"{reserve} for the completion: lower max_completion_length"
         )
     return min(limits, default=None)
 

@@ -21,6 +21,7 @@ KL_APART = 0.15  # of the KL asked for
 NOTICEABLE = 0.05  # in attainment, beyond twice its standard error
 COSTLY = 0.01  # in win rate
 ENOUGH = 0.95  # attainment from which on nothing is missing
+LONGER = "more rollouts a step, or more steps at a lower learning_rate"
 
 
 @dataclass(frozen=True)
@@ -99,9 +100,8 @@ def shortfall(
         causes.append(
             f"K = {count} samples cost up to {cost:.2f} win rate: more of them, or calibration_method: pooled"
         )
+        unexplained = main.limit - main.mean - cost > max(cost, NOTICEABLE * (main.limit - 0.5))
+        causes += [f"the rest of the {main.limit - main.mean:.2f} that is missing: {LONGER}"] if unexplained else []
     if not causes:
-        causes.append(
-            "neither the KL nor prompts nor calibration samples explain what is missing: more rollouts a step, or more "
-            "steps at a lower learning_rate"
-        )
+        causes.append(f"neither the KL nor prompts nor calibration samples explain what is missing: {LONGER}")
     return both + causes

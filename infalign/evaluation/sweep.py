@@ -65,6 +65,7 @@ class CellResult:
         tokens: of rollouts in training, prompts included.
         length: mean completion length of the policy, tokens.
         rows: the table of win rates.
+        notes: what limited it, and what its stages warned of.
         exact: win rates by decoder, and "kl", where they are known without sampling.
         source: what it was made from beside its keys: the content of rewards and data, or of the cell function.
         measured_against: names the base's samples and the reward; cells of one seed are compared where they share them.
@@ -84,6 +85,7 @@ class CellResult:
     tokens: float = math.nan
     length: float = math.nan
     rows: tuple[DecoderRow, ...] = ()
+    notes: tuple[str, ...] = ()
     exact: dict[str, float] = field(default_factory=dict)
     source: dict = field(default_factory=dict)
     measured_against: str = ""
@@ -305,13 +307,14 @@ def compare(
                     for row in rows
                 ]
     rivals = [one for one in found if one.arm != reference]
-    if rivals and all(math.isnan(one.at.difference) for one in rivals):
+    nobody = [kl for kl in at if all(math.isnan(one.at.difference) for one in rivals if one.at.kl == kl)]
+    if rivals and nobody:
         ranges = {arm: [cell.kl for cell in cells if cell.arm == arm] for arm in {cell.arm for cell in cells}}
         measured = ", ".join(f"{arm} {min(kls):.2f} to {max(kls):.2f}" for arm, kls in sorted(ranges.items()))
-        asked = ", ".join(f"{kl:g}" for kl in at)
+        asked = ", ".join(f"{kl:g}" for kl in nobody)
         problems.append(
-            f"nobody else was measured where {reference} was, around {asked} nats (measured: "
-            f"{measured}): change compare_at, or target_kl and the steps to reach it"
+            f"no two objectives with {reference} among them were measured around {asked} nats (measured: {measured}): "
+            "change compare_at, or target_kl and the steps to reach it"
         )
     return tuple(found), "; ".join(dict.fromkeys(problems))
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from infalign.evaluation.matched import AtKL
-from infalign.evaluation.summary import GOLD, PROXY
+from infalign.evaluation.summary import GOLD, PROXY, DecoderRow
 from infalign.evaluation.sweep import CellResult, Compared, SweepResult
 from infalign.report.frontier_plot import draw_frontier
 from infalign.report.key_plot import draw_key, plotted_keys
@@ -20,6 +20,8 @@ from infalign.runtime.artifacts import from_plain, read_json, write_whole
 from infalign.runtime.console import clock
 
 FILE = "sweep.json"
+TRAINED = 0.8
+"""Attainment from which on a cell counts as trained."""
 
 
 def report_sweep(folder: Path) -> Path:
@@ -42,11 +44,12 @@ def report_sweep(folder: Path) -> Path:
         templates()
         .get_template("sweep.html.jinja")
         .render(
-            title=f"infalign \N{MIDDLE DOT} sweep {folder.resolve().name}",
+            title=f"infalign sweep \N{MIDDLE DOT} {folder.resolve().name}",
             headline=headline(result),
             outcome=_outcome(result),
             remarks=remarks(result),
             failures=[cell for cell in result.cells if not cell.finished],
+            noted=_by_note(finished),
             plots=plots,
             keys=keys,
             crossed=crossed,
@@ -137,7 +140,7 @@ def cell_table(cells: Sequence[CellResult]) -> Table:
 
 
 def _cell_cells(cell: CellResult) -> tuple[str, ...]:
-    row = next((row for row in cell.rows if (row.judge, row.label) == (PROXY, cell.procedure)), None)
+    row = next((row for row in cell.rows if _is_own(cell, row)), None)
     if row is None:
         return (cell.name, *[ABSENT] * 9)
     return (
@@ -163,7 +166,15 @@ def headline(result: SweepResult) -> str:
     at = best.at
     text = f"Decoded by {procedure_name(best.decoder)} at {at.kl:g} nats, {best.arm} wins most: {100 * at.win:.1f} %"
     if best.arm == result.reference:
-        return f"{text}; it is the reference."
+        rivals = [one for one in _rows_beside(result, best) if one is not best]
+        if not rivals:
+            return f"{text}; nobody else was measured there."
+        second = max(rivals, key=lambda one: one.at.win)
+        gap, low, high = (
+            -100 * one for one in (second.at.difference, second.at.difference_high, second.at.difference_low)
+        )
+        sure = "" if low > 0 else " (the interval includes 0: no evidence that it is ahead)"
+        return f"{text}, ahead of {second.arm} by {gap:.1f} points [{low:.1f}, {high:.1f}]{sure}; it is the reference."
     sure = "" if at.difference_low > 0 else " (the interval includes 0: no evidence that it is ahead)"
     return (
         f"{text}, ahead of {result.reference} by {100 * at.difference:.1f} points "
@@ -187,6 +198,25 @@ def _best(result: SweepResult) -> Compared | None:
     return max(middle, key=lambda one: one.at.win, default=None)
 
 
+def _rows_beside(result: SweepResult, one: Compared) -> list[Compared]:
+    """Everybody under the same judge and decoder at the same KL, who was measured there."""
+    where = (one.judge, one.decoder, one.at.kl)
+    return [
+        other
+        for other in result.compared
+        if (other.judge, other.decoder, other.at.kl) == where and not math.isnan(other.at.difference)
+    ]
+
+
+def _by_note(cells: Sequence[CellResult]) -> list[tuple[str, list[str]]]:
+    """Every note with the cells that it is about."""
+    found: dict[str, list[str]] = {}
+    for cell in cells:
+        for note in cell.notes:
+            found.setdefault(note, []).append(cell.name)
+    return list(found.items())
+
+
 def remarks(result: SweepResult) -> list[str]:
     """What a reader of the headline needs beside it."""
     finished = [cell for cell in result.cells if cell.finished]
@@ -201,9 +231,25 @@ def remarks(result: SweepResult) -> list[str]:
     few = [row.low for cell in finished for row in cell.rows if math.isnan(row.low)]
     if few:
         lines.append("A single test prompt has no intervals: raise num_test_prompts.")
+    reached = [row.attainment for cell in finished for row in cell.rows if _is_own(cell, row)]
+    low = [one for one in reached if one < TRAINED]  # NaN is not known, and not low
+    if low:
+        lines.append(
+            f"{len(low)} of {len(reached)} cells reach {min(low):.2f} to {max(low):.2f} of what is possible at their "
+            "KL: where training is too short, differences are its own rather than the objectives'. Raise max_steps "
+            "(and lower learning_rate) until attainment stops rising."
+        )
+    noted = sum(bool(cell.notes) for cell in finished)
+    if noted:
+        lines.append(f"{noted} of {len(finished)} cells have notes on what limited them.")
     if result.lacking:
         lines.append(f"{'' if result.compared else 'No comparison at equal KL: '}{result.lacking}.")
     return lines
+
+
+def _is_own(cell: CellResult, row: DecoderRow) -> bool:
+    """Whether a row is of the decoder that its cell was trained for."""
+    return (row.judge, row.label) == (PROXY, cell.procedure)
 
 
 def _interval(low: float, high: float, digits: int) -> str:

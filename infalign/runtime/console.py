@@ -44,10 +44,14 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|torch)\..*")
 
 
+WARNING = "warning:"
+"""What a notice begins with."""
+
+
 def notice(text: str) -> None:
     """Print a warning line that says what to do, on rank 0, to standard error."""
     if is_main():
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+        print(f"{WARNING} {text}", file=sys.stderr, flush=True)
 
 
 class Progress:

@@ -20,7 +20,13 @@ _CODE = "it belongs to open-r1's code rewards: pass it to your reward in reward_
 _SHAPED = "it belongs to open-r1's length rewards: write it into your reward, or pass it in reward_kwargs"
 _TRACKING = "give run_name and project, or the tracker's own environment variables"
 
+_SWEEP = "it is a sweep's: infalign sweep --config FILE"
+
 FOREIGN: dict[str, str] = {
+    "arms": _SWEEP,
+    "grid": _SWEEP,
+    "compare_at": _SWEEP,
+    "keep_policies": _SWEEP,
     # GRPO
     "scale_rewards": "rewards are never divided by their spread, which would divide the transform away: leave it out",
     "loss_type": _ONE_LOSS,

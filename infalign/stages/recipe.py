@@ -301,6 +301,10 @@ def _check_together(recipe: Recipe) -> None:
         )
     if recipe.judge_samples < 1:
         problems.append(f"judge_samples must be at least 1, got {recipe.judge_samples}")
+    if recipe.target_kl is not None and not recipe.target_kl > 0:
+        problems.append(f"target_kl must be nats above 0, got {recipe.target_kl:g}: e.g. 1.0")
+    if recipe.beta is not None and not recipe.beta > 0:
+        problems.append(f"beta must be above 0, got {recipe.beta:g}")
     if not recipe.temperature > 0:
         problems.append(f"temperature must be above 0, got {recipe.temperature}: greedy decoding has no distribution")
     if not 0 < recipe.confidence < 1:

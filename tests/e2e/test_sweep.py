@@ -128,8 +128,13 @@ def test_an_edited_reward_is_noticed(tmp_path):
     sweep(keys)
     score = tmp_path / "score.py"
     score.write_text(score.read_text().replace("sum(ids)", "2.0 * sum(ids)"))
-    with pytest.raises(InputError, match=r"cell one-target_kl=0.1 was made from something else \(reward"):
-        sweep(keys)
+    record = Path(keys["output_dir"]) / "results" / "one-target_kl=0.1.json"
+    policy = Path(keys["output_dir"]) / "cells" / "one-target_kl=0.1" / "policy" / "model.safetensors"
+    before = record.read_bytes(), policy.read_bytes()
+    for changes in ({}, {"eval_n": [1, 4]}):  # what may change alone does not let the other through
+        with pytest.raises(InputError, match=r"cell one-target_kl=0.1 was made from something else \(reward"):
+            sweep({**keys, **changes})
+        assert (record.read_bytes(), policy.read_bytes()) == before
 
 
 @pytest.mark.slow
@@ -151,6 +156,8 @@ def test_without_weights_the_rest_stays(path, tmp_path):
     policy = out / "cells" / result.cells[0].name / "policy"
     assert not list(policy.rglob("*.safetensors")) and (policy / "manifest.json").exists()
     assert repr(sweep(path, output_dir=str(out), **flags).cells) == repr(result.cells)
+    with pytest.raises(InputError, match="can't be measured again, because its weights are gone"):
+        sweep(path, output_dir=str(out), eval_n=["1", "4"], **flags)
     assert main(["report", "--output_dir", str(policy.parent)]) == 0
 
 

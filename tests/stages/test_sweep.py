@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +26,8 @@ from infalign.evaluation.matched import Curve, at_equal_kl
 from infalign.evaluation.summary import DecoderRow
 from infalign.evaluation.sweep import CellResult, common_kls
 from infalign.report.key_plot import draw_key, plotted_keys
-from infalign.report.sweep_page import report_sweep
-from infalign.runtime.artifacts import read_json
+from infalign.report.sweep_page import remarks, report_sweep
+from infalign.runtime.artifacts import read_json, without_nan, write_json
 from infalign.stages.recipe import load_recipe
 from infalign.stages.sweep.recipe import cells_of, load_sweep
 from infalign.stages.sweep.run import predicted
@@ -109,12 +109,17 @@ def test_without_arms_the_grid_tells_objectives_apart():
     assert [cell.arm for cell in alone] == ["all", "all"]
 
 
-def test_a_grid_over_beta_replaces_the_target_kl():
-    cells = cells_of(load_sweep({**BASE, "grid": {"beta": [0.1, 0.3]}}))
+def test_a_grid_over_beta_replaces_the_target_kl(tmp_path):
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(BASE))
+    of_recipe = {"recipe": str(tmp_path / "base.yaml"), "output_dir": "out", "grid": {"beta": [0.1, 0.3]}}
+    cells = cells_of(load_sweep(of_recipe))
     assert [(cell.recipe.beta, cell.recipe.target_kl) for cell in cells] == [(0.1, None), (0.3, None)]
     arms = {"fixed": {"beta": 0.2}, "steered": {}}
     mixed = cells_of(load_sweep({**BASE, "arms": arms}))
     assert [(cell.recipe.beta, cell.recipe.target_kl) for cell in mixed] == [(0.2, None), (None, 1.0)]
+    for unused in ({"grid": {"beta": [0.1, 0.3]}}, {"arms": {"one": {"beta": 0.1}, "two": {"beta": 0.2}}}):
+        with pytest.raises(InputError, match="target_kl is given, and every cell has its beta"):
+            load_sweep({**BASE, **unused})
 
 
 def test_names_may_be_in_any_script():
@@ -185,7 +190,7 @@ def test_mistakes_on_the_command_line(own, tmp_path, capsys):
     ]:
         assert main(["sweep", "--config", path, *words]) == 2
         out = capsys.readouterr()
-        assert told in out.err and out.err.count("\n") == 1
+        assert told in out.err and out.err.count("error") == 1
     assert main(["sweep", "--config", "nowhere.yaml"]) == 2
     assert not (tmp_path / "out").exists()
 
@@ -389,12 +394,13 @@ def test_a_function_that_exits_is_a_failure(own, tmp_path):
         sweep(own(cell="own5.py:cell", grid={"target_kl": [0.3]}, arms={}), output_dir=str(tmp_path / "out"))
 
 
-def test_kls_outside_of_what_was_measured_are_told(own, tmp_path):
+def test_kls_outside_of_what_was_measured_are_told(own, tmp_path, capsys):
     result = sweep(own(compare_at=[5.0]), output_dir=str(tmp_path / "out"))
-    assert (
-        "nobody else was measured where plain was, around 5 nats (measured: better 0.19 to 1.25, plain"
-        in result.lacking
-    )
+    assert "were measured around 5 nats (measured: better 0.19 to 1.25, plain" in result.lacking
+    assert "outside of the grid's target_kl, 0.2 to 1.2" in capsys.readouterr().err
+    partly = sweep(own(compare_at=[0.05, 0.5]), output_dir=str(tmp_path / "out"))
+    assert "were measured around 0.05 nats" in partly.lacking
+    assert {one.at.kl for one in partly.compared if not math.isnan(one.at.difference)} == {0.5}
     assert "nan" not in (tmp_path / "out" / "report" / "index.html").read_text().split("</style>")[1].split("<h2>")[0]
 
 
@@ -409,7 +415,7 @@ def test_common_kls():
 def test_one_kl_only_says_why_nothing_is_compared(own, tmp_path, capsys):
     result = sweep(own(grid={"target_kl": [0.5]}, compare_at=[]), output_dir=str(tmp_path / "out"))
     assert result.compared == () and "give the grid several target_kl" in result.lacking
-    assert "no comparison at equal KL" in capsys.readouterr().out
+    assert "No comparison at equal KL" in capsys.readouterr().out
     assert "No comparison at equal KL" in (tmp_path / "out" / "report" / "index.html").read_text()
 
 
@@ -433,10 +439,75 @@ def test_a_dry_run_knows_what_is_finished(own, tmp_path, capsys):
     (tmp_path / "out" / "cells" / "plain-target_kl=0.5" / "evaluation" / "per_prompt.parquet").unlink()
     before = sorted(path for path in (tmp_path / "out").rglob("*") if path.is_file())
     capsys.readouterr()
-    sweep(own(grid={"target_kl": [0.2, 0.5, 1.2]}), output_dir=out, dry_run=True, overwrite=True)
+    sweep(own(grid={"target_kl": [0.2, 0.5, 1.2]}), output_dir=out, dry_run=True)
     lines = [line for line in capsys.readouterr().out.splitlines() if "target_kl=" in line]
     assert [line.endswith("finished") for line in lines] == [True, True, True, False, False, False]
     assert sorted(path for path in (tmp_path / "out").rglob("*") if path.is_file()) == before
+    # what the sweep would refuse its dry run refuses, too
+    with pytest.raises(InputError, match="was made with other settings"):
+        sweep(own(grid={"target_kl": [0.2, 0.5]}, eval_n=[1, 4]), output_dir=out, dry_run=True)
+    (tmp_path / "own.py").write_text(CELL.replace("and a little more", "and more"))
+    with pytest.raises(InputError, match="was made from something else"):
+        sweep(own(grid={"target_kl": [0.2, 0.5]}), output_dir=out, dry_run=True)
+    assert sorted(path for path in (tmp_path / "out").rglob("*") if path.is_file()) == before
+
+
+def test_two_arms_of_the_same_keys_are_refused():
+    with pytest.raises(InputError, match="the arms 'a' and 'b' have the same keys: leave one out"):
+        cells_of(load_sweep({**BASE, "arms": {"a": {"n": 2}, "b": {"n": 2}}}))
+
+
+def test_a_misspelt_key_of_the_grid_is_named(tmp_path):
+    keys = {name: value for name, value in BASE.items() if name != "target_kl"}
+    for grid, words in [
+        ({"target_k": [0.3, 0.8]}, "unknown key target_k: did you mean 'target_kl'"),
+        ({"target_kl": [1.0], "objective": ["direct", "dirct"]}, "dirct"),
+    ]:
+        with pytest.raises(InputError, match=words):
+            cells_of(load_sweep({**keys, "arms": {"a": {"n": 2}, "b": {"n": 4}}, "grid": grid, "reference": "b"}))
+
+
+def test_a_flag_is_the_value_that_the_recipe_reads():
+    """The same value in the YAML and as a flag is the same cell."""
+    plain = {**BASE, "arms": {"a": {"transform": "log"}}, "max_steps": 80, "learning_rate": 2e-4, "eval_n": [1, 2]}
+    given = {"max_steps": "80", "learning_rate": "2e-4", "num_test_prompts": "24", "eval_n": ["1", "2"]}
+    (by_yaml,) = cells_of(load_sweep({**plain, "num_test_prompts": 24}))
+    (by_flag,) = cells_of(load_sweep(plain, given))
+    assert by_flag.keys == by_yaml.keys
+
+
+def test_a_short_training_is_told_beside_the_comparison(own, tmp_path, capsys):
+    """Cells far from what is possible say so, and who is ahead has its interval, the reference too."""
+    result = sweep(own(compare_at=[0.5], reference="better"), output_dir=str(tmp_path / "out"))
+    out = capsys.readouterr().out
+    assert "better wins most" in out and "ahead of plain by" in out and "it is the reference" in out
+
+    def attained(share):
+        return [replace(cell, rows=tuple(replace(row, attainment=share) for row in cell.rows)) for cell in result.cells]
+
+    assert not any("is possible at their KL" in line for line in remarks(replace(result, cells=tuple(attained(0.9)))))
+    cells = attained(0.5)
+    cells[0] = replace(cells[0], notes=("KL 0.04 of the 0.3 nats asked for: raise max_steps",))
+    short = replace(result, cells=tuple(cells))
+    lines = remarks(short)
+    assert any("12 of 12 cells reach 0.50 to 0.50 of what is possible at their KL" in line for line in lines)
+    assert "1 of 12 cells have notes on what limited them." in lines
+    write_json(tmp_path / "out" / "sweep.json", without_nan(asdict(short)))
+    page = report_sweep(tmp_path / "out").read_text()
+    assert f"KL 0.04 of the 0.3 nats asked for: raise max_steps (<code>{cells[0].name}</code>)" in page
+
+
+def test_warnings_of_a_cell_are_its_notes(own, tmp_path, capsys):
+    own()
+    text = CELL.replace(
+        "time.sleep(pause)", "from infalign.runtime.console import notice; notice('tied'); notice('tied')"
+    )
+    (tmp_path / "own.py").write_text(text)
+    path = tmp_path / "own.yaml"
+    path.write_text(yaml.safe_dump({**SWEEP, "grid": {"target_kl": [0.5]}, "compare_at": []}))
+    result = sweep(path, output_dir=str(tmp_path / "out"))
+    assert [cell.notes for cell in result.cells] == [("tied",), ("tied",)]
+    assert "    tied\n" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -39,7 +39,7 @@ from infalign.runtime.artifacts import (
     without_nan,
     write_json,
 )
-from infalign.runtime.console import LINE_EVERY_SECONDS
+from infalign.runtime.console import LINE_EVERY_SECONDS, WARNING
 from infalign.runtime.distributed import any_rank, barrier, is_main
 from infalign.runtime.plugins import one_line
 from infalign.stages.calibrate import calibrate, calibration_parts
@@ -48,6 +48,7 @@ from infalign.stages.experiment import CALIBRATION, Experiment
 from infalign.stages.objective import load_objective, load_procedure
 from infalign.stages.per_prompt import FILE as PER_PROMPT
 from infalign.stages.per_prompt import wins_per_prompt, write_per_prompt
+from infalign.stages.report import limited_by
 from infalign.stages.run import preflight
 from infalign.stages.sweep.recipe import EVALUATED, Cell
 from infalign.stages.train import REPORTING, train
@@ -65,13 +66,41 @@ class OwnCell:
     source: dict[str, str]
 
 
-def is_finished(folder: Path, cell: Cell) -> bool:
-    """Whether a cell's folder holds its result; looks only, and removes nothing."""
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """What a cell's folder holds.
+
+    Attributes:
+        result: its record, None without one.
+        whole: it is measured, with these keys.
+        changed: its other keys, in words.
+        measure: nothing but how it is measured has changed, and its policy is there.
+        trained: a finished policy is there.
+    """
+
+    result: CellResult | None
+    whole: bool = False
+    changed: tuple[str, ...] = ()
+    measure: bool = False
+    trained: bool = False
+
+
+def look(folder: Path, cell: Cell) -> Held:
+    """What is there of a cell; nothing is written or removed."""
     path = _record(folder)
-    if not path.exists() or not (folder / PER_PROMPT).exists():
-        return False
+    trained = (folder / "policy" / MANIFEST).exists()
+    if not path.exists():
+        return Held(None, trained=trained)
     found = from_plain(CellResult, read_json(path, "the cell"))
-    return found.finished and not _changed(found, cell)[1]
+    names, changed = _changed(found, cell)
+    weights = any((folder / "policy").glob("*.safetensors"))
+    return Held(
+        found,
+        whole=found.finished and not changed and (folder / PER_PROMPT).exists(),
+        changed=tuple(changed),
+        measure=found.finished and set(names) <= set(EVALUATED) and weights,
+        trained=trained,
+    )
 
 
 def _changed(found: CellResult, cell: Cell) -> tuple[list[str], list[str]]:
@@ -82,34 +111,42 @@ def _changed(found: CellResult, cell: Cell) -> tuple[list[str], list[str]]:
     return names, differences(before, after)
 
 
-def read_cell(folder: Path, cell: Cell, overwrite: bool) -> CellResult | None:
-    """The result that a cell's folder holds, None where it is to be made, or only to be measured again.
-
-    A cell that failed is no result, nor is one whose measurement is gone; what they left is kept where it is still of
-    use, and removed where the cell's keys have changed.
+def refuse_changed(folder: Path, held: Held) -> None:
+    """A finished cell, or a trained policy, of other keys is not replaced unasked.
 
     Raises:
-        InputError: a finished cell was made of other keys, which are named; with `overwrite` it is removed instead.
+        InputError: naming the keys.
     """
-    path = _record(folder)
-    found = from_plain(CellResult, read_json(path, "the cell")) if path.exists() else None
-    if found is None:
+    if held.changed and not held.measure and held.result is not None and (held.result.finished or held.trained):
+        only_measured = all(one.partition(":")[0] in EVALUATED for one in held.changed)
+        why = "it can't be measured again, because its weights are gone: " if only_measured else ""
+        raise InputError(
+            f"{folder} was made with other settings ({'; '.join(held.changed)}): {why}give another --output_dir, or "
+            "--overwrite to make such cells anew"
+        )
+
+
+def read_cell(folder: Path, cell: Cell, overwrite: bool) -> Held:
+    """What a cell's folder holds, after what is of no more use has been removed.
+
+    A cell that failed is no result, nor is one whose measurement is gone; what they left is kept where it is still of
+    use, and removed where the cell's keys have changed and no policy was finished.
+
+    Raises:
+        InputError: a finished cell, or a policy, was made of other keys, which are named; with `overwrite` it is
+            removed instead.
+    """
+    held = look(folder, cell)
+    if held.result is None:
         if overwrite and folder.exists():  # of a run that was killed, perhaps with other settings
             remove_cell(folder)
-        return None
-    names, changed = _changed(found, cell)
-    if not changed:
-        whole = found.finished and (folder / PER_PROMPT).exists()
-        return found if whole else None
-    if found.finished and set(names) <= set(EVALUATED) and any((folder / "policy").glob("*.safetensors")):
-        return None
-    if found.finished and not overwrite:
-        raise InputError(
-            f"{folder} was made with other settings ({'; '.join(changed)}): give another --output_dir, or --overwrite "
-            "to make such cells anew"
-        )
+        return held
+    if not held.changed or held.measure:
+        return held
+    if not overwrite:
+        refuse_changed(folder, held)
     remove_cell(folder)
-    return None
+    return Held(None)
 
 
 def remove_cell(folder: Path) -> None:
@@ -138,7 +175,7 @@ def make_cell(cell: Cell, folder: Path, earlier: Sequence[Path], own: OwnCell | 
         for place in (folder, _record(folder), _beside(folder, "logs", ".log")):
             place.parent.mkdir(parents=True, exist_ok=True)
     barrier()
-    with _logged(_beside(folder, "logs", ".log"), cell.name):
+    with _logged(_beside(folder, "logs", ".log"), cell.name) as told:
         try:
             result = _by_stages(cell, folder, earlier, blank) if own is None else _by_own(own, cell, folder, blank)
         except (KeyboardInterrupt, Interrupted):
@@ -148,7 +185,8 @@ def make_cell(cell: Cell, folder: Path, earlier: Sequence[Path], own: OwnCell | 
             error = " ".join(str(caught).split()) if isinstance(caught, InputError) else one_line(caught)
     if any_rank(bool(error)):
         result = dataclasses.replace(blank, error=error or "failed on another process")
-    result = dataclasses.replace(result, seconds=time.monotonic() - start)
+    warned = tuple(dict.fromkeys(told.warnings))
+    result = dataclasses.replace(result, seconds=time.monotonic() - start, notes=(*result.notes, *warned))
     if is_main():
         write_json(_record(folder), without_nan(dataclasses.asdict(result)))
         if result.finished and not keep_policy:
@@ -170,8 +208,9 @@ def _by_stages(cell: Cell, folder: Path, earlier: Sequence[Path], blank: CellRes
     train(cell.recipe, experiment)
     found = evaluate(cell.recipe, experiment)
     experiment.release_models()
-    log = folder / "policy" / "training_log.json"
-    counted = [row["num_tokens"] for row in read_json(log, "the training log") if "num_tokens" in row]
+    log = read_json(folder / "policy" / "training_log.json", "the training log")
+    counted = [row["num_tokens"] for row in log if "num_tokens" in row]
+    objective = load_objective(cell.recipe, load_procedure(cell.recipe))
     return dataclasses.replace(
         blank,
         procedure=found.procedure,
@@ -181,6 +220,7 @@ def _by_stages(cell: Cell, folder: Path, earlier: Sequence[Path], blank: CellRes
         tokens=float(counted[-1]) if counted else math.nan,
         length=found.policy.tokens,
         rows=found.win_rates,
+        notes=tuple(limited_by(cell.recipe, objective, found, log)),
         source=source_of(experiment),
         measured_against=fingerprint(
             [experiment.sampling_parts(experiment.base_path, SHARED[1]), source_of(experiment)["reward"]]
@@ -302,11 +342,14 @@ class _Told(io.TextIOBase):
     def __init__(self, log: Any, name: str, screen: Any) -> None:
         self.log, self.name, self.screen = log, name, screen
         self.last = time.monotonic()
+        self.warnings: list[str] = []
 
     def write(self, text: str) -> int:
         self.log.write(text)
         self.log.flush()
         line = " ".join(text.split())
+        if line.startswith(WARNING):
+            self.warnings.append(line.removeprefix(WARNING).strip())
         if not line or not is_main():
             return len(text)
         if self.screen.isatty():
@@ -322,14 +365,14 @@ class _Told(io.TextIOBase):
 
 
 @contextlib.contextmanager
-def _logged(path: Path, name: str) -> Iterator[None]:
+def _logged(path: Path, name: str) -> Iterator[_Told]:
     """What is printed meanwhile goes to a log; rank 0's, because only it speaks."""
     screen = sys.stdout
     with open(path if is_main() else os.devnull, "a", encoding="utf-8") as log:
         told = _Told(log, name, screen)
         try:
             with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
-                yield
+                yield told
         finally:
             if is_main() and screen.isatty():
                 print("\r\033[K", end="", file=screen, flush=True)

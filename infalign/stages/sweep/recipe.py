@@ -19,7 +19,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -113,6 +113,7 @@ def load_sweep(config: str | Path | Mapping[str, Any] | None, flags: Mapping[str
     ours, ours_flags = ({name: value for name, value in given.items() if name in hints} for given in (values, flags))
     own = check(ours, ours_flags, hints)
     keys = {name: value for name, value in values.items() if name not in hints}
+    _refuse_both(own, {**keys, **flags})
     if own.get("recipe"):
         beside = base_dir / own["recipe"]
         path = beside if beside.is_file() else find_recipe(own["recipe"])
@@ -134,6 +135,15 @@ def load_sweep(config: str | Path | Mapping[str, Any] | None, flags: Mapping[str
     recipe = Sweep(**own, keys=keys, flags=flags, base_dir=base_dir)
     _check(recipe)
     return recipe
+
+
+def _refuse_both(own: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Of target_kl and beta a cell has one: one that stands in a sweep's own YAML must be some cell's."""
+    arms = [keys for keys in own.get("arms", {}).values() if isinstance(keys, dict)]
+    for name, other in (ALONG, ALONG[::-1]):
+        everywhere = other in own.get("grid", {}) or (arms and all(other in keys for keys in arms))
+        if name in given and everywhere:
+            raise InputError(f"{name} is given, and every cell has its {other}: leave one of them out")
 
 
 def _value(given: Any) -> Any:
@@ -182,9 +192,18 @@ def _check(sweep: Sweep) -> None:
         problems.append(f"compare_at must be nats above 0, at most {LARGEST_KL:g}, got {sweep.compare_at}")
     if problems:
         raise InputError("; ".join(problems))
-    names = list(dict.fromkeys(cell.arm for cell in _points(sweep)))
-    if sweep.reference is not None and sweep.reference not in names:
-        raise InputError(f"reference {sweep.reference!r} is none of the arms: {', '.join(names)}")
+
+
+def unreachable(sweep: Sweep) -> list[str]:
+    """A line where KLs are asked for that the grid does not aim at: an objective is compared where it was measured."""
+    asked = [one for one in sweep.grid.get("target_kl", []) if isinstance(one, (int, float))]
+    outside = [kl for kl in sweep.compare_at if asked and not min(asked) <= kl <= max(asked)]
+    if not outside:
+        return []
+    return [
+        f"compare_at {', '.join(f'{kl:g}' for kl in outside)}: outside of the grid's target_kl, {min(asked):g} to "
+        f"{max(asked):g}: nothing will be measured there"
+    ]
 
 
 def cells_of(sweep: Sweep) -> list[Cell]:
@@ -202,7 +221,22 @@ def cells_of(sweep: Sweep) -> list[Cell]:
             raise InputError(f"a cell is called {name}, which is no name for a folder: begin with a letter or a digit")
         if len(name.encode()) > LONGEST:
             raise InputError(f"a cell's name is above {LONGEST} bytes: {name[:60]}...: give the arm a shorter one")
-    return _under_all_decoders([_cell(sweep, point) for point in points])
+    cells = [_cell(sweep, point) for point in points]
+    arms = list(dict.fromkeys(cell.arm for cell in cells))
+    if sweep.reference is not None and sweep.reference not in arms:
+        raise InputError(f"reference {sweep.reference!r} is none of the arms: {', '.join(arms)}")
+    _refuse_twins(cells)
+    return _under_all_decoders(cells)
+
+
+def _refuse_twins(cells: Sequence[Cell]) -> None:
+    """Two arms of the same keys would be trained twice and compared with themselves."""
+    met: dict[str, Cell] = {}
+    for cell in cells:
+        same = repr(sorted(cell.keys.items(), key=lambda one: one[0]))
+        twin = met.setdefault(same, cell)
+        if twin is not cell:
+            raise InputError(f"the arms {twin.arm!r} and {cell.arm!r} have the same keys: leave one out")
 
 
 def _under_all_decoders(cells: list[Cell]) -> list[Cell]:
@@ -268,4 +302,6 @@ def _cell(sweep: Sweep, point: _Point) -> Cell:
         recipe = replace(load_recipe(given, flags), base_dir=sweep.base_dir)
     except InputError as error:
         raise InputError(f"cell {point.name}: {error}") from error
-    return Cell(point.name, point.arm, point.varied, point.keys, recipe.seed, recipe)
+    # a flag's text as the recipe has read it: the same value by either way is the same cell
+    typed = {name: getattr(recipe, name, recipe.training.get(name, value)) for name, value in flags.items()}
+    return Cell(point.name, point.arm, point.varied, {**point.keys, **typed}, recipe.seed, recipe)

@@ -16,10 +16,10 @@ import pyarrow.parquet as pq
 
 from infalign.evaluation.sweep import CellResult, SweepResult, compare, limit_curve, tidy
 from infalign.evaluation.transfer import transfers
-from infalign.report.sweep_page import compared_tables, report_sweep
+from infalign.report.sweep_page import compared_tables, headline, remarks, report_sweep
 from infalign.report.table import ABSENT, Table, number, plain_text
 from infalign.runtime.artifacts import differences, fingerprint, sweep_temporaries, without_nan, write_json, write_whole
-from infalign.runtime.console import clock, say
+from infalign.runtime.console import clock, notice, say
 from infalign.runtime.distributed import any_rank, barrier, is_main, together
 from infalign.runtime.imports import file_digest
 from infalign.runtime.plugins import find_object
@@ -29,8 +29,17 @@ from infalign.stages.objective import load_objective, load_procedure
 from infalign.stages.per_prompt import read_per_prompt
 from infalign.stages.recipe import Recipe, require
 from infalign.stages.run import preflight
-from infalign.stages.sweep.cells import OwnCell, is_finished, make_cell, read_cell, remove_cell, source_of
-from infalign.stages.sweep.recipe import ALONG, Cell, Sweep, cells_of, load_sweep
+from infalign.stages.sweep.cells import (
+    Held,
+    OwnCell,
+    look,
+    make_cell,
+    read_cell,
+    refuse_changed,
+    remove_cell,
+    source_of,
+)
+from infalign.stages.sweep.recipe import ALONG, Cell, Sweep, cells_of, load_sweep, unreachable
 from infalign.theory.procedures import Procedure
 from infalign.types import InputError, TrainingError
 
@@ -55,6 +64,8 @@ def sweep(config: Sweep | Mapping[str, Any] | str | Path, *, dry_run: bool = Fal
     settings = config if isinstance(config, Sweep) else load_sweep(config, flags)
     require(settings, "output_dir")  # pyright: ignore[reportArgumentType] - any recipe with such a key
     cells = cells_of(settings)
+    for line in unreachable(settings):
+        notice(line)
     if dry_run:
         _dry_run(settings, cells)
         return None
@@ -64,9 +75,9 @@ def sweep(config: Sweep | Mapping[str, Any] | str | Path, *, dry_run: bool = Fal
         _check_output(settings.output)
         if own is None:
             _check_cells(cells)
-        found = [read_cell(folder, cell, settings.overwrite) for cell, folder in zip(cells, folders, strict=True)]
+        held = [read_cell(folder, cell, settings.overwrite) for cell, folder in zip(cells, folders, strict=True)]
         sources: dict[str, dict[str, str]] = {}
-        found = [_fresh(one, cell, own, settings, sources) for one, cell in zip(found, cells, strict=True)]
+        found = [_fresh(one, cell, own, settings, sources) for one, cell in zip(held, cells, strict=True)]
     if is_main():
         sweep_temporaries(settings.output)
     done = {cell.name: one for cell, one in zip(cells, found, strict=True) if one is not None}
@@ -79,6 +90,8 @@ def sweep(config: Sweep | Mapping[str, Any] | str | Path, *, dry_run: bool = Fal
         made += 1
         left = len(cells) - len(done)
         say(f"[{len(done)}/{len(cells)}] {_line(done[cell.name])}{_time_left(start, made, left)}")
+        for note in done[cell.name].notes:
+            say(f"    {note}")
         # the comparison takes seconds: not after every cell of a few seconds
         whole = any_rank(is_main() and time.monotonic() - written > PAGE_EVERY_SECONDS)
         _written(settings, cells, done, whole)
@@ -140,17 +153,18 @@ def _check_cells(cells: Sequence[Cell]) -> None:
 
 
 def _fresh(
-    found: CellResult | None, cell: Cell, own: OwnCell | None, settings: Sweep, sources: dict[str, dict[str, str]]
+    held: Held, cell: Cell, own: OwnCell | None, settings: Sweep, sources: dict[str, dict[str, str]]
 ) -> CellResult | None:
-    """A finished cell, unless its rewards, data or cell function have been edited since.
+    """A finished cell, unless its rewards, data or cell function have been edited since; None: to make or measure.
 
     `sources` keeps what was looked up: cells that differ in their KL alone are made from the same.
 
     Raises:
         InputError: they have; with `overwrite` the cell is made anew.
     """
-    if found is None or not found.source:
-        return found
+    found = held.result
+    if found is None or not found.finished or not found.source:
+        return found if held.whole else None
     same = fingerprint({name: value for name, value in cell.keys.items() if name not in ALONG})
     if same not in sources:
         sources[same] = source_of(Experiment(cell.recipe)) if own is None else own.source
@@ -163,7 +177,7 @@ def _fresh(
         )
     if changed:
         remove_cell(settings.output / "cells" / cell.name)
-    return None if changed else found
+    return found if held.whole and not changed else None
 
 
 def _line(result: CellResult) -> str:
@@ -252,14 +266,18 @@ def _same_columns(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _tell(settings: Sweep, result: SweepResult) -> None:
-    """The comparison at equal KL, and where everything is."""
-    if result.lacking:
-        say(f"\n{'note' if result.compared else 'no comparison at equal KL'}: {result.lacking}")
-    for title, table in compared_tables(result):
+    """The comparison at equal KL, what it says and how far to trust it, and where everything is."""
+    tables = compared_tables(result)
+    for title, table in tables:
         say()
         say(title)
         for line in plain_text(table):
             say(line)
+    if tables:
+        say(f"\n* the reference, {result.reference}")
+    say(f"\n{headline(result)}")
+    for line in remarks(result):
+        say(f"- {line}")
     say(f"\ntable: {settings.output / 'sweep.csv'}\nreport: {settings.output / 'report' / 'index.html'}")
 
 
@@ -270,12 +288,19 @@ def _dry_run(settings: Sweep, cells: Sequence[Cell]) -> None:
         with together("the checks before a sweep"):
             _check_output(settings.output)
             _check_cells(cells)
-    say(f"infalign: a sweep of {len(cells)} cells of {len({cell.arm for cell in cells})} objectives")
+    arms = len({cell.arm for cell in cells})
+    say(f"infalign: a sweep of {len(cells)} cells of {arms} objective{'s' if arms > 1 else ''}")
+    sources: dict[str, dict[str, str]] = {}
     rows: list[tuple[str, ...]] = []
     drawn: set[str] = set()
     total, all_tokens = 0.0, 0
     for cell in cells:
-        if is_finished(settings.output / "cells" / cell.name, cell):
+        folder = settings.output / "cells" / cell.name
+        held = look(folder, cell)
+        if not settings.overwrite:  # which replaces what has changed
+            refuse_changed(folder, held)
+            _fresh(held, cell, own, settings, sources)
+        if held.whole:
             rows.append((cell.name, ABSENT, "finished"))
             continue
         if own is not None:
