@@ -245,6 +245,20 @@ def common_kls(cells: Iterable[CellResult]) -> list[float]:
     return [kl for kl in dict.fromkeys(inside) if low <= kl <= high]
 
 
+def judged_decoders(cells: Sequence[CellResult], labels: Sequence[str]) -> list[tuple[str, str]]:
+    """Judges with the decoders that objectives are compared under: those trained for, and each further term's own.
+
+    Args:
+        cells: finished ones.
+        labels: decoders by their repr, in order.
+    """
+    trained = {cell.procedure for cell in cells}
+    rows = dict.fromkeys((row.judge, row.label) for cell in cells for row in cell.rows)
+    own = [(judge, label) for judge, label in rows if judge not in (PROXY, GOLD) or label in trained]
+    judges = list(dict.fromkeys(judge for judge, _ in own))
+    return [(judge, label) for judge in judges for label in labels if (judge, label) in own]
+
+
 def compare(
     cells: Sequence[CellResult],
     prompts: Mapping[str, PerPrompt],
@@ -282,30 +296,27 @@ def compare(
     if apart:
         arms = ", ".join(dict.fromkeys(cell.arm for cell in apart))
         problems.append(f"{arms}: measured against another base or reward than {reference}, and left out")
-    labels = [label for label in procedures if any(cell.procedure == label for cell in cells)]
-    judges = list(dict.fromkeys(judge for cell in cells for judge, _ in prompts[cell.name].wins))
     found: list[Compared] = []
-    for judge in judges:
-        for label in labels:
-            curves, unshared = _curves(cells, prompts, judge, label)
-            if unshared:
-                return (), f"cells of seed {unshared[0]} have no test prompt in common"
-            if reference not in curves:
-                problems.append(f"{reference} was not measured under {label}: no comparison there")
-                continue
-            limits = {kl: limit_at(procedures[label], kl) if judge != GOLD else math.nan for kl in at}
-            for arm, rows in at_equal_kl(curves, reference, at, confidence, seed).items():
-                found += [
-                    Compared(
-                        judge,
-                        label,
-                        arm,
-                        row,
-                        limits[row.kl],
-                        predict(arm, label, row.kl) - predict(reference, label, row.kl) if judge != GOLD else math.nan,
-                    )
-                    for row in rows
-                ]
+    for judge, label in judged_decoders(cells, list(procedures)):
+        curves, unshared = _curves(cells, prompts, judge, label)
+        if unshared:
+            return (), f"cells of seed {unshared[0]} have no test prompt in common"
+        if reference not in curves:
+            problems.append(f"{reference} was not measured under {label}: no comparison there")
+            continue
+        limits = {kl: limit_at(procedures[label], kl) if judge != GOLD else math.nan for kl in at}
+        for arm, rows in at_equal_kl(curves, reference, at, confidence, seed).items():
+            found += [
+                Compared(
+                    judge,
+                    label,
+                    arm,
+                    row,
+                    limits[row.kl],
+                    predict(arm, label, row.kl) - predict(reference, label, row.kl) if judge == PROXY else math.nan,
+                )
+                for row in rows
+            ]
     rivals = [one for one in found if one.arm != reference]
     nobody = [kl for kl in at if all(math.isnan(one.at.difference) for one in rivals if one.at.kl == kl)]
     if rivals and nobody:

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from infalign.evaluation.matched import interpolated
-from infalign.evaluation.summary import GOLD
+from infalign.evaluation.summary import GOLD, PROXY
 from infalign.evaluation.sweep import CellResult, LimitCurve
 from infalign.report.names import procedure_name
 from infalign.report.style import LIMIT, LINES, MUTED, new_figure, percent, styled
@@ -23,8 +23,11 @@ LONGEST = 32
 """Letters of an objective's name in the legend."""
 
 
-def _aims_elsewhere(cell: CellResult, decoder: str) -> bool:
-    """Whether what was trained for knows a decoder, and another one."""
+def _aims_elsewhere(cell: CellResult, judge: str, decoder: str) -> bool:
+    """Whether what was trained for knows a decoder, and another one; of several objectives, one without a weight."""
+    weight = next((row.weight for row in cell.rows if (row.judge, row.label) == (judge, decoder)), np.nan)
+    if not np.isnan(weight):
+        return weight == 0
     knows = "OfN(" in cell.transform or cell.transform.startswith("direct")
     return knows and cell.procedure != decoder
 
@@ -49,7 +52,7 @@ def draw_frontier(cells: Sequence[CellResult], arms: Sequence[str], judge: str, 
     for arm, (color, marker) in zip(arms, looks, strict=False):
         label: str | None = arm if len(arm) <= LONGEST else f"{arm[: LONGEST - 1]}\N{HORIZONTAL ELLIPSIS}"
         order = 3
-        if any(cell.arm == arm and _aims_elsewhere(cell, curve.decoder) for cell in cells):
+        if any(cell.arm == arm and _aims_elsewhere(cell, judge, curve.decoder) for cell in cells):
             color, label, elsewhere, order = FAINT, elsewhere, None, 1
         for seed in dict.fromkeys(cell.seed for cell in cells if cell.arm == arm):
             points = sorted(
@@ -72,7 +75,8 @@ def draw_frontier(cells: Sequence[CellResult], arms: Sequence[str], judge: str, 
     axes.axhline(0.5, color=MUTED, linewidth=0.8)
     axes.set_xlim(left=0.0)
     axes.set_xlabel("sequence KL to the base policy (nats)")
-    axes.set_ylabel("win rate against the base" + (", judged by the gold reward" if judge == GOLD else ""))
+    judged = {PROXY: "", GOLD: ", judged by the gold reward"}.get(judge, f", judged by {judge}")
+    axes.set_ylabel(f"win rate against the base{judged}")
     percent(axes.yaxis)
     axes.set_title(f"Both decoded by {procedure_name(curve.decoder)}")
     figure.legend(loc="outside right upper")

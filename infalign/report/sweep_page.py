@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from infalign.evaluation.matched import AtKL
 from infalign.evaluation.summary import GOLD, PROXY, DecoderRow
-from infalign.evaluation.sweep import CellResult, Compared, SweepResult
+from infalign.evaluation.sweep import CellResult, Compared, SweepResult, judged_decoders
 from infalign.report.frontier_plot import draw_frontier
 from infalign.report.key_plot import draw_key, plotted_keys
 from infalign.report.names import procedure_name
@@ -28,13 +29,13 @@ def report_sweep(folder: Path) -> Path:
     """Write `report/index.html` and a plot a decoder, each whole or not at all; returns the page's path."""
     result: SweepResult = from_plain(SweepResult, read_json(folder / FILE, "the sweep"))
     finished = [cell for cell in result.cells if cell.finished]
-    judges = list(dict.fromkeys(row.judge for cell in finished for row in cell.rows if row.judge in (PROXY, GOLD)))
+    curves = {curve.decoder: curve for curve in result.limits}
     plots = []
-    for curve in result.limits:
-        for judge in judges:
-            words = ["frontier", *procedure_name(curve.decoder).lower().split(), *(["gold"] if judge == GOLD else [])]
-            figure = draw_frontier(finished, result.arms, judge, curve)
-            plots.append(Plot("-".join(words), "", _CAPTION, to_png(figure)))
+    for judge, decoder in judged_decoders(finished, list(curves)):
+        beside = [] if judge == PROXY else re.sub(r"\W+", " ", judge).lower().split()
+        words = ["frontier", *procedure_name(decoder).lower().split(), *beside]
+        figure = draw_frontier(finished, result.arms, judge, curves[decoder])
+        plots.append(Plot("-".join(words), "", _CAPTION, to_png(figure)))
     keys = [Plot(f"by-{name}", "", _BY_KEY, to_png(draw_key(finished, name))) for name in plotted_keys(finished)]
     crossed = [Plot(name, "", _TRANSFER, png) for name, png in _transfer_plots(result)]
     for plot in [*plots, *keys, *crossed]:
@@ -248,7 +249,9 @@ def remarks(result: SweepResult) -> list[str]:
 
 
 def _is_own(cell: CellResult, row: DecoderRow) -> bool:
-    """Whether a row is of the decoder that its cell was trained for."""
+    """Whether a row is of the decoder that its cell was trained for; of several objectives, of one with a weight."""
+    if any(one.weight > 0 for one in cell.rows):
+        return row.weight > 0
     return (row.judge, row.label) == (PROXY, cell.procedure)
 
 

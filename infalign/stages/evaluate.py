@@ -228,7 +228,8 @@ def summarise(experiment: Experiment, measured: Measured, kl: Estimate, log_rati
     base_rewards = [measured.base.rewards[key] for key in keys]
     tied = tie_limit(procedure, base_rewards, kl.mean)
     return Evaluation(
-        **experiment.objective.record(),
+        # the first term decodes, also where another one alone is trained for
+        **{**experiment.objective.record(), "procedure": repr(procedure)},
         target_kl=recipe.target_kl,
         reward=experiment.reward.name,
         gold_reward=experiment.gold.name if experiment.gold else None,

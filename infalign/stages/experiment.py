@@ -296,6 +296,16 @@ class Experiment:
         return terms or [Term(self.procedure, self.reward)]
 
     @property
+    def trained_terms(self) -> list[Term]:
+        """The terms that have a weight."""
+        return [term for term in self.terms if term.weight > 0]
+
+    @property
+    def trained_rewards(self) -> list[Reward]:
+        """Theirs, each once."""
+        return list({id(term.reward): term.reward for term in self.trained_terms}.values())
+
+    @property
     def rewards(self) -> list[Reward]:
         """The terms' rewards, each once."""
         return list({id(term.reward): term.reward for term in self.terms}.values())

@@ -37,6 +37,13 @@ def load_procedures(recipe: Recipe) -> list[Procedure]:
     return found or [load_procedure(recipe)]
 
 
+def trained_procedures(recipe: Recipe) -> list[Procedure]:
+    """Those whose term has a weight; errors as `load_procedure`."""
+    procedures = load_procedures(recipe)
+    weights = [one["weight"] for one in recipe.objectives] or [1.0]
+    return [procedure for procedure, weight in zip(procedures, weights, strict=True) if weight > 0]
+
+
 def find_procedure(name: str, n: int | None, kwargs: Mapping[str, Any], base_dir: Path) -> Procedure:
     """The procedure of that name, with `n` candidates (None: 4 where it takes a number); errors as `load_procedure`."""
     arguments: dict[str, Any] = dict(kwargs)
@@ -83,7 +90,7 @@ def load_objective(recipe: Recipe, procedure: Procedure) -> Objective:
         got = "both" if recipe.beta is not None else "neither"
         raise InputError(f"give exactly one of beta and target_kl, got {got}: e.g. target_kl: 1.0 (nats)")
     if recipe.objective == "direct":
-        return _direct(recipe, load_procedures(recipe) if recipe.objectives else [procedure])
+        return _direct(recipe, trained_procedures(recipe) if recipe.objectives else [procedure])
     if recipe.objective != "transform":
         return _baseline(recipe, recipe.objective, procedure)
     if recipe.transform == "optimal":
@@ -108,12 +115,18 @@ def _direct(recipe: Recipe, procedures: list[Procedure]) -> Objective:
                 f"{recipe.num_calibration_samples}"
             )
     if len(procedures) == 1:
-        return objective(procedures[0], None, recipe.beta, recipe.target_kl, "direct")
-    weights, beta = [one["weight"] for one in recipe.objectives], recipe.beta
+        of = (
+            ""
+            if len(recipe.objectives) < 2
+            else f" of {next(one['reward'] for one in recipe.objectives if one['weight'])}"
+        )
+        return objective(procedures[0], None, recipe.beta, recipe.target_kl, f"direct{of}")
+    trained = [one for one in recipe.objectives if one["weight"] > 0]
+    weights, beta = [one["weight"] for one in trained], recipe.beta
     if beta is None:
         betas = [optimal_transform(procedure, kl=recipe.target_kl).beta for procedure in procedures]
         beta = sum(weight * one for weight, one in zip(weights, betas, strict=True))
-    rewards = [one["reward"] for one in recipe.objectives]
+    rewards = [one["reward"] for one in trained]
     named = zip(weights, procedures, rewards, strict=True)
     label = "direct: " + " + ".join(f"{weight:g} {procedure!r} of {reward}" for weight, procedure, reward in named)
     first = optimal_transform(procedures[0], beta / sum(weights))

@@ -107,6 +107,9 @@ class Recipe:
     objectives: list[dict] = key(
         [], "several: [{procedure: best_of_n, n: 4, reward: file.py:name, weight: 1.0}, ...]; the first decodes", "ctrl"
     )
+    objective_weights: list[float] = key(
+        [], "weights of objectives, in order, in place of theirs; 0: measured, and not trained for", "ctrl"
+    )
     transform: str = key("optimal", f"optimal, {', '.join(CATALOGUE)}, or path.py:name", "ctrl")
     transform_kwargs: dict = key({}, "{t: 10} for exponential; a builder's arguments", "ctrl")
     beta: float | None = key(None, "KL coefficient; give exactly one of beta and target_kl", "ctrl")

@@ -8,6 +8,10 @@ What is maximised is the weighted sum of the terms' win rates, less beta times t
 whose gradient is that of the win rate itself, so that their sum is the gradient of the sum. (A transform is optimal for
 one procedure alone: the sum of two terms' transforms is not the optimum of anything.)
 
+`objective_weights: [1.0, 0.0]` puts other weights in place of the terms' own: a sweep varies it to draw the trade-off.
+A term of weight 0 is measured like the others and not trained for, so that an expert of one term is compared with the
+policies of both.
+
 A term takes what it leaves out from the recipe's own keys. The first one is the recipe's own decoder and reward:
 `generate` and `serve` decode with it, and it is what `evaluate` calls the recipe's decoder.
 """
@@ -16,7 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -69,9 +73,13 @@ def with_objectives(recipe: Recipe, given: Collection[str]) -> Recipe:
     Raises:
         InputError: an entry that is none, two that are the same, or a key that has no meaning beside them.
     """
+    problems = []
+    if recipe.objective_weights:
+        problems = _weight_problems(recipe.objective_weights, len(recipe.objectives))
+    if problems:
+        raise InputError("; ".join(problems))
     if not recipe.objectives:
         return recipe
-    problems = []
     if "objective" in given and recipe.objective != "direct":
         problems.append(f"objectives are trained by objective: direct, got {recipe.objective}: leave it out")
     terms: list[TermKeys] = []
@@ -89,6 +97,9 @@ def with_objectives(recipe: Recipe, given: Collection[str]) -> Recipe:
         problems.append(f"objectives has one entry: its weight {terms[0].weight:g} would only scale beta: leave it out")
     if problems:
         raise InputError("; ".join(problems))
+    if recipe.objective_weights:
+        weights = map(float, recipe.objective_weights)
+        terms = [dataclasses.replace(term, weight=weight) for term, weight in zip(terms, weights, strict=True)]
     own = {name: value for name, value in vars(terms[0]).items() if name in OWN and value is not None}
     for name in OWN:
         if name in given and name in own and getattr(recipe, name) != own[name]:
@@ -100,6 +111,17 @@ def with_objectives(recipe: Recipe, given: Collection[str]) -> Recipe:
         raise InputError("; ".join(problems))
     whole = [{name: value for name, value in vars(term).items() if value is not None} for term in terms]
     return dataclasses.replace(recipe, objectives=whole, objective="direct", **own)
+
+
+def _weight_problems(weights: Sequence[float], terms: int) -> list[str]:
+    """What is wrong with weights in place of the terms' own."""
+    if terms < 2:
+        return [f"objective_weights are for several objectives, got {terms}: leave it out"]
+    if len(weights) != terms:
+        return [f"objective_weights must be {terms} numbers, one for each of objectives, got {list(weights)}"]
+    if not all(0 <= one < math.inf for one in weights) or not any(weights):
+        return [f"objective_weights must be at least 0, and one of them above, got {list(weights)}"]
+    return []
 
 
 def _read(recipe: Recipe, entry: dict[str, Any]) -> TermKeys:

@@ -19,7 +19,7 @@ from infalign.runtime.console import notice, say
 from infalign.runtime.distributed import is_main, together
 from infalign.stages.calibrate import calibration_parts, open_table, reference_rewards
 from infalign.stages.experiment import Experiment
-from infalign.stages.objective import load_procedures
+from infalign.stages.objective import trained_procedures
 from infalign.stages.output import STARTED, leaves_nothing, refuse_stale_start, reusable
 from infalign.stages.policy_folder import initial_model, load_initial_adapter, save_policy
 from infalign.stages.recipe import Recipe, require_plain
@@ -132,7 +132,7 @@ def check_ready(experiment: Experiment) -> None:
         InputError: one of these is not so.
     """
     arguments = training_arguments(experiment)
-    for procedure in load_procedures(experiment.recipe):
+    for procedure in trained_procedures(experiment.recipe):
         if (of_groups := _of_groups(experiment.recipe, procedure)) is not None:
             check_group(of_groups, int(arguments.num_generations or 1))
     finished = (experiment.policy_path / MANIFEST).exists()
@@ -170,7 +170,7 @@ def make_trainer(experiment: Experiment, table: SampleTable, identity: Mapping[s
         initial_model(arguments, experiment.base_path) or experiment.base_path,
         rewards_of(experiment, table),
         arguments,
-        procedure=experiment.procedure,
+        procedure=experiment.trained_terms[0].procedure,
         identity=identity,
         train_dataset=_dataset(experiment, table, splits.train),
         eval_dataset=_dataset(experiment, table, splits.validation) if splits.validation else None,
@@ -190,8 +190,10 @@ def rewards_of(experiment: Experiment, table: SampleTable) -> list[CTRLReward]:
     spread = 1.0
     if recipe.objective in BASELINES:
         spread = base_spread(list(reference_rewards(experiment, table, experiment.reward).values()))
-    places = {id(reward): column for reward, column in zip(experiment.rewards, _columns(experiment), strict=True)}
-    several = len(experiment.terms) > 1
+    places = {
+        id(reward): column for reward, column in zip(experiment.trained_rewards, _columns(experiment), strict=True)
+    }
+    several = len(experiment.trained_terms) > 1
     return [
         CTRLReward(
             term.reward,
@@ -200,7 +202,7 @@ def rewards_of(experiment: Experiment, table: SampleTable) -> list[CTRLReward]:
             column=places[id(term.reward)],
             name=term.name if several else "ctrl",
         )
-        for term in experiment.terms
+        for term in experiment.trained_terms
     ]
 
 
@@ -216,8 +218,8 @@ def _of_groups(
 
 
 def _columns(experiment: Experiment) -> list[str]:
-    """The columns of the data set that hold each reward's reference rewards."""
-    return ["ref_rewards", *(f"ref_rewards_{number + 2}" for number in range(len(experiment.rewards) - 1))]
+    """The columns of the data set that hold the reference rewards of each reward that is trained on."""
+    return ["ref_rewards", *(f"ref_rewards_{number + 2}" for number in range(len(experiment.trained_rewards) - 1))]
 
 
 def training_arguments(experiment: Experiment) -> CTRLConfig:
@@ -242,11 +244,12 @@ def training_arguments(experiment: Experiment) -> CTRLConfig:
                 f"model_init_kwargs: {name} is the recipe's key {own}: set that, so that calibration, training and "
                 "evaluation load the same model"
             )
+    weights = [one["weight"] for one in recipe.objectives if one["weight"] > 0]
     shared = {
         "output_dir": str(experiment.policy_path),
         "seed": recipe.seed,
         **kl_settings(experiment, ours),
-        **({"reward_weights": [one["weight"] for one in recipe.objectives]} if len(recipe.objectives) > 1 else {}),
+        **({"reward_weights": weights} if len(weights) > 1 else {}),
         "temperature": recipe.temperature,
         "max_completion_length": recipe.max_completion_length,
         "chat_template_kwargs": recipe.chat_template_kwargs,
@@ -296,7 +299,7 @@ def kl_settings(experiment: Experiment, ours: Mapping[str, Any]) -> dict[str, fl
 def _dataset(experiment: Experiment, table: SampleTable, prompts: tuple[Prompt, ...]) -> Dataset:
     """A TRL data set: each row's prompt, its tokens, the reference rewards, and the data's own columns."""
     count = experiment.recipe.num_calibration_samples
-    scored = [table_rewards(table, reward, prompts) for reward in experiment.rewards]
+    scored = [table_rewards(table, reward, prompts) for reward in experiment.trained_rewards]
     rows = [
         {
             "prompt": prompt.content,

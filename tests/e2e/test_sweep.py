@@ -178,3 +178,37 @@ def test_killed_at_random_it_ends_with_the_same_table(path, whole, tmp_path):
     read = [pq.read_table(one / "sweep.parquet") for one in (folder, tmp_path / "killed")]
     tables = [table.drop_columns(["seconds"]).to_pylist() for table in read]
     assert json.dumps(tables[0]) == json.dumps(tables[1])
+
+
+@pytest.mark.slow
+def test_a_sweep_over_the_weights_of_two_objectives(tmp_path, capsys):
+    """Experts, and policies of both, each measured and compared under both terms; an expert is its term's own run."""
+    keys = tiny_experiment(tmp_path)
+    score = str(keys.pop("reward"))
+    del keys["procedure"], keys["target_kl"]
+    terms = [{"reward": score}, {"reward": score.replace(":reward", ":gold"), "procedure": "worst_of_n"}]
+    weights = {"best": [1, 0], "worst": [0, 1], "both": [0.5, 0.5]}
+    arms = {name: {"objective_weights": one} for name, one in weights.items()}
+    out = tmp_path / "sweep"
+    plan = {**keys, "objectives": terms, "arms": arms, "grid": {"target_kl": [0.1, 0.5]}, "reference": "both"}
+    result = sweep({**plan, "output_dir": str(out), "compare_at": [0.001, 0.002]})
+    assert [cell.error for cell in result.cells] == [""] * 6
+    measured = [{(row.judge, row.label) for row in cell.rows} for cell in result.cells]
+    assert all({("reward", "BestOfN(2)"), ("gold (2)", "WorstOfN(2)")} <= one for one in measured)
+    assert {(one.judge, one.decoder) for one in result.compared} == {
+        ("reward", "BestOfN(2)"),
+        ("gold (2)", "WorstOfN(2)"),
+    }
+    assert (out / "report" / "frontier-worst-of-2-gold-2.png").exists()
+    weighted = [[row.weight for row in cell.rows if row.weight > 0] for cell in result.cells]
+    assert weighted == [[1.0], [1.0], [0.5, 0.5]] * 2
+    said = capsys.readouterr().out
+    assert "Decoded by Worst-of-2, judged by gold (2); reference: both" in said
+
+    # the second term's expert: its reward alone, by the direct objective, from the same base samples
+    alone = {**keys, "reward": terms[1]["reward"], "procedure": "worst_of_n", "objective": "direct"}
+    found = run({**alone, "target_kl": 0.5, "output_dir": str(tmp_path / "alone")})["evaluation"]
+    (cell,) = [one for one in result.cells if one.name == "worst-target_kl=0.5"]
+    assert found.kl.mean == pytest.approx(cell.kl, abs=1e-9)
+    row = next(row for row in cell.rows if (row.judge, row.label) == ("gold (2)", "WorstOfN(2)"))
+    assert found.main.mean == pytest.approx(row.mean, abs=1e-9)

@@ -7,7 +7,7 @@ import pytest
 from datasets import Dataset
 
 from infalign import BestOfN, WorstOfN
-from infalign.stages.objective import load_objective, load_procedure
+from infalign.stages.objective import load_objective, load_procedure, trained_procedures
 from infalign.stages.recipe import load_recipe
 from infalign.theory.optimum import optimal_transform
 from infalign.theory.transforms import identity
@@ -174,3 +174,40 @@ def test_every_term_needs_its_samples():
     found = recipe(HELPFUL, {**SAFE, "n": 9})
     with pytest.raises(InputError, match=r"num_calibration_samples of at least 9 for WorstOfN\(9\), got 8"):
         load_objective(found, load_procedure(found))
+
+
+TWO = [{"reward": "a.py:f"}, {"reward": "b.py:f", "procedure": "worst_of_n", "n": 2, "weight": 0.5}]
+
+
+def test_weights_in_place_of_the_terms_own():
+    recipe = load_recipe({**RECIPE, "objectives": TWO, "objective_weights": [0.25, 0.75]})
+    assert [one["weight"] for one in recipe.objectives] == [0.25, 0.75]
+    both = load_objective(recipe, load_procedure(recipe))
+    betas = [optimal_transform(one, kl=1.0).beta for one in (BestOfN(4), WorstOfN(2))]
+    assert both.beta == pytest.approx(0.25 * betas[0] + 0.75 * betas[1])
+
+
+def test_a_term_of_weight_zero_is_measured_and_not_trained_for():
+    """An expert's beta and label are those of its own term, whichever it is."""
+    for weights, procedure, beta_of in (([1, 0], BestOfN(4), "a.py:f"), ([0, 2], WorstOfN(2), "b.py:f")):
+        recipe = load_recipe({**RECIPE, "objectives": TWO, "objective_weights": weights})
+        aim = load_objective(recipe, load_procedure(recipe))
+        assert aim.procedure == procedure and aim.label == f"direct of {beta_of}"
+        assert aim.beta == pytest.approx(optimal_transform(procedure, kl=1.0).beta)
+        assert trained_procedures(recipe) == [procedure]
+        assert load_procedure(recipe) == BestOfN(4)  # what decodes stays the first term's
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"objectives": TWO, "objective_weights": [1.0]}, "must be 2 numbers, one for each of objectives"),
+        ({"objectives": TWO, "objective_weights": [0, 0]}, "at least 0, and one of them above"),
+        ({"objectives": TWO, "objective_weights": [1, -1]}, "at least 0, and one of them above"),
+        ({"objectives": TWO[:1], "objective_weights": [1]}, "are for several objectives, got 1"),
+        ({"reward": "a.py:f", "objective_weights": [1]}, "are for several objectives, got 0"),
+    ],
+)
+def test_wrong_weights_are_one_line(keys, message):
+    with pytest.raises(InputError, match=message):
+        load_recipe({**RECIPE, **keys})

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.csv as csv
 import pyarrow.parquet as pq
 
-from infalign.evaluation.sweep import CellResult, SweepResult, compare, limit_curve, tidy
+from infalign.evaluation.sweep import CellResult, SweepResult, compare, judged_decoders, limit_curve, tidy
 from infalign.evaluation.transfer import transfers
 from infalign.report.sweep_page import compared_tables, headline, remarks, report_sweep
 from infalign.report.table import ABSENT, Table, number, plain_text
@@ -25,7 +25,7 @@ from infalign.runtime.imports import file_digest
 from infalign.runtime.plugins import find_object
 from infalign.stages.estimate import stage_costs
 from infalign.stages.experiment import CALIBRATION, Experiment
-from infalign.stages.objective import load_objective, load_procedure
+from infalign.stages.objective import load_objective, load_procedure, load_procedures
 from infalign.stages.per_prompt import read_per_prompt
 from infalign.stages.recipe import Recipe, require
 from infalign.stages.run import preflight
@@ -199,7 +199,7 @@ def _time_left(start: float, made: int, left: int) -> str:
 def _written(settings: Sweep, cells: Sequence[Cell], done: Mapping[str, CellResult], whole: bool) -> SweepResult:
     """The result so far: its table, and where `whole` the comparison and the page; rank 0 writes them."""
     results = tuple(done[cell.name] for cell in cells if cell.name in done)
-    procedures = {repr(one): one for one in (load_procedure(cell.recipe) for cell in cells)}
+    procedures = {repr(one): one for cell in cells for one in load_procedures(cell.recipe)}
     reference = settings.reference or cells[-1].arm
     result = SweepResult(reference, cells[0].recipe.confidence, results, len(cells))
     if whole:
@@ -232,7 +232,8 @@ def _compared(
         seed=0,
     )
     largest = max((one.kl for one in finished), default=0.0)
-    limits = tuple(limit_curve(one, largest) for label, one in procedures.items() if label in result.trained_for)
+    shown = {label for _, label in judged_decoders(finished, list(procedures))}
+    limits = tuple(limit_curve(one, largest) for label, one in procedures.items() if label in shown)
     crossed = transfers(finished)
     return dataclasses.replace(result, compared=compared, lacking=lacking, limits=limits, transfers=crossed)
 
