@@ -16,6 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from infalign.models.loading import model_fingerprint, resolve_model
+from infalign.runtime.console import notice
 from infalign.types import InputError, TrainingError
 
 ADAPTER = "adapter_config.json"
@@ -162,16 +163,21 @@ def check_finite(folder: Path) -> None:
             )
 
 
-def check_loadable(folder: Path) -> None:
+def check_loadable(folder: Path, trust_remote_code: bool = False) -> None:
     """See that a merged model has the tensors that its config wants, without allocating it.
 
     Raises:
         TrainingError: naming the first that is missing or of another shape.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415 - seconds
+    import transformers  # noqa: PLC0415 - seconds
 
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    kind = getattr(transformers, (config.architectures or [""])[0], None)
+    if kind is None:
+        notice(f"the merged {config.model_type} is no architecture of transformers' own: it was not compared with it")
+        return
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+        model: Any = kind(config)
     shapes = shapes_of(folder)
     for name, parameter in model.named_parameters():
         if name not in shapes:

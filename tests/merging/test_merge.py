@@ -18,6 +18,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from infalign.merging.parents import check_loadable
 from infalign.merging.plan import methods
 from infalign.stages.merge.recipe import load_merge_recipe
 from infalign.stages.merge.run import merge
@@ -395,3 +396,19 @@ dtype: float32
     ours, theirs = (load_file(Path(tmp_path) / side / "model.safetensors") for side in ("ours", "theirs"))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_what_the_config_wants_must_be_there(models, tmp_path, capsys):
+    folder = tmp_path / "odd"
+    shutil.copytree(models / "one", folder)
+    config = json.loads((folder / "config.json").read_text())
+    for changes, message in (
+        ({"num_hidden_layers": 2}, r"lacks model\.layers\.1\.\S+, which its config wants"),
+        ({"intermediate_size": 48}, r"is \[64, 32\], and its config wants \[48, 32\]"),
+    ):
+        (folder / "config.json").write_text(json.dumps({**config, **changes}))
+        with pytest.raises(TrainingError, match=message):
+            check_loadable(folder)
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": ["MineForCausalLM"]}))
+    check_loadable(folder)
+    assert "no architecture of transformers' own" in capsys.readouterr().err

@@ -129,7 +129,7 @@ def _merge_by_mergekit(recipe: MergeRecipe, plan: MergePlan, names: dict[str, st
 def finish(folder: Path, recipe: MergeRecipe, plan: MergePlan, parts: dict[str, Any]) -> None:
     """Look at a merged model, and write its card and, last, its manifest."""
     check_finite(folder)
-    check_loadable(folder)
+    check_loadable(folder, recipe.trust_remote_code)
     models = parts["models"]
     rows = "\n".join(f"| {_short(name)} | {', '.join(content)} |" for name, content in models.items())
     card = _CARD.format(
