@@ -20,7 +20,7 @@ _CODE = "it belongs to open-r1's code rewards: pass it to your reward in reward_
 _SHAPED = "it belongs to open-r1's length rewards: write it into your reward, or pass it in reward_kwargs"
 _TRACKING = "give run_name and project, or the tracker's own environment variables"
 
-_SWEEP = "it is a sweep's: infalign sweep --config FILE"
+_SWEEP = "this is a sweep: infalign sweep --config FILE"
 
 FOREIGN: dict[str, str] = {
     "arms": _SWEEP,

@@ -284,6 +284,10 @@ def test_a_verb_executes_itself_again(verb, recipe, replaced):
     if verb == "sweep":
         keys = yaml.safe_load(Path(recipe).read_text())
         Path(recipe).write_text(yaml.safe_dump({**keys, "grid": {"seed": [1, 2]}}))
+    if verb == "merge":
+        models = [{"model": name, "parameters": {"weight": 1.0}} for name in ("one", "two")]
+        plan = {"merge_method": "linear", "models": models, "output_dir": "out", "use_cpu": True}
+        Path(recipe).write_text(yaml.safe_dump(plan))
     with pytest.raises(Replaced):
         main([verb, "--accelerate_config", "cpu_ddp", "--num_processes", "3", "--config", recipe, "--debug"])
     [(command, environment)] = replaced
