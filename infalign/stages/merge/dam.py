@@ -36,6 +36,7 @@ from infalign.runtime.console import Progress, say
 from infalign.runtime.distributed import barrier, is_main, together, world_size
 from infalign.runtime.seeds import stream
 from infalign.stages.merge.recipe import MergeRecipe
+from infalign.stages.merge.result import finish, short_names
 from infalign.types import InputError, TrainingError
 
 MAX_LENGTH, NUM_EXAMPLES = 512, 1700
@@ -46,8 +47,6 @@ TEACHING_TOKENS = 4096
 
 def merge_by_dam(recipe: MergeRecipe, plan: MergePlan, names: dict[str, str], parts: dict[str, Any]) -> None:
     """Learn the coefficients and write the merged model (every rank calls this)."""
-    from infalign.stages.merge.run import finish  # noqa: PLC0415 - which imports this module
-
     with together("the checks before DAM"):
         settings, limits = dam_settings(plan, recipe.seed)
         paths = [names[parent.model] for parent in plan.parents]
@@ -270,5 +269,5 @@ def _write(
     about.mkdir()
     save_file(coefficients, about / "coefficients.safetensors")
     plain = {name: c_S.numpy() for name, c_S in coefficients.items()}
-    (about / "coefficients.png").write_bytes(to_png(draw_coefficients(plain, [Path(one).name for one in labels])))
+    (about / "coefficients.png").write_bytes(to_png(draw_coefficients(plain, short_names(labels))))
     write_json(about / "losses.json", {"parents": list(labels), "divergence": learned.losses_KS})

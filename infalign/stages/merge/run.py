@@ -3,48 +3,21 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from infalign import __version__
 from infalign.merging.kit import run_mergekit
-from infalign.merging.parents import check_alike, check_finite, check_loadable, resolve_parent, shapes_of, weight_files
+from infalign.merging.parents import check_alike, resolve_parent, shapes_of, weight_files
 from infalign.merging.plan import DAM, MergePlan
 from infalign.models.loading import model_fingerprint, replicated
-from infalign.runtime.artifacts import sweep_temporaries, whole_folder, write_manifest
+from infalign.runtime.artifacts import sweep_temporaries, whole_folder
 from infalign.runtime.console import notice, say
 from infalign.runtime.distributed import is_main, together
 from infalign.runtime.launch import join
 from infalign.stages.merge.recipe import MergeRecipe
+from infalign.stages.merge.result import KIND, finish
 from infalign.stages.output import reusable
 from infalign.types import InputError
-
-KIND = "merge"
-
-_CARD = """\
----
-library_name: transformers
-base_model: {parents}
-base_model_relation: merge
-tags: [infalign, merge{tag}]
----
-
-# {name}
-
-{count} models merged by **{method}** with infalign {version}.
-
-| model | content |
-|---|---|
-{rows}
-
-```yaml
-{recipe}```
-
-seed: {seed}
-"""
 
 
 def merge(recipe: MergeRecipe) -> dict[str, Any]:
@@ -124,36 +97,6 @@ def _merge_by_mergekit(recipe: MergeRecipe, plan: MergePlan, names: dict[str, st
         )
         shutil.rmtree(temporary / ".adapters", ignore_errors=True)
         finish(temporary, recipe, plan, parts)
-
-
-def finish(folder: Path, recipe: MergeRecipe, plan: MergePlan, parts: dict[str, Any]) -> None:
-    """Look at a merged model, and write its card and, last, its manifest."""
-    check_finite(folder)
-    check_loadable(folder, recipe.trust_remote_code)
-    models = parts["models"]
-    rows = "\n".join(f"| {_short(name)} | {', '.join(content)} |" for name, content in models.items())
-    card = _CARD.format(
-        parents=[_short(name) for name in models],
-        tag=f", {plan.method}",
-        name=recipe.output.name,
-        count=len(plan.parents),
-        method=plan.method,
-        version=__version__,
-        rows=rows,
-        recipe=yaml.safe_dump(plan.yaml, sort_keys=False),
-        seed=recipe.seed,
-    )
-    (folder / "README.md").write_text(card, encoding="utf-8")
-    write_manifest(folder, KIND, parts, recipe=_settings(recipe))
-
-
-def _settings(recipe: MergeRecipe) -> dict[str, Any]:
-    return {name: value for name, value in asdict(recipe).items() if name not in ("base_dir",)}
-
-
-def _short(name: str) -> str:
-    """A Hub id as it is, a local path without its folders."""
-    return "+".join(Path(part).name if Path(part).is_absolute() else part for part in name.split("+"))
 
 
 def with_paths(value: Any, names: dict[str, str]) -> Any:
