@@ -27,7 +27,7 @@ tags: [infalign, merge{tag}]
 
 # {name}
 
-{count} models merged by **{method}** with infalign {version}.
+Merged by **{method}** with infalign {version}.
 
 | model | content |
 |---|---|
@@ -52,7 +52,6 @@ def finish(folder: Path, recipe: MergeRecipe, plan: MergePlan, parts: dict[str, 
         parents=list(models),
         tag=f", {plan.method}",
         name=recipe.output.name,
-        count=len(plan.parents),
         method=plan.method,
         version=__version__,
         rows=rows,

@@ -86,7 +86,8 @@ def _check_shapes(plan: MergePlan, names: dict[str, str]) -> None:
 
 
 def _merge_by_mergekit(recipe: MergeRecipe, plan: MergePlan, names: dict[str, str], parts: dict[str, Any]) -> None:
-    say(f"merging {len(plan.parents)} models by {plan.method}")
+    count = len(plan.parents)
+    say(f"merging {count} model{'s' if count > 1 else ''} by {plan.method}")
     with whole_folder(recipe.output) as temporary:
         run_mergekit(
             with_paths(plan.yaml, names),
