@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -280,14 +280,16 @@ def measure(repeats: int = 3) -> Table:
             )
         ).eval()  # fmt: skip
 
-    def seconds(work: Callable[[], object]) -> float:
-        work()
-        taken = []
-        for _ in range(repeats):
-            start = time.process_time()
-            work()
-            taken.append(time.process_time() - start)
-        return float(np.median(taken))
+    def seconds(works: Sequence[Callable[[], object]]) -> list[float]:
+        """The least CPU seconds of each, all of them in turns, so that what else the machine does is beside all alike."""
+        taken: list[list[float]] = [[] for _ in works]
+        for turn in range(repeats + 1):
+            for found, work in zip(taken, works, strict=True):
+                start = time.process_time()
+                work()
+                if turn:  # the first is a warm-up
+                    found.append(time.process_time() - start)
+        return [min(found) for found in taken]
 
     def draw(model: LlamaForCausalLM, rows: int) -> Callable[[], object]:
         prompts = [[(7 * place + row // 8) % 1999 for place in range(64)] for row in range(rows)]
@@ -319,21 +321,25 @@ def measure(repeats: int = 3) -> Table:
     # decoding: seconds of a token = layers a + rows b + rows c parameters
     points = [(small, 8), (small, 32), (llama(4, 256), 16), (llama(2, 384), 64)]
     equations = [[model.config.num_hidden_layers, rows, rows * size(model)] for model, rows in points]
-    taken = np.array([seconds(draw(model, rows)) / NEW for model, rows in points])
+    counts = (16, 64)
+    works = [*(draw(model, rows) for model, rows in points), forward(small, 16)]
+    *of_points, of_pass, few, many, reference, policy = seconds(
+        [*works, *(draw(large, count) for count in counts), forward(large, 16), both(large, 16)]
+    )
+    taken = np.array(of_points) / NEW
     constants = np.linalg.lstsq(np.array(equations) / taken[:, None], np.ones(len(points)), rcond=None)[0]
-    per_flop = seconds(forward(small, 16)) / (2 * size(small) * 16 * 128)
-    rows = []
-
-    def compare(what: str, said: float, work: Callable[[], object]) -> None:
-        found = seconds(work)
-        rows.append((what, f"{said:.2f}", f"{found:.2f}", f"{said / found:.2f}"))
-
-    for count in (16, 64):
-        parts = np.array([large.config.num_hidden_layers, count, count * size(large)])
-        compare(f"decoding {count} rows of {NEW} tokens", float(parts @ constants) * NEW, draw(large, count))
-    a_pass = 2 * size(large) * 16 * 128 * per_flop
-    compare("reference pass over 16 x 128 tokens", a_pass, forward(large, 16))
-    compare("policy, forward and backward", 3 * a_pass, both(large, 16))
+    decoded = [
+        float(np.array([large.config.num_hidden_layers, count, count * size(large)]) @ constants) * NEW
+        for count in counts
+    ]
+    a_pass = of_pass / size(small) * size(large)
+    compared = [
+        (f"decoding {counts[0]} rows of {NEW} tokens", decoded[0], few),
+        (f"decoding {counts[1]} rows of {NEW} tokens", decoded[1], many),
+        ("reference pass over 16 x 128 tokens", a_pass, reference),
+        ("policy, forward and backward", 3 * a_pass, policy),
+    ]
+    rows = [(what, f"{said:.2f}", f"{found:.2f}", f"{said / found:.2f}") for what, said, found in compared]
     return Table((f"{size(large) / 1e6:.0f} M parameters", "predicted, CPU s", "measured", "ratio"), tuple(rows))
 
 

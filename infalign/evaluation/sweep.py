@@ -324,7 +324,7 @@ def compare(
         measured = ", ".join(f"{arm} {min(kls):.2f} to {max(kls):.2f}" for arm, kls in sorted(ranges.items()))
         asked = ", ".join(f"{kl:g}" for kl in nobody)
         problems.append(
-            f"no two objectives with {reference} among them were measured around {asked} nats (measured: {measured}): "
+            f"around {asked} nats {reference} and another objective were not both measured (measured: {measured}): "
             "change compare_at, or target_kl and the steps to reach it"
         )
     return tuple(found), "; ".join(dict.fromkeys(problems))

@@ -63,7 +63,7 @@ class Learned:
     """Coefficients (S, ...) by parameter, and the losses on the way: a row a step, the divergence of each parent."""
 
     coefficients: dict[str, Tensor]
-    losses_KS: list[list[float]]
+    losses: list[list[float]]
 
 
 def padded(examples: Sequence[Example], device: torch.device) -> tuple[dict[str, Tensor], Tensor]:

@@ -104,7 +104,7 @@ def methods() -> dict[str, Method]:
         needs_base = contract.base == BasePolicy.REQUIRED
         most = contract.max_non_base
         if most is None and contract.max_inputs is not None:
-            most = contract.max_inputs
+            most = contract.max_inputs - int(needs_base)
         found[spec.name] = Method(
             spec.name,
             shared,
@@ -232,7 +232,8 @@ def _check_inputs(yaml: Mapping[str, Any], method: Method, parents: Sequence[Par
     if len({one.model for one in parents}) < len(parents):
         problems.append("models names one model twice: give it once, with the sum of its weights")
     if method.most is not None and len(others) > method.most:
-        problems.append(f"{method.name} merges {method.most} models at most, got {len(others)}")
+        beside = " with its base" if method.needs_base else ""
+        problems.append(f"{method.name} merges {method.most} at most{beside}, got {len(others)}")
     if method.name == DAM:
         if len(parents) < 2:
             problems.append(f"dam learns how to merge two models or more, got {len(parents)}")

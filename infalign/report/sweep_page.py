@@ -243,8 +243,8 @@ def remarks(result: SweepResult) -> list[str]:
     noted = sum(bool(cell.notes) for cell in finished)
     if noted:
         lines.append(f"{noted} of {len(finished)} cells have notes on what limited them.")
-    if result.lacking:
-        lines.append(f"{'' if result.compared else 'No comparison at equal KL: '}{result.lacking}.")
+    if result.lacking and _best(result) is not None:  # without one the headline says it
+        lines.append(f"{result.lacking}.")
     return lines
 
 

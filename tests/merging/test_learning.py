@@ -122,7 +122,7 @@ def test_the_first_step_is_adams_on_the_gradient_of_the_whole_loss(tmp_path):
         inputs, counts = padded([examples[parent][row] for row in chosen], torch.device("cpu"))
         logits = merged_logits(models[0], merged(weights, coefficients), inputs)[counts]
         kl = divergence(logits, teach(parent, chosen), settings.temperature).mean()
-        assert learned.losses_KS[0][parent] == pytest.approx(kl.item(), abs=1e-5)
+        assert learned.losses[0][parent] == pytest.approx(kl.item(), abs=1e-5)
         whole = whole + kl
     whole.backward()
     for name, c in coefficients.items():
@@ -150,11 +150,11 @@ def test_a_killed_run_ends_with_the_same_coefficients(tmp_path, monkeypatch):
     steps = []
     again = learn(models[0], weights, examples, teach, settings, checkpoint=checkpoint, advance=steps.append)
     assert len(steps) == 2
-    assert again.losses_KS == whole.losses_KS
+    assert again.losses == whole.losses
     assert all(torch.equal(again.coefficients[name], c) for name, c in whole.coefficients.items())
     # another run's checkpoint is not this one's
     other = learn(models[0], weights, examples, teach, settings, checkpoint=checkpoint, identity={"parent": "another"})
-    assert other.losses_KS == whole.losses_KS
+    assert other.losses == whole.losses
 
 
 def test_examples_count_where_the_parent_is_asked():

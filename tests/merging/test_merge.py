@@ -280,7 +280,12 @@ WRONG = {
     "three": (
         {"merge_method": "slerp", "base_model": "one", "parameters": {"t": 0.5},
          "models": [{"model": name} for name in ("one", "two", "three", "four")]},
-        r"slerp merges 2 models at most",
+        r"slerp merges 1 at most with its base, got 3",
+    ),
+    "base beside two": (
+        {"merge_method": "slerp", "base_model": "three", "parameters": {"t": 0.5},
+         "models": [{"model": name} for name in ("one", "two")]},
+        r"slerp merges 1 at most with its base, got 2",
     ),
     "value": ({"models": entries(None)}, r"weight must be a number"),
     "list": ({"models": {"model": "one"}}, r"models: expected a list"),

@@ -72,6 +72,6 @@ def test_weights_that_do_not_fit_are_told():
 
 @pytest.mark.slow
 def test_predicts_this_machine():
-    """The right order: alone it is within a factor of 1.5, and a machine that others use stalls at any moment."""
-    for *_, ratio in scale.measure(repeats=2).rows:
-        assert 0.1 < float(ratio) < 10.0
+    """Within a factor of two: machines are shared, caches differ."""
+    for *_, ratio in scale.measure(repeats=4).rows:
+        assert 0.5 < float(ratio) < 2.0

@@ -58,7 +58,7 @@ def merge_by_dam(recipe: MergeRecipe, plan: MergePlan, names: dict[str, str], pa
     identity = {**parts, "examples": fingerprint([[one.ids for one in own] for own in examples])}
     work = recipe.output.parent / f".{recipe.output.name}.{fingerprint(identity)}.dam"
     work.mkdir(parents=True, exist_ok=True)
-    whole = [_whole(work, parent, path) for parent, path in enumerate(paths)]
+    whole = [_whole(work, parent, path, recipe.trust_remote_code) for parent, path in enumerate(paths)]
     with together("the parents' words"):
         for parent, folder in enumerate(whole if is_main() else ()):
             _teach(work / f"teacher-{parent}.safetensors", folder, examples[parent], settings, recipe, parent)
@@ -160,7 +160,7 @@ def _common_tokenizer(paths: Sequence[str], recipe: MergeRecipe) -> Any:
     return tokenizers[0]
 
 
-def _whole(work: Path, parent: int, path: str) -> str:
+def _whole(work: Path, parent: int, path: str, trust_remote_code: bool) -> str:
     """A parent's folder; an adapter is merged into its model first."""
     model, _, adapter = path.partition("+")
     if not adapter:
@@ -169,7 +169,7 @@ def _whole(work: Path, parent: int, path: str) -> str:
     if is_main() and not folder.is_dir():
         from peft import PeftModel  # noqa: PLC0415 - an extra
 
-        base = load_policy(model, device=torch.device("cpu"))
+        base = load_policy(model, device=torch.device("cpu"), trust_remote_code=trust_remote_code)
         with whole_folder(folder) as temporary:
             PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(temporary)
     barrier()
@@ -182,7 +182,8 @@ def _teach(
     """Write down what a parent says of its examples, unless it stands there."""
     if file.exists():
         return
-    model: Any = load_policy(folder, device=choose_device(recipe.use_cpu)).eval()
+    device, trusted = choose_device(recipe.use_cpu), recipe.trust_remote_code
+    model: Any = load_policy(folder, device=device, trust_remote_code=trusted).eval()
     tops, ids = [], []
     size = max(1, TEACHING_TOKENS // max(len(one.ids) for one in examples))
     with torch.no_grad(), Progress(f"dam: parent {parent + 1} reads", len(examples), "examples") as progress:
@@ -234,9 +235,9 @@ def _learn(
             identity=identity,
             advance=lambda note: progress.advance(1, f"KL to the parents {note}"),
         )
-    if not np.isfinite(learned.losses_KS).all():
+    if not np.isfinite(learned.losses).all():
         raise TrainingError("DAM's losses are not finite: lower parameters.learning_rate")
-    first, last = (np.mean(rows, axis=0) for rows in (learned.losses_KS[:10], learned.losses_KS[-10:]))
+    first, last = (np.mean(rows, axis=0) for rows in (learned.losses[:10], learned.losses[-10:]))
     say(
         "dam: divergence from the parents, first and last ten steps: "
         + ", ".join(f"{a:.4f} -> {b:.4f}" for a, b in zip(first, last, strict=True))
@@ -270,4 +271,4 @@ def _write(
     save_file(coefficients, about / "coefficients.safetensors")
     plain = {name: c_S.numpy() for name, c_S in coefficients.items()}
     (about / "coefficients.png").write_bytes(to_png(draw_coefficients(plain, short_names(labels))))
-    write_json(about / "losses.json", {"parents": list(labels), "divergence": learned.losses_KS})
+    write_json(about / "losses.json", {"parents": list(labels), "divergence": learned.losses})

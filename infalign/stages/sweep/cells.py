@@ -98,7 +98,7 @@ def look(folder: Path, cell: Cell) -> Held:
         found,
         whole=found.finished and not changed and (folder / PER_PROMPT).exists(),
         changed=tuple(changed),
-        measure=found.finished and set(names) <= set(EVALUATED) and weights,
+        measure=(found.finished or trained) and set(names) <= set(EVALUATED) and weights,
         trained=trained,
     )
 
