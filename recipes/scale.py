@@ -281,7 +281,7 @@ def measure(repeats: int = 3) -> Table:
         ).eval()  # fmt: skip
 
     def seconds(works: Sequence[Callable[[], object]]) -> list[float]:
-        """The least CPU seconds of each, all of them in turns, so that what else the machine does is beside all alike."""
+        """The least CPU seconds of each, all of them in turns: what else the machine does is beside all alike."""
         taken: list[list[float]] = [[] for _ in works]
         for turn in range(repeats + 1):
             for found, work in zip(taken, works, strict=True):
