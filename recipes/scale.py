@@ -263,8 +263,23 @@ def table(job: Job, cells: int) -> Table:
     return Table((*heads, "copying", "step, s", "run: hours / GPU hours", "sweep, GPU hours"), tuple(rows))
 
 
+Point = tuple[int, int, int]
+"""Layers, rows, and parameters of a model that decodes them."""
+
+
+def extrapolated(points: Sequence[Point], seconds: Sequence[float], wanted: Sequence[Point]) -> list[float]:
+    """What `wanted` take on the machine where `points` took `seconds`.
+
+    A token costs `layers a + rows b + rows parameters c`; the constants are those whose relative errors have the least
+    squares.
+    """
+    terms = [np.array([[layers, rows, rows * size] for layers, rows, size in some], float) for some in (points, wanted)]
+    constants = np.linalg.lstsq(terms[0] / np.array(seconds)[:, None], np.ones(len(points)), rcond=None)[0]
+    return [float(found) for found in terms[1] @ constants]
+
+
 def measure(repeats: int = 3) -> Table:
-    """This machine: constants fitted on the smaller Llama, parts of a step of the larger one predicted and measured."""
+    """This machine: constants fitted on smaller Llamas, parts of a step of a deeper one predicted and measured."""
     import torch  # noqa: PLC0415 - seconds, and only here
     from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415
 
@@ -317,22 +332,18 @@ def measure(repeats: int = 3) -> Table:
     def size(model: LlamaForCausalLM) -> int:
         return sum(parameter.numel() for parameter in model.parameters())
 
-    small, large = llama(2, 256), llama(6, 512)
-    # decoding: seconds of a token = layers a + rows b + rows c parameters
-    points = [(small, 8), (small, 32), (llama(4, 256), 16), (llama(2, 384), 64)]
-    equations = [[model.config.num_hidden_layers, rows, rows * size(model)] for model, rows in points]
-    counts = (16, 64)
-    works = [*(draw(model, rows) for model, rows in points), forward(small, 16)]
+    shapes = ((2, 256, 8), (2, 512, 32), (4, 256, 16), (4, 512, 64))
+    models = {(layers, width): llama(layers, width) for layers, width, _ in shapes}
+    nearest, large, counts = models[4, 512], llama(6, 512), (16, 64)
     *of_points, of_pass, few, many, reference, policy = seconds(
-        [*works, *(draw(large, count) for count in counts), forward(large, 16), both(large, 16)]
-    )
-    taken = np.array(of_points) / NEW
-    constants = np.linalg.lstsq(np.array(equations) / taken[:, None], np.ones(len(points)), rcond=None)[0]
-    decoded = [
-        float(np.array([large.config.num_hidden_layers, count, count * size(large)]) @ constants) * NEW
-        for count in counts
-    ]
-    a_pass = of_pass / size(small) * size(large)
+        [
+            *(draw(models[layers, width], rows) for layers, width, rows in shapes), forward(nearest, 16),
+            *(draw(large, count) for count in counts), forward(large, 16), both(large, 16),
+        ]
+    )  # fmt: skip
+    points = [(layers, rows, size(models[layers, width])) for layers, width, rows in shapes]
+    decoded = extrapolated(points, of_points, [(6, count, size(large)) for count in counts])
+    a_pass = of_pass / size(nearest) * size(large)
     compared = [
         (f"decoding {counts[0]} rows of {NEW} tokens", decoded[0], few),
         (f"decoding {counts[1]} rows of {NEW} tokens", decoded[1], many),
