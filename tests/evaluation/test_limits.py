@@ -56,3 +56,10 @@ def test_any_measured_kl_has_a_limit(kl):
     """A policy that has hardly moved measures KLs of rounding; one that collapsed, KLs beyond every budget."""
     expected = 0.5 if kl < 1e-9 else float(win_rate_limit(BestOfN(4), min(kl, 20.0)))
     assert limit_at(BestOfN(4), kl) == expected
+
+
+@pytest.mark.parametrize("kl", [0.0, 1e-13, 7e-10, 1.3e-8, 2e-7])
+def test_a_policy_that_has_hardly_moved_has_a_limit(kl):
+    """A measured KL may be of any size: W - 1/2 goes to 0 with sqrt(KL)."""
+    rows = [np.arange(12.0) // 3, np.arange(12.0)]
+    assert 0.5 <= tie_limit(BestOfN(4), rows, kl) <= 0.5 + 2.0 * np.sqrt(kl)
