@@ -278,6 +278,12 @@ def extrapolated(points: Sequence[Point], seconds: Sequence[float], wanted: Sequ
     return [float(found) for found in terms[1] @ constants]
 
 
+def scaled_pass(seconds: float, size: int, wanted: int) -> tuple[float, float]:
+    """A reference pass and a policy's (forward, backward) of `wanted` parameters, where one of `size` took that long."""
+    found = seconds / size * wanted
+    return found, 3.0 * found
+
+
 def measure(repeats: int = 3) -> Table:
     """This machine: constants fitted on smaller Llamas, parts of a step of a deeper one predicted and measured."""
     import torch  # noqa: PLC0415 - seconds, and only here
@@ -343,12 +349,12 @@ def measure(repeats: int = 3) -> Table:
     )  # fmt: skip
     points = [(layers, rows, size(models[layers, width])) for layers, width, rows in shapes]
     decoded = extrapolated(points, of_points, [(6, count, size(large)) for count in counts])
-    a_pass = of_pass / size(nearest) * size(large)
+    a_pass, both_ways = scaled_pass(of_pass, size(nearest), size(large))
     compared = [
         (f"decoding {counts[0]} rows of {NEW} tokens", decoded[0], few),
         (f"decoding {counts[1]} rows of {NEW} tokens", decoded[1], many),
         ("reference pass over 16 x 128 tokens", a_pass, reference),
-        ("policy, forward and backward", 3 * a_pass, policy),
+        ("policy, forward and backward", both_ways, policy),
     ]
     rows = [(what, f"{said:.2f}", f"{found:.2f}", f"{said / found:.2f}") for what, said, found in compared]
     return Table((f"{size(large) / 1e6:.0f} M parameters", "predicted, CPU s", "measured", "ratio"), tuple(rows))

@@ -92,7 +92,7 @@ def tie_limit(procedure: Procedure, base_rewards_PM: Sequence[Array], kl: float)
     if kl < SMALLEST_KL:
         return 0.5
     top = max(kl, min(8.0 * kl, _MOST_KL))
-    # prompts with ties near the top spend little, others more: budgets reach from kl / 16 to 8 kl
+    # prompts with ties near the top spend little, others more: from kl / 16, where that is solvable, to 8 kl
     budgets_Q = np.concatenate([[0.0], np.geomspace(max(kl / 16, SMALLEST_KL), top, _KNOTS)])
     fine = np.unique(np.concatenate([[0.0, kl], np.geomspace(kl / 100, top, 400)]))
     # every k-th prompt, k the quotient rounded up

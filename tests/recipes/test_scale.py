@@ -19,8 +19,8 @@ PLAIN = scale.Engine("plain", per_layer=1e-4, per_row=1e-5)
 JOB = scale.Job(groups=32, steps=10)
 
 # `python recipes/scale.py --measure` on two idle cores of an AMD EPYC with AVX-512, one thread: the points that
-# constants are fitted to with their seconds, then those of a pass of the last one; what the deeper model was predicted
-# to take and took (decoding 16 and 64 rows, a reference pass, forward and backward)
+# constants are fitted to with their seconds, those of a pass of the last one (from the printed prediction, two digits),
+# and what the deeper model took: decoding 16 and 64 rows, a reference pass, forward and backward
 RECORDED_POINTS = [(2, 8, 2_499_840), (2, 32, 7_948_800), (4, 16, 3_975_424), (4, 64, 13_849_088)]
 RECORDED_SMALL = [0.265, 0.813, 0.490, 3.983]
 RECORDED_PASS = 0.926
@@ -96,8 +96,8 @@ def test_constants_come_back_from_timings():
 def test_recorded_timings_predict_the_deeper_model():
     """Within a factor of two, from CPU seconds taken once on two idle cores: a clock would depend on its neighbours."""
     decoded = scale.extrapolated(RECORDED_POINTS, RECORDED_SMALL, RECORDED_LARGE_POINTS)
-    one_pass = RECORDED_PASS * RECORDED_LARGE_POINTS[0][2] / RECORDED_POINTS[-1][2]
-    for said, found in zip([*decoded, one_pass, 3 * one_pass], RECORDED_LARGE, strict=True):
+    passes = scale.scaled_pass(RECORDED_PASS, RECORDED_POINTS[-1][2], RECORDED_LARGE_POINTS[0][2])
+    for said, found in zip([*decoded, *passes], RECORDED_LARGE, strict=True):
         assert 0.5 < said / found < 2.0
 
 
