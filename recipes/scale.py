@@ -279,7 +279,7 @@ def extrapolated(points: Sequence[Point], seconds: Sequence[float], wanted: Sequ
 
 
 def scaled_pass(seconds: float, size: int, wanted: int) -> tuple[float, float]:
-    """A reference pass and a policy's (forward, backward) of `wanted` parameters, where one of `size` took that long."""
+    """A reference pass and a policy's (forward, backward) of `wanted` parameters, where one of `size` took that."""
     found = seconds / size * wanted
     return found, 3.0 * found
 

@@ -114,12 +114,12 @@ def _tell(procedure: Procedure, kl: float, rows: list[dict[str, Any]]) -> None:
     best = max(row["win_rate"] for row in rows)
     say(f"{procedure} at KL {kl:.4g} nats: win rates of a policy tilted by each transform, against its base")
     say()
-    say(f"  {'transform':<22}{'beta':>10}{'W_1':>9}{'W':>9}{'to the best':>13}")
+    say(f"  {'transform':<22}{'beta':>10}{'W_1':>9}{'W':>9}{'to the best':>15}")
     for row in rows:
         gap = row["win_rate"] - best
         say(
             f"  {row['transform']:<22}{row['beta']:>10.5g}{row['win_rate_1']:>9.4f}{row['win_rate']:>9.4f}"
-            f"{'' if gap == 0 else f'{100 * gap:+.2f} points':>13}"
+            f"{'' if gap == 0 else f'{100 * gap:+.2f} points':>15}"
         )
     say()
     say(f"  W_1: the standard win rate; W: the win rate when both sides are decoded by {procedure}.")
