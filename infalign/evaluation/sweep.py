@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from infalign.evaluation.combined import Axis, Combined
 from infalign.evaluation.limits import attainment, limit_at, regret_ratio
 from infalign.evaluation.matched import AtKL, Curve, at_equal_kl
 from infalign.evaluation.summary import GOLD, PROXY, DecoderRow
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from infalign.theory.procedures import Procedure
 
 Array = NDArray[np.float64]
+MERGED = "merge: "
+"""What the objective's name of a cell starts with that was merged and not trained."""
 MULTIPLES = (2, 4, 8)
 """How many times the samples the untrained base is given, in rows of its own."""
 
@@ -67,6 +70,7 @@ class CellResult:
         rows: the table of win rates.
         notes: what limited it, and what its stages warned of.
         exact: win rates by decoder, and "kl", where they are known without sampling.
+        facts: further numbers, by name: `merge_gap`, nats.
         source: what it was made from beside its keys: the content of rewards and data, or of the cell function.
         measured_against: names the base's samples and the reward; cells of one seed are compared where they share them.
     """
@@ -87,6 +91,7 @@ class CellResult:
     rows: tuple[DecoderRow, ...] = ()
     notes: tuple[str, ...] = ()
     exact: dict[str, float] = field(default_factory=dict)
+    facts: dict[str, float] = field(default_factory=dict)
     source: dict = field(default_factory=dict)
     measured_against: str = ""
 
@@ -130,6 +135,7 @@ class SweepResult:
         lacking: why there is no comparison; empty where there is one.
         limits: of every decoder that an arm is trained for.
         transfers: trained for N, decoded with another; empty unless arms differ in N.
+        axes, combined: the terms, and each family's best policy under all of them; empty unless arms are combined.
     """
 
     reference: str
@@ -140,6 +146,8 @@ class SweepResult:
     lacking: str = ""
     limits: tuple[LimitCurve, ...] = ()
     transfers: tuple[Transfer, ...] = ()
+    axes: tuple[Axis, ...] = ()
+    combined: tuple[Combined, ...] = ()
 
     @property
     def arms(self) -> list[str]:
@@ -175,6 +183,7 @@ def tidy(result: SweepResult, procedures: Mapping[str, Procedure]) -> list[dict[
             "seconds": cell.seconds,
             "rollout_tokens": cell.tokens,
             "length": cell.length,
+            **cell.facts,
         }
         rows += [{**common, **of_cell, **_measured(row, cell)} for row in cell.rows] or [{**common, **of_cell}]
     best = [one for one in procedures.values() if one.name == "best_of_n" and repr(one) in result.trained_for]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from infalign.models.head import head_of, pieces
+from infalign.models.mixture import LogitMixture
 from infalign.models.shared_prefix import (
     continuation,
     encode_prefixes,
@@ -45,6 +46,8 @@ def completion_states(model: Any, prompts: Sequence[Sequence[int]], completions:
 
 def completion_logits(model: Any, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> Tensor:
     """(B, T, V) float32 logits that predict each completion token, in one plain pass, for a model of any head."""
+    if isinstance(model, LogitMixture):
+        return model.mixed([completion_logits(one, prompts, completions) for one in model.models])
     ids, mask = pad_left([[*p, *c] for p, c in zip(prompts, completions, strict=True)], 0, model.device)
     inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions(mask), "use_cache": False}
     logits = model(**inputs, **without_router_logits(model)).logits.float()

@@ -16,7 +16,8 @@ from infalign.types import InputError
 
 OLDEST_MERGEKIT = (0, 1, 5)
 """0.1.0 to 0.1.3 are under a business licence, and 0.1.4 lacks transformers 5."""
-DAM = "dam"
+DAM, MIXTURE = "dam", "logit_mixture"
+"""Methods of this package: learned coefficients, and the parents themselves, whose log-probabilities are added."""
 TIES_DENSITY = 0.2
 """What TIES and DARE-TIES keep of each task vector where the YAML does not say: the TIES paper's (arXiv:2306.01708)."""
 _TRIMMED = ("ties", "dare_ties")
@@ -88,7 +89,7 @@ class MergePlan:
 
 
 def methods() -> dict[str, Method]:
-    """mergekit's methods, as the installed version declares them, and DAM.
+    """mergekit's methods, as the installed version declares them, and this package's own.
 
     Raises:
         InputError: mergekit is not installed, or too old.
@@ -97,7 +98,7 @@ def methods() -> dict[str, Method]:
     from mergekit.merge_methods.base import MISSING, BasePolicy, ParameterScope  # noqa: PLC0415 - an extra, and seconds
     from mergekit.merge_methods.registry import registered_methods  # noqa: PLC0415
 
-    found = {DAM: dam_method()}
+    found = dict(own_methods())
     for one in registered_methods():
         spec, contract = one.spec, one.spec.contract
         shared = frozenset(p.name for p in spec.parameters if p.scope == ParameterScope.SHARED)
@@ -117,9 +118,13 @@ def methods() -> dict[str, Method]:
     return found
 
 
-def dam_method() -> Method:
-    """DAM's own parameters."""
-    return Method(DAM, frozenset(DAM_PARAMETERS), frozenset(), frozenset(), False, False, None)
+def own_methods() -> dict[str, Method]:
+    """Those of this package, which need no mergekit."""
+    nothing, weight = frozenset[str](), frozenset(["weight"])
+    return {
+        DAM: Method(DAM, frozenset(DAM_PARAMETERS), nothing, nothing, False, False, None),
+        MIXTURE: Method(MIXTURE, nothing, weight, weight, False, False, None),
+    }
 
 
 def check_mergekit() -> None:
@@ -131,7 +136,8 @@ def check_mergekit() -> None:
     try:
         version = importlib.metadata.version("mergekit")
     except importlib.metadata.PackageNotFoundError as error:
-        raise InputError("merging needs mergekit: pip install 'infalign[merge]' (method dam works without)") from error
+        ours = " and ".join(own_methods())
+        raise InputError(f"merging needs mergekit: pip install 'infalign[merge]' ({ours} work without)") from error
     numbers = tuple(int(part) for part in version.split(".")[:3] if part.isdigit())
     if numbers < OLDEST_MERGEKIT:
         oldest = ".".join(map(str, OLDEST_MERGEKIT))
@@ -147,10 +153,10 @@ def read_plan(yaml: Mapping[str, Any]) -> MergePlan:
     yaml = {str(name): value for name, value in yaml.items()}
     problems = [f"unknown key {name}{nearest(name, TOP)}" for name in yaml if name not in TOP]
     name = yaml.get("merge_method")
-    known = {DAM: dam_method()} if name == DAM else methods()
+    known = own_methods() if name in own_methods() else methods()
     if not isinstance(name, str) or name not in known:
         given = "missing" if name is None else f"{name!r} is unknown{nearest(str(name), known)}"
-        problems.append(f"merge_method {given} (one of {', '.join(sorted(known | {DAM: dam_method()}))})")
+        problems.append(f"merge_method {given} (one of {', '.join(sorted(known))})")
         raise InputError("; ".join(problems))
     method = known[name]
     parents = list(_parents(yaml, method, problems))
@@ -238,6 +244,12 @@ def _check_inputs(yaml: Mapping[str, Any], method: Method, parents: Sequence[Par
         if len(parents) < 2:
             problems.append(f"dam learns how to merge two models or more, got {len(parents)}")
         problems += [f"models[{at}] ({one.model}) needs data: a file" for at, one in enumerate(parents) if not one.data]
+    if method.name == MIXTURE:
+        problems += [
+            f"models[{at}] ({one.model}): weight must be one number, got {one.parameters['weight']!r}"
+            for at, one in enumerate(parents)
+            if isinstance(one.parameters.get("weight", 0), (bool, str, list, Mapping))
+        ]
 
 
 def _check_parameters(given: Any, allowed: frozenset[str], method: Method, where: str, problems: list[str]) -> None:

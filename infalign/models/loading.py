@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
 from transformers.utils.logging import disable_progress_bar
 
+from infalign.models.mixture import LogitMixture, read_mixture
 from infalign.runtime.artifacts import fingerprint, whole_folder
 from infalign.runtime.console import notice, say
 from infalign.types import InputError
@@ -123,7 +124,9 @@ def model_fingerprint(name_or_path: str, revision: str | None = None) -> str:
         return fingerprint([name_or_path, revision, commit])
     files = [path for path in sorted(folder.iterdir()) if path.suffix in (".json", ".safetensors", ".model", ".jinja")]
     skip = {"manifest.json", "trainer_state.json", "training_args.json"}
-    return fingerprint([(f.name, f.stat().st_size, _sampled_digest(f)) for f in files if f.name not in skip])
+    found: list[Any] = [(f.name, f.stat().st_size, _sampled_digest(f)) for f in files if f.name not in skip]
+    mixture = read_mixture(folder)
+    return fingerprint(found if mixture is None else [*found, *map(model_fingerprint, mixture[0])])
 
 
 def choose_device(use_cpu: bool = False) -> torch.device:
@@ -162,11 +165,20 @@ def load_policy(
 ) -> PreTrainedModel:
     """A causal language model for inference: eval mode, no dropout, safetensors only, whole on every rank.
 
-    `quantization` is a transformers quantisation config, for the base policy of QLoRA.
+    `quantization` is a transformers quantisation config, for the base policy of QLoRA. A folder with `mixture.json`
+    gives a `LogitMixture`, which is decoded and scored like one model.
 
     Raises:
         InputError: no such model, no network for a Hub id, or not a causal language model.
     """
+    mixture = read_mixture(name_or_path)
+    if mixture is not None:
+        shared: dict[str, Any] = {
+            "device": device, "dtype": dtype, "trust_remote_code": trust_remote_code,
+            "attn_implementation": attn_implementation,
+        }  # fmt: skip
+        found: Any = LogitMixture(tuple(load_policy(one, **shared) for one in mixture[0]), tuple(mixture[1]))
+        return found
     extra: dict[str, Any] = {"attn_implementation": attn_implementation} if attn_implementation else {}
     if quantization is not None:
         extra |= {"quantization_config": quantization, "device_map": {"": device}}

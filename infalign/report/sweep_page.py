@@ -9,7 +9,8 @@ from pathlib import Path
 
 from infalign.evaluation.matched import AtKL
 from infalign.evaluation.summary import GOLD, PROXY, DecoderRow
-from infalign.evaluation.sweep import CellResult, Compared, SweepResult, judged_decoders
+from infalign.evaluation.sweep import MERGED, CellResult, Compared, SweepResult, judged_decoders
+from infalign.report.combined_page import PARETO, combined_tables, draw_pareto
 from infalign.report.frontier_plot import draw_frontier
 from infalign.report.key_plot import draw_key, plotted_keys
 from infalign.report.names import procedure_name
@@ -38,7 +39,8 @@ def report_sweep(folder: Path) -> Path:
         plots.append(Plot("-".join(words), "", _CAPTION, to_png(figure)))
     keys = [Plot(f"by-{name}", "", _BY_KEY, to_png(draw_key(finished, name))) for name in plotted_keys(finished)]
     crossed = [Plot(name, "", _TRANSFER, png) for name, png in _transfer_plots(result)]
-    for plot in [*plots, *keys, *crossed]:
+    pareto = [Plot("pareto", "", PARETO, to_png(draw_pareto(result)))] if len(result.combined) > 0 else []
+    for plot in [*plots, *keys, *crossed, *pareto]:
         write_whole(folder / "report" / f"{plot.name}.png", lambda path, png=plot.png: path.write_bytes(png))
     tables = compared_tables(result)
     html = (
@@ -54,6 +56,8 @@ def report_sweep(folder: Path) -> Path:
             plots=plots,
             keys=keys,
             crossed=crossed,
+            pareto=pareto,
+            combined=[(title, table, markdown(table)) for title, table in combined_tables(result)],
             compared=[(title, table, markdown(table)) for title, table in tables],
             cells=cell_table(result.cells),
         )
@@ -232,7 +236,8 @@ def remarks(result: SweepResult) -> list[str]:
     few = [row.low for cell in finished for row in cell.rows if math.isnan(row.low)]
     if few:
         lines.append("A single test prompt has no intervals: raise num_test_prompts.")
-    reached = [row.attainment for cell in finished for row in cell.rows if _is_own(cell, row)]
+    trained = [cell for cell in finished if not cell.transform.startswith(MERGED)]
+    reached = [row.attainment for cell in trained for row in cell.rows if _is_own(cell, row)]
     low = [one for one in reached if one < TRAINED]  # NaN is not known, and not low
     if low:
         lines.append(

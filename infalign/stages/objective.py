@@ -128,7 +128,8 @@ def _direct(recipe: Recipe, procedures: list[Procedure]) -> Objective:
         beta = sum(weight * one for weight, one in zip(weights, betas, strict=True))
     rewards = [one["reward"] for one in trained]
     named = zip(weights, procedures, rewards, strict=True)
-    label = "direct: " + " + ".join(f"{weight:g} {procedure!r} of {reward}" for weight, procedure, reward in named)
+    how = "direct, each prompt for one of: " if recipe.objective_mix else "direct: "
+    label = how + " + ".join(f"{weight:g} {procedure!r} of {reward}" for weight, procedure, reward in named)
     first = optimal_transform(procedures[0], beta / sum(weights))
     return Objective(procedures[0], first, beta, None, label)
 

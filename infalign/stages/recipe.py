@@ -110,6 +110,9 @@ class Recipe:
     objective_weights: list[float] = key(
         [], "weights of objectives, in order, in place of theirs; 0: measured, and not trained for", "ctrl"
     )
+    objective_mix: list[float] = key(
+        [], "in place of weights: each training prompt is for one of objectives, drawn with these chances", "ctrl"
+    )
     transform: str = key("optimal", f"optimal, {', '.join(CATALOGUE)}, or path.py:name", "ctrl")
     transform_kwargs: dict = key({}, "{t: 10} for exponential; a builder's arguments", "ctrl")
     beta: float | None = key(None, "KL coefficient; give exactly one of beta and target_kl", "ctrl")

@@ -12,6 +12,9 @@ one procedure alone: the sum of two terms' transforms is not the optimum of anyt
 A term of weight 0 is measured like the others and not trained for, so that an expert of one term is compared with the
 policies of both.
 
+`objective_mix: [0.7, 0.3]` mixes data instead: each training prompt is trained for one of the terms, drawn with these
+chances, as who mixes two data sets does.
+
 A term takes what it leaves out from the recipe's own keys. The first one is the recipe's own decoder and reward:
 `generate` and `serve` decode with it, and it is what `evaluate` calls the recipe's decoder.
 """
@@ -74,8 +77,14 @@ def with_objectives(recipe: Recipe, given: Collection[str]) -> Recipe:
         InputError: an entry that is none, two that are the same, or a key that has no meaning beside them.
     """
     problems = []
-    if recipe.objective_weights:
-        problems = _weight_problems(recipe.objective_weights, len(recipe.objectives))
+    for name in ("objective_weights", "objective_mix"):
+        if weights := getattr(recipe, name):
+            problems += _weight_problems(name, weights, len(recipe.objectives))
+    if recipe.objective_weights and recipe.objective_mix:
+        problems.append(
+            "objective_weights sums the terms on every prompt and objective_mix gives each prompt one: "
+            "leave one of them out"
+        )
     if problems:
         raise InputError("; ".join(problems))
     if not recipe.objectives:
@@ -97,8 +106,10 @@ def with_objectives(recipe: Recipe, given: Collection[str]) -> Recipe:
         problems.append(f"objectives has one entry: its weight {terms[0].weight:g} would only scale beta: leave it out")
     if problems:
         raise InputError("; ".join(problems))
-    if recipe.objective_weights:
-        weights = map(float, recipe.objective_weights)
+    if recipe.objective_weights or recipe.objective_mix:
+        weights = [float(one) for one in recipe.objective_weights or recipe.objective_mix]
+        if recipe.objective_mix:  # chances
+            weights = [one / sum(weights) for one in weights]
         terms = [dataclasses.replace(term, weight=weight) for term, weight in zip(terms, weights, strict=True)]
     own = {name: value for name, value in vars(terms[0]).items() if name in OWN and value is not None}
     for name in OWN:
@@ -113,14 +124,14 @@ def with_objectives(recipe: Recipe, given: Collection[str]) -> Recipe:
     return dataclasses.replace(recipe, objectives=whole, objective="direct", **own)
 
 
-def _weight_problems(weights: Sequence[float], terms: int) -> list[str]:
-    """What is wrong with weights in place of the terms' own."""
+def _weight_problems(name: str, weights: Sequence[float], terms: int) -> list[str]:
+    """What is wrong with numbers in place of the terms' own weights."""
     if terms < 2:
-        return [f"objective_weights are for several objectives, got {terms}: leave it out"]
+        return [f"{name} are for several objectives, got {terms}: leave it out"]
     if len(weights) != terms:
-        return [f"objective_weights must be {terms} numbers, one for each of objectives, got {list(weights)}"]
+        return [f"{name} must be {terms} numbers, one for each of objectives, got {list(weights)}"]
     if not all(0 <= one < math.inf for one in weights) or not any(weights):
-        return [f"objective_weights must be at least 0, and one of them above, got {list(weights)}"]
+        return [f"{name} must be at least 0, and one of them above, got {list(weights)}"]
     return []
 
 

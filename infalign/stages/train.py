@@ -17,6 +17,7 @@ from infalign.calibration.table import SampleTable
 from infalign.runtime.artifacts import MANIFEST, sweep_temporaries, without_secrets, write_json, write_manifest
 from infalign.runtime.console import notice, say
 from infalign.runtime.distributed import is_main, together
+from infalign.runtime.seeds import stream
 from infalign.stages.calibrate import calibration_parts, open_table, reference_rewards
 from infalign.stages.experiment import Experiment
 from infalign.stages.objective import trained_procedures
@@ -32,7 +33,7 @@ from infalign.training.config import CTRLConfig
 from infalign.training.direct import Direct, check_group
 from infalign.training.packages import missing_packages
 from infalign.training.progress import TrainingProgress, quiet
-from infalign.training.reward import DATA_COLUMNS, PROMPT_IDS, CTRLReward
+from infalign.training.reward import DATA_COLUMNS, PROMPT_IDS, TERM, CTRLReward
 from infalign.training.trainer import CTRLTrainer
 from infalign.types import InputError, Interrupted, Prompt
 
@@ -201,8 +202,9 @@ def rewards_of(experiment: Experiment, table: SampleTable) -> list[CTRLReward]:
             method=recipe.calibration_method,
             column=places[id(term.reward)],
             name=term.name if several else "ctrl",
+            only=number if several and recipe.objective_mix else None,
         )
-        for term in experiment.trained_terms
+        for number, term in enumerate(experiment.trained_terms)
     ]
 
 
@@ -249,7 +251,7 @@ def training_arguments(experiment: Experiment) -> CTRLConfig:
         "output_dir": str(experiment.policy_path),
         "seed": recipe.seed,
         **kl_settings(experiment, ours),
-        **({"reward_weights": weights} if len(weights) > 1 else {}),
+        **({"reward_weights": [1.0] * len(weights) if recipe.objective_mix else weights} if len(weights) > 1 else {}),
         "temperature": recipe.temperature,
         "max_completion_length": recipe.max_completion_length,
         "chat_template_kwargs": recipe.chat_template_kwargs,
@@ -300,6 +302,7 @@ def _dataset(experiment: Experiment, table: SampleTable, prompts: tuple[Prompt, 
     """A TRL data set: each row's prompt, its tokens, the reference rewards, and the data's own columns."""
     count = experiment.recipe.num_calibration_samples
     scored = [table_rewards(table, reward, prompts) for reward in experiment.trained_rewards]
+    terms = _terms_of(experiment, prompts)
     rows = [
         {
             "prompt": prompt.content,
@@ -309,10 +312,22 @@ def _dataset(experiment: Experiment, table: SampleTable, prompts: tuple[Prompt, 
                 for column, references in zip(_columns(experiment), scored, strict=True)
             },
             DATA_COLUMNS: dict(prompt.columns),
+            **({} if term is None else {TERM: term}),
         }
-        for prompt in prompts
+        for prompt, term in zip(prompts, terms, strict=True)
     ]
     return Dataset.from_dict({"row": list(range(len(rows)))}).with_transform(_RowsByNumber(rows))
+
+
+def _terms_of(experiment: Experiment, prompts: Sequence[Prompt]) -> Sequence[int | None]:
+    """Which of the trained terms each prompt is for, with `objective_mix`: drawn by the prompt and the seed."""
+    chances = [term.weight for term in experiment.trained_terms]
+    if not experiment.recipe.objective_mix or len(chances) < 2:
+        return [None] * len(prompts)
+    ends = np.cumsum(chances)[:-1]
+    seed = experiment.recipe.seed
+    drawn = [stream(seed, "objective_mix", prompt.key).random() for prompt in prompts]
+    return [int(np.searchsorted(ends, one, side="right")) for one in drawn]
 
 
 class _RowsByNumber:

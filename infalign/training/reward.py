@@ -30,6 +30,8 @@ DATA_COLUMNS = "infalign_columns"
 """A column of a training set that holds each row's columns of the data as a mapping, in place of a column for each."""
 PROMPT_IDS = "infalign_prompt_ids"
 """A column of a training set that holds each prompt's tokens, as calibration had them."""
+TERM = "infalign_term"
+"""A column of a training set with the number of the one term that each prompt is trained for (`objective_mix`)."""
 
 Array = NDArray[np.float64]
 Transform = Callable[[Array], Array]
@@ -89,6 +91,7 @@ class CTRLReward:
             calibration and the logged win rate need to know. `CTRLTrainer` sets it.
         name: for logs. One of several must have a name of its own; what it logs is then followed by it
             (`winrate/NAME`).
+        only: this reward's number in the data set's column `TERM`: prompts of another one are worth 0 here.
 
     Attributes:
         raw: the guarded raw reward, and `scores`, which asks it once a batch.
@@ -107,6 +110,7 @@ class CTRLReward:
         on_error: Literal["error", "mask"] = "error",
         num_generations: int | None = None,
         name: str = "ctrl",
+        only: int | None = None,
     ) -> None:
         of_groups = isinstance(transform, (Direct, Baseline))
         if not callable(transform) and not of_groups:
@@ -130,6 +134,7 @@ class CTRLReward:
         self.column = column
         self.procedure = getattr(transform, "procedure", None)
         self.name = self.__name__ = name
+        self.only = only
 
     def __call__(
         self,
@@ -193,7 +198,7 @@ class CTRLReward:
         columns: dict[str, Any],
     ) -> list[float | None]:
         self.require_references(columns, "the dataset")
-        references = columns[self.column]
+        references, own_term = columns[self.column], columns.get(TERM, ())
         columns = {name: values for name, values in columns.items() if name not in {*self.hidden, self.column}}
         keys = _visit_keys(prompts, references, columns) if self.method == "pooled" else [""] * len(references)
         columns = data_columns(columns)
@@ -228,6 +233,8 @@ class CTRLReward:
         logged["reward/unscored"] = float(1.0 - scored_B.mean())
         if groups is not None and (wins := self._win_rate(groups)) is not None:
             logged["winrate"] = wins
+        if self.only is not None:
+            transformed_B = np.where(np.asarray(own_term) == self.only, transformed_B, 0.0)
         if log_metric is not None:
             for name, value in logged.items():
                 log_metric(self.metric(name), value)
@@ -331,7 +338,7 @@ def data_columns(columns: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
     >>> data_columns({"infalign_columns": [{"answer": 5}, {}], "trainer_state": None})
     {'trainer_state': None, 'answer': [5, None]}
     """
-    kept = {name: value for name, value in columns.items() if name not in (DATA_COLUMNS, PROMPT_IDS)}
+    kept = {name: value for name, value in columns.items() if name not in (DATA_COLUMNS, PROMPT_IDS, TERM)}
     rows = columns.get(DATA_COLUMNS, ())
     names = sorted({name for row in rows for name in row})
     return kept | {name: [row.get(name) for row in rows] for name in names}

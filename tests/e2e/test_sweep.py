@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from safetensors.torch import load_file
 
 from infalign import run, sweep
 from infalign.calibration.table import SampleTable
 from infalign.cli import main
-from infalign.types import InputError
+from infalign.types import InputError, TrainingError
 from tests.e2e.experiment import tiny_experiment
 from tests.e2e.kills import killed
 
@@ -212,3 +214,74 @@ def test_a_sweep_over_the_weights_of_two_objectives(tmp_path, capsys):
     assert found.kl.mean == pytest.approx(cell.kl, abs=1e-9)
     row = next(row for row in cell.rows if (row.judge, row.label) == ("gold (2)", "WorstOfN(2)"))
     assert found.main.mean == pytest.approx(row.mean, abs=1e-9)
+
+
+@pytest.mark.slow
+def test_mix_or_merge(tmp_path, capsys):
+    """Merges, a mixture of logits and training on from a merge are arms; parents' weights stay as long as needed."""
+    keys = tiny_experiment(tmp_path)
+    score = str(keys.pop("reward"))
+    del keys["procedure"], keys["target_kl"]
+    terms = [{"reward": score}, {"reward": score.replace(":reward", ":gold"), "procedure": "worst_of_n"}]
+
+    def models(weight):
+        pairs = (("best", weight), ("worst", 1 - weight))
+        return [{"model": name, "parameters": {"weight": one}} for name, one in pairs]
+
+    arms = {
+        "linear": {"family": "merge", "merge": {"merge_method": "linear", "models": models(0.25)}},
+        "best": {"objective_weights": [1, 0]},
+        "worst": {"objective_weights": [0, 1]},
+        "mix": {"objective_mix": [0.5, 0.5]},
+        "logits": {"family": "merge", "merge": {"merge_method": "logit_mixture", "models": models(0.5)}},
+        "on": {"initial_weights": "linear", "objective_weights": [0.5, 0.5]},
+    }
+    out = tmp_path / "sweep"
+    plan = {**keys, "objectives": terms, "arms": arms, "grid": {"target_kl": [0.3]}, "reference": "mix",
+            "output_dir": str(out)}  # fmt: skip
+    result = sweep(plan)
+    assert [cell.error for cell in result.cells] == [""] * 6
+    weights = [
+        load_file(out / "cells" / f"{name}-target_kl=0.3" / "policy" / "model.safetensors")
+        for name in ("best", "worst", "linear")
+    ]
+    for name, value in weights[2].items():
+        wanted = 0.25 * weights[0][name].double() + 0.75 * weights[1][name].double()
+        np.testing.assert_allclose(value.double().numpy(), wanted.numpy(), atol=1e-6)
+    by_arm = {cell.arm: cell for cell in result.cells}
+    assert by_arm["linear"].facts["merge_gap"] >= 0 and "merge_gap" not in by_arm["logits"].facts
+    assert by_arm["linear"].transform == "merge: linear"
+    assert {one.family: one.candidates for one in result.combined}["merge"] == 2
+    assert [axis.expert for axis in result.axes] == ["best", "worst"]
+    assert (out / "report" / "pareto.png").exists() and (out / "combined.csv").exists()
+    assert "Mix or merge, target_kl 0.3" in capsys.readouterr().out
+    assert repr(sweep(plan).combined) == repr(result.combined)  # found again, nothing is made
+
+    # another expert makes another merge, and is not made unasked
+    changed = {**plan, "arms": {**arms, "worst": {"objective_weights": [0, 1], "learning_rate": 2e-3}}}
+    with pytest.raises(InputError, match="was made with other settings"):
+        sweep(changed)
+
+    # without weights a later merge of the same experts is told why it can't be made
+    lean = {**plan, "output_dir": str(tmp_path / "lean"), "keep_policies": False}
+    first = sweep({**lean, "arms": {name: arms[name] for name in ("linear", "best", "worst")}, "reference": "best"})
+    assert [cell.error for cell in first.cells] == [""] * 3
+    assert not list((tmp_path / "lean").rglob("model.safetensors"))
+    with pytest.raises(TrainingError, match="the weights of best, which it is made from, are gone"):
+        sweep(
+            {**lean, "arms": {name: arms[name] for name in ("linear", "best", "worst", "logits")}, "reference": "best"}
+        )
+
+
+@pytest.mark.slow
+def test_a_failed_cell_keeps_its_policy_when_only_its_measurement_changes(path, tmp_path):
+    out = tmp_path / "out"
+    flags = {"grid": "{target_kl: [0.1]}", "arms": "{optimal: {}}", "output_dir": str(out)}
+    sweep(path, **flags)
+    record, policy = out / "results" / "optimal-target_kl=0.1.json", out / "cells" / "optimal-target_kl=0.1" / "policy"
+    found = json.loads(record.read_text())
+    record.write_text(json.dumps({**found, "error": "no space left"}))
+    made = (policy / "model.safetensors").stat().st_mtime_ns
+    again = sweep(path, eval_n=["1", "4"], **flags)
+    assert again.cells[0].finished and (policy / "model.safetensors").stat().st_mtime_ns == made
+    assert {row.label for row in again.cells[0].rows} > {"BestOfN(4)", "WorstOfN(4)"}

@@ -611,3 +611,65 @@ def test_lines_of_a_keys_plot():
 def row_of(attained: float) -> DecoderRow:
     known = LengthControlled(*[math.nan] * 6)
     return DecoderRow("BestOfN(4)", "best_of_n", 4, "reward", 0.8, 0.7, 0.9, known, 0.9, attained, 1.0, 1.0, 0.0)
+
+
+def merging(*names, **keys):
+    models = [{"model": name, "parameters": {"weight": 0.5}} for name in names]
+    return {"merge": {"merge_method": "logit_mixture", "models": models}, **keys}
+
+
+def test_a_merge_is_made_after_its_parents():
+    arms = {"all": merging("two", "late"), "one": {}, "late": merging("one", "two"), "two": {"learning_rate": 1e-5}}
+    arms["on"] = {"initial_weights": "all"}
+    cells = cells_of(load_sweep({**BASE, "arms": arms, "grid": {"target_kl": [0.5, 1.0]}, "output_dir": "o"}))
+    assert [cell.arm for cell in cells] == ["one", "two", "late", "all", "on"] * 2
+    late, on = cells[7], cells[9]
+    assert dict(late.parents) == {"one": "one-target_kl=1.0", "two": "two-target_kl=1.0"}
+    assert dict(on.parents) == {"all": "all-target_kl=1.0"}
+    assert on.recipe.training["initial_weights"].endswith("/o/cells/all-target_kl=1.0/policy")
+
+
+def test_a_cell_is_another_one_when_its_parents_are():
+    arms = {"one": {}, "two": {"learning_rate": 1e-5}, "both": merging("one", "two"), "again": merging("both", "one")}
+    plan = {**BASE, "arms": arms, "grid": {"target_kl": [0.5]}}
+    before, after = (
+        {cell.arm: cell.keys for cell in cells_of(load_sweep({**plan, **keys}))}
+        for keys in ({}, {"arms": {**arms, "two": {"learning_rate": 2e-5}}})
+    )
+    assert before["one"] == after["one"]
+    assert before["both"]["merge"] == after["both"]["merge"] and before["both"] != after["both"]
+    assert before["again"] != after["again"]  # through its parent
+    measured = {cell.arm: cell.keys for cell in cells_of(load_sweep({**plan, "eval_samples": 80}))}
+    assert measured["both"]["parents"] == before["both"]["parents"]  # how it is measured does not change a policy
+
+
+@pytest.mark.parametrize(
+    ("arms", "words"),
+    [
+        (
+            {"one": {}, "m": merging("one", "tow"), "two": {"n": 2}},
+            "m: merge: 'tow' is no arm, no folder and no Hub id: did you mean 'two'",
+        ),
+        ({"m": merging("m", "base")}, "m: merge: it names itself"),
+        ({"a": merging("b"), "b": merging("a")}, "arms a, b: each is made from another of them"),
+        ({"one": {}, "m": merging("one", n=2)}, "m: a merge is not trained: leave n out"),
+        ({"one": {}, "m": {"merge": "linear"}}, "m: merge: must be what `infalign merge` takes"),
+        ({"one": {}, "m": {"merge": {"merge_method": "logit_mixtrue"}}}, "m: merge: merge_method 'logit_mixtrue' is "
+         "unknown"),
+        ({"one": {"family": "two"}, "two": {"n": 2}}, "one: family 'two' is an arm"),
+        ({"one": {"family": 3}}, "one: family must be a name, got 3"),
+    ],
+)  # fmt: skip
+def test_mistakes_in_merges_of_arms(arms, words):
+    with pytest.raises(InputError, match=words):
+        cells_of(load_sweep({**BASE, "arms": arms, "grid": {"target_kl": [0.5]}}))
+
+
+def test_merges_are_for_arms_of_runs(own):
+    with pytest.raises(InputError, match="merge belongs to an arm"):
+        load_sweep({**BASE, "grid": {"target_kl": [0.5]}, **merging("one")})
+    with pytest.raises(InputError, match="the sweep's own function makes all cells, and an arm has merge"):
+        load_sweep(own(arms={"one": {}, "m": merging("one")}))
+    for name, value in (("validation_share", 1.0), ("gap_samples", -1)):
+        with pytest.raises(InputError, match=f"{name} must be"):
+            load_sweep({**BASE, "grid": {"target_kl": [0.5]}, name: value})

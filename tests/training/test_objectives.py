@@ -13,7 +13,7 @@ from infalign.theory.optimum import optimal_transform
 from infalign.theory.transforms import identity
 from infalign.training.config import CTRLConfig
 from infalign.training.direct import Direct, beats_decoded_base, direct_rewards
-from infalign.training.reward import CTRLReward
+from infalign.training.reward import TERM, CTRLReward
 from infalign.training.trainer import CTRLTrainer
 from infalign.types import InputError
 from tests.tiny import tiny_causal
@@ -211,3 +211,68 @@ def test_a_term_of_weight_zero_is_measured_and_not_trained_for():
 def test_wrong_weights_are_one_line(keys, message):
     with pytest.raises(InputError, match=message):
         load_recipe({**RECIPE, **keys})
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"objectives": TWO, "objective_mix": [1.0]}, "objective_mix must be 2 numbers, one for each of objectives"),
+        ({"objectives": TWO, "objective_mix": [0, 0]}, "objective_mix must be at least 0, and one of them above"),
+        ({"objectives": TWO[:1], "objective_mix": [1]}, "objective_mix are for several objectives, got 1"),
+        ({"objectives": TWO, "objective_mix": [1, 1], "objective_weights": [1, 1]}, "leave one of them out"),
+    ],
+)
+def test_wrong_chances_are_one_line(keys, message):
+    with pytest.raises(InputError, match=message):
+        load_recipe({**RECIPE, **keys})
+
+
+def test_chances_sum_to_one_and_are_told_from_weights():
+    mixed, joint = (
+        load_objective(recipe, load_procedure(recipe))
+        for recipe in (
+            load_recipe({**RECIPE, "objectives": TWO, "objective_mix": [3, 1]}),
+            load_recipe({**RECIPE, "objectives": TWO, "objective_weights": [0.75, 0.25]}),
+        )
+    )
+    assert mixed.beta == pytest.approx(joint.beta)
+    assert mixed.label == joint.label.replace("direct: ", "direct, each prompt for one of: ") != joint.label
+
+
+def test_a_prompt_of_another_term_is_worth_nothing_here(llama, tmp_path):
+    """By hand: each group has the advantages of its own term alone, and raw rewards do not see the column."""
+    asked = []
+
+    def counted(completion_ids, **columns):
+        asked.append(TERM in columns)
+        return token_sum(completion_ids)
+
+    column = [number % 3 for number in range(len(PROMPTS))]
+    rewards = [
+        CTRLReward(one.raw, one.transform, name=one.name, column=one.column, only=number)
+        for number, one in enumerate(terms(first=counted))
+    ]
+    subject = make(llama, tmp_path, rewards, [1.0] * 3, rows().add_column(TERM, column), beta=0.05, max_steps=1)
+    seen = {}
+    generate = subject._generate_and_score_completions
+
+    def watch(inputs):
+        seen["batch"], seen["inputs"] = generate(inputs), inputs
+        return seen["batch"]
+
+    subject._generate_and_score_completions = watch
+    subject.train()
+    batch, inputs = seen["batch"], seen["inputs"]
+    real = batch["completion_mask"].bool()
+    ids = [row[mask].tolist() for row, mask in zip(batch["completion_ids"], real, strict=True)]
+    own = [(token_sum, "ref_rewards", BestOfN(2)), (largest, "ref_largest", WorstOfN(3)),
+           (token_sum, "ref_rewards", WorstOfN(2))]  # fmt: skip
+    met = set()
+    for start in range(0, len(ids), 4):
+        group, term = slice(start, start + 4), inputs[start][TERM]
+        score, of, procedure = own[term]
+        raw = np.array(score(completion_ids=ids[group]))
+        wanted = direct_rewards(beats_decoded_base(raw, inputs[start][of], procedure), procedure) * 4 / 3
+        np.testing.assert_allclose(batch["advantages"].cpu().numpy()[group], wanted, atol=1e-5)
+        met.add(term)
+    assert len(met) > 1 and asked and not any(asked)

@@ -44,6 +44,11 @@ def finish(folder: Path, recipe: MergeRecipe, plan: MergePlan, parts: dict[str, 
     """Look at a merged model, and write its card and, last, its manifest."""
     check_finite(folder)
     check_loadable(folder, recipe.trust_remote_code)
+    describe(folder, recipe, plan, parts)
+
+
+def describe(folder: Path, recipe: MergeRecipe, plan: MergePlan, parts: dict[str, Any]) -> None:
+    """The card, and, last, the manifest."""
     local = [name for name in parts["models"] if all((recipe.base_dir / one).exists() for one in name.split("+"))]
     shown = dict(zip(local, short_names(local), strict=True))  # a Hub id stays whole
     models = {shown.get(name, name): content for name, content in parts["models"].items()}

@@ -8,14 +8,15 @@ from typing import Any
 
 from infalign.merging.kit import run_mergekit
 from infalign.merging.parents import check_alike, resolve_parent, shapes_of, weight_files
-from infalign.merging.plan import DAM, MergePlan
-from infalign.models.loading import model_fingerprint, replicated
+from infalign.merging.plan import DAM, MIXTURE, MergePlan
+from infalign.models.loading import load_tokenizer, model_fingerprint, replicated
+from infalign.models.mixture import read_mixture, write_mixture
 from infalign.runtime.artifacts import sweep_temporaries, whole_folder
 from infalign.runtime.console import notice, say
 from infalign.runtime.distributed import is_main, together
 from infalign.runtime.launch import join
 from infalign.stages.merge.recipe import MergeRecipe
-from infalign.stages.merge.result import KIND, finish
+from infalign.stages.merge.result import KIND, describe, finish
 from infalign.stages.output import reusable
 from infalign.types import InputError
 
@@ -51,16 +52,19 @@ def merge(recipe: MergeRecipe) -> dict[str, Any]:
 
         with replicated():
             merge_by_dam(recipe, plan, names, parts)
-    else:
-        with together("a merge"):
-            if is_main():
-                _merge_by_mergekit(recipe, plan, names, parts)
+        return {"folder": str(folder), "made": True}
+    with together("a merge"):
+        if is_main():
+            make = _mix if plan.method == MIXTURE else _merge_by_mergekit
+            make(recipe, plan, names, parts)
     return {"folder": str(folder), "made": True}
 
 
 def tell(result: dict[str, Any]) -> None:
     """Print where the merged model is."""
-    if result["made"]:
+    if result["made"] and read_mixture(result["folder"]):
+        say(f"mixture of logits: {result['folder']} (policy_name_or_path for evaluate and generate)")
+    elif result["made"]:
         size = sum(path.stat().st_size for path in weight_files(Path(result["folder"])))
         say(f"merged model: {result['folder']} ({size / 1e9:.2f} GB)")
 
@@ -98,6 +102,21 @@ def _merge_by_mergekit(recipe: MergeRecipe, plan: MergePlan, names: dict[str, st
         )
         shutil.rmtree(temporary / ".adapters", ignore_errors=True)
         finish(temporary, recipe, plan, parts)
+
+
+def _mix(recipe: MergeRecipe, plan: MergePlan, names: dict[str, str], parts: dict[str, Any]) -> None:
+    """Nothing is computed: the parents stay as they are, and are decoded together."""
+    adapters = [name for name, path in names.items() if "+" in path]
+    if adapters:
+        raise InputError(
+            f"{plan.method} takes whole models, and {adapters[0]} is an adapter: merge it into its model first "
+            "(merge_method: linear with it alone)"
+        )
+    models = [names[parent.model] for parent in plan.parents]
+    with whole_folder(recipe.output) as temporary:
+        load_tokenizer(models[0], trust_remote_code=recipe.trust_remote_code).save_pretrained(temporary)
+        write_mixture(temporary, models, [float(one.parameters["weight"]) for one in plan.parents], recipe.output)
+        describe(temporary, recipe, plan, parts)
 
 
 def with_paths(value: Any, names: dict[str, str]) -> Any:

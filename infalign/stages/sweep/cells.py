@@ -28,7 +28,8 @@ import numpy as np
 from infalign.evaluation.length import Side
 from infalign.evaluation.limits import cluster_mean
 from infalign.evaluation.summary import PROXY, decoder_row, decoders
-from infalign.evaluation.sweep import CellResult, CellSamples, PerPrompt
+from infalign.evaluation.sweep import MERGED, CellResult, CellSamples, PerPrompt
+from infalign.models.mixture import FILE as MIXTURE_FILE
 from infalign.runtime.artifacts import (
     MANIFEST,
     differences,
@@ -43,13 +44,17 @@ from infalign.runtime.console import LINE_EVERY_SECONDS, WARNING
 from infalign.runtime.distributed import any_rank, barrier, is_main
 from infalign.runtime.plugins import one_line
 from infalign.stages.calibrate import calibrate, calibration_parts
-from infalign.stages.evaluate import evaluate
+from infalign.stages.evaluate import check_samples, evaluate
 from infalign.stages.experiment import CALIBRATION, Experiment
+from infalign.stages.merge.recipe import load_merge_recipe
+from infalign.stages.merge.run import merge
 from infalign.stages.objective import load_objective, load_procedure
 from infalign.stages.per_prompt import FILE as PER_PROMPT
 from infalign.stages.per_prompt import wins_per_prompt, write_per_prompt
 from infalign.stages.report import limited_by
 from infalign.stages.run import preflight
+from infalign.stages.sweep.combined import merge_with_folders
+from infalign.stages.sweep.gap import gap_facts
 from infalign.stages.sweep.recipe import EVALUATED, Cell
 from infalign.stages.train import REPORTING, train
 from infalign.types import InputError, Interrupted
@@ -93,7 +98,7 @@ def look(folder: Path, cell: Cell) -> Held:
         return Held(None, trained=trained)
     found = from_plain(CellResult, read_json(path, "the cell"))
     names, changed = _changed(found, cell)
-    weights = any((folder / "policy").glob("*.safetensors"))
+    weights = has_weights(folder)
     return Held(
         found,
         whole=found.finished and not changed and (folder / PER_PROMPT).exists(),
@@ -101,6 +106,11 @@ def look(folder: Path, cell: Cell) -> Held:
         measure=(found.finished or trained) and set(names) <= set(EVALUATED) and weights,
         trained=trained,
     )
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a cell's policy is there, and not only its log."""
+    return any((folder / "policy").glob("*.safetensors")) or (folder / "policy" / MIXTURE_FILE).is_file()
 
 
 def _changed(found: CellResult, cell: Cell) -> tuple[list[str], list[str]]:
@@ -158,7 +168,9 @@ def remove_cell(folder: Path) -> None:
     barrier()
 
 
-def make_cell(cell: Cell, folder: Path, earlier: Sequence[Path], own: OwnCell | None, keep_policy: bool) -> CellResult:
+def make_cell(
+    cell: Cell, folder: Path, earlier: Sequence[Path], own: OwnCell | None, gap_samples: int = 0
+) -> CellResult:
     """Run a cell; whatever goes wrong in it is its result. Only an interruption ends the sweep.
 
     Args:
@@ -166,7 +178,7 @@ def make_cell(cell: Cell, folder: Path, earlier: Sequence[Path], own: OwnCell | 
         folder: where.
         earlier: folders of cells made before it, the latest last.
         own: makes it in place of the stages (`CellSamples`).
-        keep_policy: whether its weights stay.
+        gap_samples: completions of the mixture on each test prompt, for a merge's gap.
     """
     start = time.monotonic()
     blank = CellResult(cell.name, cell.arm, cell.seed, _plain(cell.varied), _plain(cell.keys))
@@ -177,7 +189,12 @@ def make_cell(cell: Cell, folder: Path, earlier: Sequence[Path], own: OwnCell | 
     barrier()
     with _logged(_beside(folder, "logs", ".log"), cell.name) as told:
         try:
-            result = _by_stages(cell, folder, earlier, blank) if own is None else _by_own(own, cell, folder, blank)
+            if own is not None:
+                result = _by_own(own, cell, folder, blank)
+            elif cell.merge is not None:
+                result = _by_merge(cell, folder, earlier, blank, gap_samples)
+            else:
+                result = _by_stages(cell, folder, earlier, blank)
         except (KeyboardInterrupt, Interrupted):
             raise
         except (Exception, SystemExit) as caught:  # one cell's failure, of whatever kind, is a row; the others go on
@@ -189,21 +206,25 @@ def make_cell(cell: Cell, folder: Path, earlier: Sequence[Path], own: OwnCell | 
     result = dataclasses.replace(result, seconds=time.monotonic() - start, notes=(*result.notes, *warned))
     if is_main():
         write_json(_record(folder), without_nan(dataclasses.asdict(result)))
-        if result.finished and not keep_policy:
-            _drop_weights(folder)
     barrier()
     return result
+
+
+def _prepared(experiment: Experiment, folder: Path, earlier: Sequence[Path], names: Sequence[str]) -> None:
+    """The cell's folder, with the tables that an earlier one can lend it."""
+    experiment.claim_output()
+    if is_main():
+        for name in names:
+            _share_table(folder / name, [one / name for one in earlier], experiment, name)
+    barrier()
 
 
 def _by_stages(cell: Cell, folder: Path, earlier: Sequence[Path], blank: CellResult) -> CellResult:
     """The stages of `infalign run`, all but the report."""
     experiment = Experiment(cell.recipe)
     preflight(experiment)
-    experiment.claim_output()
-    if is_main():
-        for name in SHARED:
-            _share_table(folder / name, [one / name for one in earlier], experiment, name)
-    barrier()
+    _refuse_lost_parents(cell, folder)
+    _prepared(experiment, folder, earlier, SHARED)
     calibrate(cell.recipe, experiment)
     train(cell.recipe, experiment)
     found = evaluate(cell.recipe, experiment)
@@ -222,9 +243,63 @@ def _by_stages(cell: Cell, folder: Path, earlier: Sequence[Path], blank: CellRes
         rows=found.win_rates,
         notes=tuple(limited_by(cell.recipe, objective, found, log)),
         source=source_of(experiment),
-        measured_against=fingerprint(
-            [experiment.sampling_parts(experiment.base_path, SHARED[1]), source_of(experiment)["reward"]]
-        ),
+        measured_against=_measured_against(experiment),
+    )
+
+
+def _measured_against(experiment: Experiment) -> str:
+    """Names the base's samples and the reward."""
+    return fingerprint([experiment.sampling_parts(experiment.base_path, SHARED[1]), source_of(experiment)["reward"]])
+
+
+def merge_parents(cell: Cell, folder: Path) -> dict[str, Path]:
+    """The policies that a cell is made from, by the arms that stand for them."""
+    return {arm: folder.parent / name / "policy" for arm, name in cell.parents.items()}
+
+
+def _refuse_lost_parents(cell: Cell, folder: Path) -> None:
+    """A cell can be made while the policies that it is made from are there.
+
+    Raises:
+        InputError: one is not.
+    """
+    for arm, policy in merge_parents(cell, folder).items():
+        if not (policy / MANIFEST).exists():
+            raise InputError(f"{arm}, which it is made from, is not finished: see that cell")
+        if not has_weights(policy.parent):
+            raise InputError(
+                f"the weights of {arm}, which it is made from, are gone (keep_policies: false): give another "
+                "--output_dir, or --overwrite"
+            )
+
+
+def _by_merge(cell: Cell, folder: Path, earlier: Sequence[Path], blank: CellResult, gap_samples: int) -> CellResult:
+    """A merge of other cells' policies, measured as a trained one is."""
+    assert cell.merge is not None
+    _refuse_lost_parents(cell, folder)
+    experiment = Experiment(dataclasses.replace(cell.recipe, policy_name_or_path=str(folder / "policy")))
+    check_samples(cell.recipe)
+    _prepared(experiment, folder, earlier, SHARED[1:])
+    yaml = merge_with_folders(cell.merge, merge_parents(cell, folder), experiment.base_path)
+    settings = {"output_dir": str(folder / "policy"), "seed": cell.seed, "use_cpu": cell.recipe.use_cpu}
+    made = load_merge_recipe({**yaml, **settings}, {})
+    merge(dataclasses.replace(made, base_dir=cell.recipe.base_dir))
+    found = evaluate(experiment.recipe, experiment)
+    facts: dict[str, float] = {}
+    if gap_samples:
+        facts = gap_facts(experiment, made.plan, gap_samples)
+    experiment.release_models()
+    return dataclasses.replace(
+        blank,
+        procedure=found.procedure,
+        transform=f"{MERGED}{made.plan.method}",
+        kl=found.kl.mean,
+        kl_error=found.kl.error,
+        length=found.policy.tokens,
+        rows=found.win_rates,
+        facts=facts,
+        source=source_of(experiment),
+        measured_against=_measured_against(experiment),
     )
 
 
@@ -309,7 +384,7 @@ def _link(path: Path, there: Path) -> None:
         shutil.copy2(path, there)
 
 
-def _drop_weights(folder: Path) -> None:
+def drop_weights(folder: Path) -> None:
     """Delete what is large of a policy; its log, card and manifest stay."""
     for path in (folder / "policy").glob("checkpoint-*"):
         shutil.rmtree(path)

@@ -12,6 +12,14 @@
 A cell is an arm with one value of each key of the grid, and is a run like any other: `cells/NAME` has all that
 `infalign run` would have written there. Without `arms` the grid's own keys tell objectives apart. `target_kl`, `beta`
 and `seed` never do: cells that differ only in KL are points of one objective's curve, and seeds are averaged over.
+
+An arm may combine the policies of others instead of training one of its own. It has `merge`, what `infalign merge`
+takes (mergekit's YAML), with arms in place of models and `base` for the base policy; at each point of the grid the
+cells of those arms are its parents. Arms of one `family` are candidates of a search:
+
+    linear .3: {family: linear, merge: {merge_method: linear, models: [{model: helpful, ...}, {model: harmless, ...}]}}
+
+`initial_weights: ARM` trains on from another arm's policy.
 """
 
 from __future__ import annotations
@@ -24,9 +32,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from infalign.runtime.artifacts import fingerprint
 from infalign.runtime.config import check, field_hints, flag_value, read_yaml
 from infalign.runtime.launch import FLAGS as LAUNCH_FLAGS
 from infalign.stages.recipe import Recipe, find_recipe, key, load_recipe, settle_paths, settled_output
+from infalign.stages.sweep.combined import COMBINES, combination_problems, in_order, parents_of
 from infalign.theory.optimum import LARGEST_KL
 from infalign.types import InputError
 
@@ -65,7 +75,11 @@ class Sweep:
     cell: str | None = key(None, "file.py:name that makes a cell in place of `infalign run`", "sweep")
     reference: str | None = key(None, "the arm that differences are to; unset: the last one", "sweep")
     compare_at: list[float] = key([], "KLs in nats for the comparison; unset: within what all arms have", "sweep")
-    keep_policies: bool = key(True, "false: a cell's weights are deleted when it is evaluated", "sweep")
+    validation_share: float = key(0.5, "of the test prompts, on which a family's best arm is chosen", "sweep")
+    gap_samples: int = key(
+        2, "of the mixture on each test prompt, for the gap between it and a merge; 0: none", "sweep"
+    )
+    keep_policies: bool = key(True, "false: a cell's weights are deleted when they are of no more use", "sweep")
     output_dir: str = key("", "where everything is written; a relative path starts at the working directory", "sweep")
     overwrite: bool = key(False, "make cells anew whose keys have changed, instead of refusing", "sweep")
 
@@ -88,6 +102,9 @@ class Cell:
         keys: everything that its recipe is made of, flags included.
         seed: of the recipe.
         recipe: checked; where the sweep's own function makes cells, what it says of the objective.
+        merge: how it is merged, with cells in place of arms; None for one that is trained.
+        parents: the cells that it is made from, by their names in `keys`.
+        family: its search; the arm itself where there is none.
     """
 
     name: str
@@ -96,6 +113,9 @@ class Cell:
     keys: dict[str, Any]
     seed: int
     recipe: Recipe
+    merge: dict[str, Any] | None = None
+    parents: Mapping[str, str] = field(default_factory=dict)
+    family: str = ""
 
 
 def load_sweep(config: str | Path | Mapping[str, Any] | None, flags: Mapping[str, Any] | None = None) -> Sweep:
@@ -188,6 +208,11 @@ def _check(sweep: Sweep) -> None:
         for name in dict.fromkeys(varied)
         if name in sweep.flags
     ]
+    if not 0 < sweep.validation_share < 1:
+        problems.append(f"validation_share must be between 0 and 1, got {sweep.validation_share:g}")
+    if sweep.gap_samples < 0:
+        problems.append(f"gap_samples must be at least 0, got {sweep.gap_samples}")
+    problems += [] if problems else combination_problems(sweep)
     if any(not 0 < kl <= LARGEST_KL for kl in sweep.compare_at):
         problems.append(f"compare_at must be nats above 0, at most {LARGEST_KL:g}, got {sweep.compare_at}")
     if problems:
@@ -221,12 +246,26 @@ def cells_of(sweep: Sweep) -> list[Cell]:
             raise InputError(f"a cell is called {name}, which is no name for a folder: begin with a letter or a digit")
         if len(name.encode()) > LONGEST:
             raise InputError(f"a cell's name is above {LONGEST} bytes: {name[:60]}...: give the arm a shorter one")
-    cells = [_cell(sweep, point) for point in points]
+    cells: list[Cell] = []
+    for point in points:
+        cells.append(_with_parents(_cell(sweep, point), cells))
     arms = list(dict.fromkeys(cell.arm for cell in cells))
     if sweep.reference is not None and sweep.reference not in arms:
         raise InputError(f"reference {sweep.reference!r} is none of the arms: {', '.join(arms)}")
     _refuse_twins(cells)
     return _under_all_decoders(cells)
+
+
+def _with_parents(cell: Cell, earlier: Sequence[Cell]) -> Cell:
+    """A cell whose keys say what its parents were trained with: other parents make another cell."""
+    if not cell.parents:
+        return cell
+    made = {one.name: one for one in earlier}
+    of = {
+        arm: fingerprint({key: value for key, value in made[name].keys.items() if key not in EVALUATED})
+        for arm, name in cell.parents.items()
+    }
+    return replace(cell, keys={**cell.keys, "parents": of})
 
 
 def _refuse_twins(cells: Sequence[Cell]) -> None:
@@ -252,34 +291,44 @@ def _under_all_decoders(cells: list[Cell]) -> list[Cell]:
 
 @dataclass(frozen=True)
 class _Point:
-    """A cell before its recipe is checked."""
+    """A cell before its recipe is checked; `parents` by the arms that its keys name."""
 
     name: str
     arm: str
+    family: str
     varied: dict[str, Any]
     keys: dict[str, Any]
+    parents: dict[str, str]
 
 
 def _points(sweep: Sweep) -> list[_Point]:
     arms: dict[str, dict[str, Any]] = {str(name): keys for name, keys in sweep.arms.items()} or {"": {}}
+    order = in_order(sweep) if sweep.arms else [""]
     points = []
     for values in itertools.product(*sweep.grid.values()):
         point = dict(zip(sweep.grid, values, strict=True))
         apart = {name: value for name, value in point.items() if name not in (*ALONG, "seed")}
-        for arm, keys in arms.items():
+        for arm in order:
+            keys = arms[arm]
             own = {**keys, **point}
             # of beta and target_kl a recipe has one: what the cell sets replaces the other
             replaced = {other for name, other in (ALONG, ALONG[::-1]) if name in own and other not in own}
             shared = {name: value for name, value in sweep.keys.items() if name not in replaced}
             points.append(
                 _Point(
-                    name=_UNSAFE.sub("_", "-".join([*([arm] if arm else []), *_named(point)])) or "all",
+                    name=_cell_name(arm, point),
                     arm=" ".join([*([arm] if arm else []), *_named(apart)]) or "all",
+                    family=" ".join([*([str(keys.get("family") or arm)] if arm else []), *_named(apart)]) or "all",
                     varied=point,
                     keys={**shared, **own, **sweep.flags},
+                    parents={parent: _cell_name(parent, point) for parent in parents_of(sweep, keys)},
                 )
             )
     return points
+
+
+def _cell_name(arm: str, point: Mapping[str, Any]) -> str:
+    return _UNSAFE.sub("_", "-".join([*([arm] if arm else []), *_named(point)])) or "all"
 
 
 def _named(values: Mapping[str, Any]) -> list[str]:
@@ -292,8 +341,10 @@ def _short(value: Any) -> str:
 
 
 def _cell(sweep: Sweep, point: _Point) -> Cell:
-    given = {name: value for name, value in point.keys.items() if name not in sweep.flags}
-    flags = sweep.flags
+    given = {name: value for name, value in point.keys.items() if name not in (*sweep.flags, *COMBINES)}
+    flags, merge = sweep.flags, point.keys.get("merge")
+    if (started := given.get("initial_weights")) in point.parents:
+        given["initial_weights"] = str(sweep.output / "cells" / point.parents[started] / "policy")
     if sweep.cell is not None:  # the function knows its other keys
         given, flags = ({name: one for name, one in keys.items() if name in OBJECTIVE} for keys in (given, flags))
     else:
@@ -304,4 +355,6 @@ def _cell(sweep: Sweep, point: _Point) -> Cell:
         raise InputError(f"cell {point.name}: {error}") from error
     # a flag's text as the recipe has read it: the same value by either way is the same cell
     typed = {name: getattr(recipe, name, recipe.training.get(name, value)) for name, value in flags.items()}
-    return Cell(point.name, point.arm, point.varied, {**point.keys, **typed}, recipe.seed, recipe)
+    keys = {**point.keys, **typed}
+    parents, family = point.parents, point.family
+    return Cell(point.name, point.arm, point.varied, keys, recipe.seed, recipe, merge, parents, family)

@@ -14,8 +14,10 @@ import pyarrow as pa
 import pyarrow.csv as csv
 import pyarrow.parquet as pq
 
+from infalign.evaluation.combined import Origin, as_rows, combine
 from infalign.evaluation.sweep import CellResult, SweepResult, compare, judged_decoders, limit_curve, tidy
 from infalign.evaluation.transfer import transfers
+from infalign.report.combined_page import combined_tables
 from infalign.report.sweep_page import compared_tables, headline, remarks, report_sweep
 from infalign.report.table import ABSENT, Table, number, plain_text
 from infalign.runtime.artifacts import differences, fingerprint, sweep_temporaries, without_nan, write_json, write_whole
@@ -24,6 +26,7 @@ from infalign.runtime.distributed import any_rank, barrier, is_main, together
 from infalign.runtime.imports import file_digest
 from infalign.runtime.plugins import find_object
 from infalign.stages.estimate import stage_costs
+from infalign.stages.evaluate import check_samples
 from infalign.stages.experiment import CALIBRATION, Experiment
 from infalign.stages.objective import load_objective, load_procedure, load_procedures
 from infalign.stages.per_prompt import read_per_prompt
@@ -32,6 +35,7 @@ from infalign.stages.run import preflight
 from infalign.stages.sweep.cells import (
     Held,
     OwnCell,
+    drop_weights,
     look,
     make_cell,
     read_cell,
@@ -86,7 +90,9 @@ def sweep(config: Sweep | Mapping[str, Any] | str | Path, *, dry_run: bool = Fal
     for place, (cell, folder) in enumerate(zip(cells, folders, strict=True)):
         if cell.name in done:
             continue
-        done[cell.name] = make_cell(cell, folder, folders[:place], own, settings.keep_policies)
+        done[cell.name] = make_cell(cell, folder, folders[:place], own, settings.gap_samples)
+        if not settings.keep_policies:
+            _drop_finished(cells, done, settings.output / "cells")
         made += 1
         left = len(cells) - len(done)
         say(f"[{len(done)}/{len(cells)}] {_line(done[cell.name])}{_time_left(start, made, left)}")
@@ -110,6 +116,16 @@ def sweep(config: Sweep | Mapping[str, Any] | str | Path, *, dry_run: bool = Fal
 def sweep_verb(recipe: Sweep, *, dry_run: bool = False) -> None:
     """`sweep` as the command line calls it."""
     sweep(recipe, dry_run=dry_run)
+
+
+def _drop_finished(cells: Sequence[Cell], done: Mapping[str, CellResult], folder: Path) -> None:
+    """Let go of weights that no cell to come is made from."""
+    needed = {parent for cell in cells if cell.name not in done for parent in cell.parents.values()}
+    if is_main():
+        for name, result in done.items():
+            if result.finished and name not in needed:
+                drop_weights(folder / name)
+    barrier()
 
 
 def _own_cell(settings: Sweep) -> OwnCell | None:
@@ -146,10 +162,19 @@ def _check_cells(cells: Sequence[Cell]) -> None:
             require(cell.recipe, "model_name_or_path", "reward")
             load_objective(cell.recipe, load_procedure(cell.recipe))
             if cell.arm not in met:
-                preflight(Experiment(cell.recipe))
+                _check_one(cell)
         except InputError as error:
             raise InputError(f"cell {cell.name}: {error}") from error
         met.add(cell.arm)
+
+
+def _check_one(cell: Cell) -> None:
+    experiment = Experiment(cell.recipe)
+    if cell.merge is None:
+        preflight(experiment)
+        return
+    check_samples(cell.recipe)
+    _ = experiment.objective, experiment.terms, experiment.gold
 
 
 def _fresh(
@@ -208,6 +233,9 @@ def _written(settings: Sweep, cells: Sequence[Cell], done: Mapping[str, CellResu
         table = pa.Table.from_pylist(_same_columns(tidy(result, procedures)))
         write_whole(settings.output / "sweep.parquet", lambda path: pq.write_table(table, path))
         write_whole(settings.output / "sweep.csv", lambda path: csv.write_csv(table, path))
+        if result.combined:
+            rows = pa.Table.from_pylist(as_rows(result.combined, result.axes))
+            write_whole(settings.output / "combined.csv", lambda path: csv.write_csv(rows, path))
         if whole:
             write_json(settings.output / "sweep.json", without_nan(dataclasses.asdict(result)))
             report_sweep(settings.output)
@@ -220,22 +248,38 @@ def _compared(
 ) -> SweepResult:
     """With the objectives at equal KL."""
     finished = [one for one in result.cells if one.finished]
-    recipes = {cell.arm: cell.recipe for cell in cells}
+    recipes = {cell.arm: cell.recipe for cell in cells if cell.merge is None}
+    prompts = {one.name: read_per_prompt(settings.output / "cells" / one.name) for one in finished}
     compared, lacking = compare(
         finished,
-        {one.name: read_per_prompt(settings.output / "cells" / one.name) for one in finished},
+        prompts,
         procedures,
         result.reference,
         settings.compare_at,
-        lambda arm, label, kl: predicted(recipes[arm], procedures[label], kl),
+        lambda arm, label, kl: predicted(recipes[arm], procedures[label], kl) if arm in recipes else math.nan,
         confidence=result.confidence,
         seed=0,
+    )
+    origins = {
+        cell.name: Origin(cell.family, tuple(cell.parents.values()), trained=cell.merge is None) for cell in cells
+    }
+    family = next((origins[cell.name].family for cell in cells if cell.arm == result.reference), result.reference)
+    axes, combined = combine(
+        finished, prompts, origins, family, share=settings.validation_share, confidence=result.confidence, seed=0
     )
     largest = max((one.kl for one in finished), default=0.0)
     shown = {label for _, label in judged_decoders(finished, list(procedures))}
     limits = tuple(limit_curve(one, largest) for label, one in procedures.items() if label in shown)
     crossed = transfers(finished)
-    return dataclasses.replace(result, compared=compared, lacking=lacking, limits=limits, transfers=crossed)
+    return dataclasses.replace(
+        result,
+        compared=compared,
+        lacking=lacking,
+        limits=limits,
+        transfers=crossed,
+        axes=tuple(axes),
+        combined=tuple(combined),
+    )
 
 
 def predicted(recipe: Recipe, decoder: Procedure, kl: float) -> float:
@@ -276,6 +320,11 @@ def _tell(settings: Sweep, result: SweepResult) -> None:
             say(line)
     if tables:
         say(f"\n* the reference, {result.reference}")
+    for title, table in combined_tables(result):
+        say()
+        say(title)
+        for line in plain_text(table):
+            say(line)
     say(f"\n{headline(result)}")
     for line in remarks(result):
         say(f"- {line}")
@@ -309,8 +358,12 @@ def _dry_run(settings: Sweep, cells: Sequence[Cell]) -> None:
             continue
         experiment = Experiment(cell.recipe)
         tokens, seconds = stage_costs(experiment)
-        base = fingerprint([experiment.sampling_parts(experiment.base_path, CALIBRATION), tokens["calibrate"]])
-        if base in drawn:  # another cell has drawn its base samples
+        if cell.merge is not None:  # it is only measured
+            tokens, seconds = (
+                {name: one for name, one in some.items() if name == "evaluate"} for some in (tokens, seconds)
+            )
+        base = fingerprint([experiment.sampling_parts(experiment.base_path, CALIBRATION), tokens.get("calibrate")])
+        if base in drawn and "calibrate" in tokens:  # another cell has drawn its base samples
             del tokens["calibrate"], seconds["calibrate"]
         drawn.add(base)
         total, all_tokens = total + sum(seconds.values()), all_tokens + sum(tokens.values())

@@ -1,0 +1,108 @@
+"""How far a merge of a sweep's policies is from the mixture of their logits, measured on the test prompts."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import numpy as np
+import torch
+
+from infalign.generation.hf import decode_rows
+from infalign.merging.gap import merge_gap
+from infalign.merging.plan import DAM, MIXTURE, MergePlan, methods
+from infalign.models.loading import end_token_ids
+from infalign.models.mixture import LogitMixture
+from infalign.runtime.seeds import uniforms
+from infalign.stages.experiment import Experiment
+
+ROWS = 256
+"""Completions that are drawn at a time."""
+
+
+def mixture_weights(plan: MergePlan) -> dict[str, float] | None:
+    """The mixture that a merge approximates, a weight for each model; None where it has none.
+
+    Where weights are divided by their sum, so are these. Where they are not, task vectors that sum to less or more than
+    one leave the rest, which may be negative, to the base. slerp goes from its base to the other by `t`. DAM, whose
+    coefficients are learned, is meant to have all of its parents alike.
+    """
+    if plan.method == DAM:
+        return {one.model: 1.0 / len(plan.parents) for one in plan.parents}
+    shared = plan.yaml.get("parameters") or {}
+    if plan.method == "slerp" and plan.base is not None:
+        others = [one.model for one in plan.parents if one.model != plan.base]
+        t = shared.get("t")
+        if len(others) != 1 or not _is_number(t):
+            return None
+        return {plan.base: 1.0 - float(t), others[0]: float(t)}
+    weights: dict[str, float] = {}
+    for one in plan.parents:
+        weight = one.parameters.get("weight", shared.get("weight"))
+        if one.model == plan.base and weight is None:
+            continue
+        if not _is_number(weight):
+            return None
+        weights[one.model] = float(weight)
+    total = sum(weights.values())
+    if _divides(plan, shared):
+        return {name: weight / total for name, weight in weights.items()} if total else None
+    if plan.base is not None and plan.base not in weights and total != 1.0:
+        weights[plan.base] = 1.0 - total
+    return weights
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _divides(plan: MergePlan, shared: Mapping[str, Any]) -> bool:
+    """Whether a method divides weights by their sum."""
+    if plan.method == MIXTURE:
+        return False
+    method = methods()[plan.method]
+    return bool(shared.get("normalize", method.normalizes)) if "normalize" in method.shared | method.own else True
+
+
+def gap_facts(experiment: Experiment, plan: MergePlan, samples: int) -> dict[str, float]:
+    """`merge_gap` and `sequence_gap` with their errors, and `mixture_kl`, in nats; empty where a merge has no mixture.
+
+    A mixture of logits is no distance from itself, and has its sequence gap alone.
+
+    Args:
+        experiment: of the cell; its judged policy is the merge.
+        plan: with folders in place of names.
+        samples: completions of the mixture on each test prompt.
+    """
+    weights = mixture_weights(plan)
+    if weights is None or not all(Path(name).is_dir() for name in weights):
+        return {}
+    mixture = LogitMixture(tuple(experiment.model(name) for name in weights), tuple(weights.values()))
+    prompts = [prompt for prompt in experiment.splits.test for _ in range(samples)]
+    rows = [experiment.prompt_ids[prompt.key] for prompt in prompts]
+    recipe, ends = experiment.recipe, end_token_ids(mixture.models[0], experiment.tokenizer)
+    settings = dataclasses.replace(recipe.sampling, temperature=1.0)  # the gap is that of the models as they are
+    drawn = [
+        uniforms(f"{recipe.seed}/gap", prompt.key, place % samples, recipe.max_completion_length)
+        for place, prompt in enumerate(prompts)
+    ]
+    completions: list[list[int]] = []
+    with torch.no_grad():
+        for start in range(0, len(rows), ROWS):
+            part = slice(start, start + ROWS)
+            found = decode_rows(mixture, rows[part], np.array(drawn[part]), settings, ends)
+            completions += [ids for ids, _ in found]
+    found = merge_gap(
+        mixture, experiment.model(experiment.judged_path), rows, completions, experiment.model(experiment.base_path)
+    )
+    own = {} if plan.method == MIXTURE else {"merge_gap": found.gap, "merge_gap_error": found.error}
+    facts: Mapping[str, float] = {
+        **own,
+        "sequence_gap": found.sequence_gap,
+        "sequence_gap_error": found.sequence_error,
+        "mixture_kl": found.from_base,
+    }
+    return {name: value for name, value in facts.items() if not math.isnan(value)}
