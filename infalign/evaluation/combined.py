@@ -5,6 +5,9 @@ A term's expert is the policy trained for it alone. What a policy keeps of it is
 (MergeBench, arXiv:2505.10833, normalises by the expert likewise). Arms of a family are candidates of one search: the
 best is chosen on one part of the test prompts and measured on the other, so that ten candidates are not ten chances.
 
+Beside the terms stands what no policy was trained for: terms without a weight anywhere, and what one term's decoder
+picks as another term's reward judges it.
+
 Intervals resample the prompts, the same ones for all arms (percentile bootstrap), each seed's its own. They hold for
 the policies that were trained.
 """
@@ -19,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from infalign.evaluation.summary import GOLD
 
 if TYPE_CHECKING:
     from infalign.evaluation.sweep import CellResult, PerPrompt
@@ -58,10 +63,11 @@ class Combined:
         kl: measured, nats; the mean over seeds, like all that follows.
         wins, retentions: one for each axis.
         score: the least retention; without experts the least win rate.
+        beside: a win rate for each row that nobody was trained for.
         difference: of the score to the reference family's, paired.
         validated: the score on the prompts that it was chosen on.
         seconds: of all candidates and of everything that they were made from.
-        facts: of the chosen arm's cells: `merge_gap`.
+        facts: of the chosen arm's cells: `merge_gap`, nats on held-out texts.
     """
 
     family: str
@@ -75,7 +81,17 @@ class Combined:
     difference: Interval
     validated: float
     seconds: float
+    beside: tuple[Interval, ...] = ()
     facts: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Combination:
+    """The terms, what nobody was trained for, and every family's best at every point of the grid."""
+
+    axes: tuple[Axis, ...] = ()
+    beside: tuple[Axis, ...] = ()
+    families: tuple[Combined, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -87,18 +103,22 @@ class Origin:
     trained: bool = True
 
 
-def axes_of(cells: Sequence[CellResult], origins: Mapping[str, Origin]) -> list[Axis]:
-    """The terms that the cells' tables have weights for, with their experts; fewer than two: nothing to combine."""
+def axes_of(cells: Sequence[CellResult], origins: Mapping[str, Origin]) -> tuple[list[Axis], list[Axis]]:
+    """The terms that a cell was trained for, with their experts, and the rows that nobody was trained for."""
     found: dict[tuple[str, str], str] = {}
+    beside: dict[tuple[str, str], None] = {}
     for cell in cells:
         weighted = {(row.judge, row.label): row.weight for row in cell.rows if not math.isnan(row.weight)}
-        alone = [axis for axis, weight in weighted.items() if weight > 0]
-        for axis in weighted:
-            found.setdefault(axis, "")
+        beside |= dict.fromkeys([*weighted, *((row.judge, row.label) for row in cell.rows if row.chosen_by)])
         origin = origins[cell.name]
-        if len(alone) == 1 and origin.trained and not origin.parents and not found[alone[0]]:
-            found[alone[0]] = cell.arm
-    return [Axis(judge, decoder, expert) for (judge, decoder), expert in found.items()]
+        aims = [axis for axis, weight in weighted.items() if weight > 0] if origin.trained else []
+        for axis in aims:
+            found.setdefault(axis, "")
+        if len(aims) == 1 and not origin.parents and not found[aims[0]]:
+            found[aims[0]] = cell.arm
+    ordered = [one for one in beside if one in found]  # as the recipe has them
+    others = [Axis(*one) for one in beside if one not in found and one[0] != GOLD]
+    return [Axis(judge, decoder, found[judge, decoder]) for judge, decoder in ordered], others
 
 
 def combine(
@@ -110,8 +130,8 @@ def combine(
     share: float,
     confidence: float,
     seed: int,
-) -> tuple[list[Axis], list[Combined]]:
-    """Every family's best at every point of the grid.
+) -> Combination:
+    """Every family's best at every point of the grid; no families where nothing is combined.
 
     Args:
         cells: finished ones.
@@ -121,14 +141,16 @@ def combine(
         share: of the prompts, on which the best is chosen.
         confidence, seed: of the bootstrap.
     """
-    axes = axes_of(cells, origins)
+    axes, beside = axes_of(cells, origins)
     if len(axes) < 2 or not any(_combines(cell, origins[cell.name]) for cell in cells):
-        return axes, []
+        return Combination(tuple(axes), tuple(beside))
     found: list[Combined] = []
     for point in dict.fromkeys(map(_point, cells)):
-        group = [cell for cell in cells if _point(cell) == point]
-        found += _at_point(group, prompts, origins, axes, reference, share, confidence, seed)
-    return axes, found
+        group = _complete([cell for cell in cells if _point(cell) == point], prompts, axes)
+        if group:
+            wins = _measure(group, prompts, [*axes, *beside], share, seed)
+            found += _families(group, wins, axes, cells, origins, reference, confidence)
+    return Combination(tuple(axes), tuple(beside), tuple(found))
 
 
 def _combines(cell: CellResult, origin: Origin) -> bool:
@@ -146,48 +168,80 @@ def in_validation(key: str, share: float) -> bool:
     return int.from_bytes(digest, "big") < share * 2.0**64
 
 
-def _at_point(
-    cells: Sequence[CellResult],
-    prompts: Mapping[str, PerPrompt],
-    origins: Mapping[str, Origin],
-    axes: Sequence[Axis],
-    reference: str,
-    share: float,
-    confidence: float,
-    seed: int,
-) -> list[Combined]:
-    wanted = [(axis.judge, axis.decoder) for axis in axes]
-    cells = [cell for cell in cells if all(one in prompts[cell.name].wins for one in wanted)]
+BySeed = Mapping[int, Mapping[str, "CellResult"]]
+"""The cells of one point of the grid by seed and arm; every seed has the same arms in the same order."""
+
+
+def _complete(cells: Sequence[CellResult], prompts: Mapping[str, PerPrompt], axes: Sequence[Axis]) -> BySeed:
+    """The cells that were measured on all axes, of the seeds that have all arms: another mean would not compare."""
+    cells = [cell for cell in cells if all((one.judge, one.decoder) in prompts[cell.name].wins for one in axes)]
     arms = list(dict.fromkeys(cell.arm for cell in cells))
-    by_seed = {
-        number: {cell.arm: cell for cell in cells if cell.seed == number}
-        for number in dict.fromkeys(cell.seed for cell in cells)
-    }
-    # seeds that all arms have: a mean over other seeds would be another comparison
-    by_seed = {number: group for number, group in by_seed.items() if len(group) == len(arms)}
-    if not by_seed:
-        return []
+    by_seed: dict[int, dict[str, CellResult]] = {}
+    for cell in cells:
+        by_seed.setdefault(cell.seed, {})[cell.arm] = cell
+    return {number: {arm: group[arm] for arm in arms} for number, group in by_seed.items() if len(group) == len(arms)}
+
+
+@dataclass(frozen=True)
+class _Wins:
+    """Win rates, means over seeds: (A, X) of arms and axes on the prompts that choose and on the others, and these
+    resampled, (A, X, R)."""
+
+    chosen_on_AX: Array
+    mean_AX: Array
+    resampled_AXR: Array
+
+
+def _measure(by_seed: BySeed, prompts: Mapping[str, PerPrompt], axes: Sequence[Axis], share: float, seed: int) -> _Wins:
     rng = np.random.default_rng(seed)
-    chosen_on, measured_on, resampled = [], [], []
+    found: list[tuple[Array, Array, Array]] = []
     for group in by_seed.values():
-        wins_AXP, validation_P = _wins(group, prompts, arms, wanted, share)
-        for part, into in ((validation_P, chosen_on), (~validation_P, measured_on)):
-            into.append(wins_AXP[..., part].mean(-1))
-        test = wins_AXP[..., ~validation_P]
-        count = test.shape[-1]
-        weights_PR = rng.multinomial(count, np.full(count, 1 / count), RESAMPLES).T / max(count, 1)
-        resampled.append(test @ weights_PR)
-    validated_AX, wins_AX, wins_AXR = (np.mean(one, axis=0) for one in (chosen_on, measured_on, resampled))
-    experts = [arms.index(axis.expert) if axis.expert in arms else -1 for axis in axes]
-    score = _scoring(experts)
+        wins_AXP, validation_P = _wins(group, prompts, axes, share)
+        test_AXT = wins_AXP[..., ~validation_P]
+        drawn_TR = _resampled(np.isfinite(test_AXT[0]), rng)
+        found.append((_mean(wins_AXP[..., validation_P]), _mean(test_AXT), _mean(test_AXT, drawn_TR)))
+    chosen_on, mean, resampled = (np.mean(one, axis=0) for one in zip(*found, strict=True))
+    return _Wins(chosen_on[..., 0], mean[..., 0], resampled)
+
+
+def _mean(wins_AXP: Array, drawn_PR: Array | None = None) -> Array:
+    """(A, X, R) means over the prompts of each axis, a prompt counting as often as it was drawn; NaN without any."""
+    drawn_PR = np.ones((wins_AXP.shape[-1], 1)) if drawn_PR is None else drawn_PR
+    known = np.isfinite(wins_AXP)
+    with np.errstate(invalid="ignore"):
+        return (np.where(known, wins_AXP, 0.0) @ drawn_PR) / (known @ drawn_PR)
+
+
+def _resampled(known_XP: NDArray[np.bool_], rng: np.random.Generator) -> Array:
+    """(P, R): how often each prompt is drawn, as many as there are of those that are for the same axes."""
+    drawn_PR = np.zeros((known_XP.shape[1], RESAMPLES))
+    _, kind_P = np.unique(known_XP, axis=1, return_inverse=True)
+    for kind in np.unique(kind_P):
+        mine = np.flatnonzero(kind_P == kind)
+        drawn_PR[mine] = rng.multinomial(mine.size, np.full(mine.size, 1 / mine.size), RESAMPLES).T
+    return drawn_PR
+
+
+def _families(
+    by_seed: BySeed,
+    wins: _Wins,
+    axes: Sequence[Axis],
+    cells: Sequence[CellResult],
+    origins: Mapping[str, Origin],
+    reference: str,
+    confidence: float,
+) -> list[Combined]:
+    """Each family's arm that is best where it is chosen, with what it does elsewhere."""
+    first = next(iter(by_seed.values()))
+    arms, terms = list(first), len(axes)
+    score = _scoring([arms.index(axis.expert) if axis.expert in arms else -1 for axis in axes])
     with np.errstate(invalid="ignore", divide="ignore"):
-        validated_A = score(validated_AX[..., None])[1][:, 0]
-        kept_AX, score_A = (one[..., 0] for one in score(wins_AX[..., None]))
-        kept_AXR, score_AR = score(wins_AXR)
+        validated_A = score(wins.chosen_on_AX[:, :terms, None])[1][:, 0]
+        kept_AX, score_A = (one[..., 0] for one in score(wins.mean_AX[:, :terms, None]))
+        kept_AXR, score_AR = score(wins.resampled_AXR[:, :terms])
     families: dict[str, list[int]] = {}
     for place, arm in enumerate(arms):
-        cell = next(iter(by_seed.values()))[arm]
-        families.setdefault(origins[cell.name].family, []).append(place)
+        families.setdefault(origins[first[arm].name].family, []).append(place)
     best = {
         family: max(places, key=lambda at: -math.inf if math.isnan(validated_A[at]) else validated_A[at])
         for family, places in families.items()
@@ -195,61 +249,58 @@ def _at_point(
 
     def interval(mean: float, resampled_R: Array) -> Interval:
         if math.isnan(mean) or np.isnan(resampled_R).any():
-            return Interval(mean)
+            return Interval(float(mean))
         low, high = np.quantile(resampled_R, [(1 - confidence) / 2, (1 + confidence) / 2])
-        return Interval(mean, float(low), float(high))
+        return Interval(float(mean), float(low), float(high))
 
     rows = []
     for family, at in best.items():
-        group = [of_seed[arms[at]] for of_seed in by_seed.values()]
-        difference = Interval()
-        if reference in best:
-            other = best[reference]
-            difference = interval(float(score_A[at] - score_A[other]), score_AR[at] - score_AR[other])
-        facts = {
-            name: float(np.mean([cell.facts.get(name, math.nan) for cell in group])) for name in sorted(group[0].facts)
-        }
-        spent = [
-            _seconds([of_seed[arms[one]] for one in families[family]], cells, origins) for of_seed in by_seed.values()
-        ]
+        mine = [of_seed[arms[at]] for of_seed in by_seed.values()]
+        measured = [interval(wins.mean_AX[at, x], wins.resampled_AXR[at, x]) for x in range(wins.mean_AX.shape[1])]
+        other = best.get(reference)
+        candidates = [[of_seed[arms[one]] for one in families[family]] for of_seed in by_seed.values()]
         rows.append(
             Combined(
                 family=family,
                 arm=arms[at],
                 candidates=len(families[family]),
-                at={name: value for name, value in group[0].varied.items() if name != "seed"},
-                kl=float(np.mean([cell.kl for cell in group])),
-                wins=tuple(interval(float(wins_AX[at, x]), wins_AXR[at, x]) for x in range(len(axes))),
-                retentions=tuple(interval(float(kept_AX[at, x]), kept_AXR[at, x]) for x in range(len(axes))),
-                score=interval(float(score_A[at]), score_AR[at]),
-                difference=difference,
+                at={name: value for name, value in mine[0].varied.items() if name != "seed"},
+                kl=float(np.mean([cell.kl for cell in mine])),
+                wins=tuple(measured[:terms]),
+                retentions=tuple(interval(kept_AX[at, x], kept_AXR[at, x]) for x in range(terms)),
+                score=interval(score_A[at], score_AR[at]),
+                difference=Interval()
+                if other is None
+                else interval(score_A[at] - score_A[other], score_AR[at] - score_AR[other]),
                 validated=float(validated_A[at]),
-                seconds=float(np.mean(spent)),
-                facts=facts,
+                seconds=float(np.mean([_seconds(one, cells, origins) for one in candidates])),
+                beside=tuple(measured[terms:]),
+                facts={
+                    name: float(np.mean([cell.facts.get(name, math.nan) for cell in mine]))
+                    for name in sorted(mine[0].facts)
+                },
             )
         )
     return rows
 
 
 def _wins(
-    group: Mapping[str, CellResult],
-    prompts: Mapping[str, PerPrompt],
-    arms: Sequence[str],
-    wanted: Sequence[tuple[str, str]],
-    share: float,
+    group: Mapping[str, CellResult], prompts: Mapping[str, PerPrompt], axes: Sequence[Axis], share: float
 ) -> tuple[Array, NDArray[np.bool_]]:
-    """(arms, axes, P) win rates on the prompts that all arms of a seed have, and which of them choose."""
-    kept = set.intersection(*(set(prompts[group[arm].name].keys) for arm in arms))
-    first = prompts[group[arms[0]].name].keys
+    """(A, X, P) win rates on the prompts that all arms of a seed have, NaN where an axis is for others, and which of
+    them choose."""
+    kept = set.intersection(*(set(prompts[cell.name].keys) for cell in group.values()))
+    first = prompts[next(iter(group.values())).name].keys
     keys = [key for key in first if key in kept]
-    wins = np.empty((len(arms), len(wanted), len(keys)))
-    for a, arm in enumerate(arms):
-        mine = prompts[group[arm].name]
+    wins = np.full((len(group), len(axes), len(keys)), np.nan)
+    for a, cell in enumerate(group.values()):
+        mine = prompts[cell.name]
         place = {key: at for at, key in enumerate(mine.keys)}
         rows = [place[key] for key in keys]
-        for x, one in enumerate(wanted):
-            wins[a, x] = mine.wins[one][rows]
-    return wins, np.array([in_validation(key, share) for key in keys])
+        for x, one in enumerate(axes):
+            if (one.judge, one.decoder) in mine.wins:  # further rows may be missing in cells of earlier versions
+                wins[a, x] = mine.wins[one.judge, one.decoder][rows]
+    return wins, np.array([in_validation(key, share) for key in keys], dtype=bool)
 
 
 def _scoring(experts: Sequence[int]) -> Callable[[Array], tuple[Array, Array]]:
@@ -282,17 +333,20 @@ def columns(axes: Sequence[Axis]) -> list[str]:
     return [f"{axis.decoder}, {axis.judge}" for axis in axes]
 
 
-def as_rows(found: Sequence[Combined], axes: Sequence[Axis]) -> list[dict[str, Any]]:
+def as_rows(found: Combination) -> list[dict[str, Any]]:
     """A row of a tidy table each."""
     rows = []
-    for one in found:
+    for one in found.families:
         row: dict[str, Any] = {"family": one.family, "arm": one.arm, "candidates": one.candidates}
         row |= {**one.at, "kl": one.kl}
-        for name, wins, kept in zip(columns(axes), one.wins, one.retentions, strict=True):
+        for name, wins, kept in zip(columns(found.axes), one.wins, one.retentions, strict=True):
             row |= {f"win {name}": wins.mean, f"win {name} low": wins.low, f"win {name} high": wins.high}
             row |= {f"retention {name}": kept.mean}
         row |= {"score": one.score.mean, "score low": one.score.low, "score high": one.score.high}
         row |= {"difference": one.difference.mean, "difference low": one.difference.low}
-        row |= {"difference high": one.difference.high, "validated": one.validated, "seconds": one.seconds, **one.facts}
+        row |= {"difference high": one.difference.high, "validated": one.validated, "seconds": one.seconds}
+        for name, wins in zip(columns(found.beside), one.beside, strict=True):
+            row |= {f"win {name}": wins.mean, f"win {name} low": wins.low, f"win {name} high": wins.high}
+        row |= one.facts
         rows.append(row)
     return rows

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from infalign.evaluation.compute import Compute
+from infalign.evaluation.forgetting import TextFit
 from infalign.evaluation.judging import JudgedWins
 from infalign.evaluation.length import LengthControlled, Side, decoded_reward, length_controlled_win_rate
 from infalign.evaluation.limits import attainment, limit_at, regret_ratio
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 PROXY, GOLD = "reward", "gold"
 """Judges: the recipe's reward, which decodes, or the gold one. Another name is that of a further term's reward, which
-decodes and judges its own row."""
+decodes and judges its own rows; `A chosen by B` judges with A what B decodes; `A on GROUP` is for a group of prompts."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,16 @@ class DecoderRow:
 
     Attributes:
         label, kind, n: the procedure's repr, its name and the candidates it draws.
-        judge: "reward", "gold", or the name of another term's reward.
+        judge: "reward", "gold", or the name of another term's reward; with `chosen_by` and `group` in it where they
+            are set, so that judge and label name a row.
         mean, low, high: the win rate with its interval over prompts.
         length_controlled: the win rate at equal length.
         limit, attainment, regret_ratio: against the best that any method reaches at the measured KL; of the reward
             that decodes alone.
         policy_reward, base_reward: mean judged reward of what is picked.
         weight: in what was trained for, where that has several terms.
+        chosen_by: the reward that decodes, where it is not the one that judges.
+        group: the prompts that it is measured on, where it is not all of them.
     """
 
     label: str
@@ -55,30 +59,49 @@ class DecoderRow:
     policy_reward: float
     base_reward: float
     weight: float = math.nan
+    chosen_by: str = ""
+    group: str = ""
+
+    @property
+    def judged_by_another(self) -> bool:
+        """Whether what judges is not what decodes: then no limit holds."""
+        return bool(self.chosen_by) or self.judge == GOLD
 
 
 def decoder_row(
-    policy: Side, base: Side, procedure: Procedure, judge: str, *, kl: float | None, confidence: float, seed: int
+    policy: Side,
+    base: Side,
+    procedure: Procedure,
+    judge: str,
+    *,
+    kl: float | None,
+    confidence: float,
+    seed: int,
+    chosen_by: str = "",
+    group: str = "",
 ) -> DecoderRow:
     """Measure one decoder.
 
     Args:
         policy, base: P prompts each.
         procedure: decodes both sides.
-        judge: `GOLD`, or what judges is what decodes.
+        judge: names the row, see `DecoderRow`.
         kl: measured, in nats, for the limit; None where it is not known.
         confidence, seed: of the intervals.
+        chosen_by: what decodes; empty: what judges, but for `GOLD`.
+        group: the prompts' name, where they are not all.
 
     Raises:
         InputError: another number of prompts, or a prompt with too few scored samples.
     """
-    if judge != GOLD:
-        found = win_rate(policy.proxy, base.proxy, procedure, confidence, seed)
-    else:
+    another = bool(chosen_by) or judge == GOLD
+    if another:
         sides = ((policy.proxy, policy.judge), (base.proxy, base.judge))
         found = judged_win_rate(*sides, procedure, confidence, seed)
+    else:
+        found = win_rate(policy.proxy, base.proxy, procedure, confidence, seed)
     limit = math.nan
-    if judge != GOLD and kl is not None:  # a gold judge is not what decodes: the limit does not hold for it
+    if not another and kl is not None:  # the limit is that of what decodes
         limit = limit_at(procedure, kl)
     return DecoderRow(
         label=repr(procedure),
@@ -94,6 +117,8 @@ def decoder_row(
         regret_ratio=regret_ratio(found.mean, limit),
         policy_reward=decoded_reward(policy, procedure),
         base_reward=decoded_reward(base, procedure),
+        chosen_by=chosen_by,
+        group=group,
     )
 
 
@@ -179,6 +204,7 @@ class Evaluation:
         win_rates: a row for each decoder and judge.
         ties: of the recipe's decoder.
         pairwise: a pairwise judge's word.
+        texts: what both models make of held-out texts.
         base, policy: what their samples look like.
         examples: a few prompts with their answers.
         compute: win rate against compute.
@@ -200,6 +226,7 @@ class Evaluation:
     examples: tuple[Example, ...] = ()
     compute: Compute | None = None
     pairwise: JudgedWins | None = None
+    texts: tuple[TextFit, ...] = ()
     target_kl: float | None = None
     gold_reward: str | None = None
     seed: int = 0

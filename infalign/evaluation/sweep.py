@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from infalign.evaluation.combined import Axis, Combined
+from infalign.evaluation.combined import Combination
 from infalign.evaluation.limits import attainment, limit_at, regret_ratio
 from infalign.evaluation.matched import AtKL, Curve, at_equal_kl
 from infalign.evaluation.summary import GOLD, PROXY, DecoderRow
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 Array = NDArray[np.float64]
 MERGED = "merge: "
 """What the objective's name of a cell starts with that was merged and not trained."""
+LOST = "lost on "
+"""What facts about held-out texts start with: nats a token more than the base."""
 MULTIPLES = (2, 4, 8)
 """How many times the samples the untrained base is given, in rows of its own."""
 
@@ -135,7 +137,7 @@ class SweepResult:
         lacking: why there is no comparison; empty where there is one.
         limits: of every decoder that an arm is trained for.
         transfers: trained for N, decoded with another; empty unless arms differ in N.
-        axes, combined: the terms, and each family's best policy under all of them; empty unless arms are combined.
+        combination: each family's best policy under all terms; without families unless arms are combined.
     """
 
     reference: str
@@ -146,8 +148,7 @@ class SweepResult:
     lacking: str = ""
     limits: tuple[LimitCurve, ...] = ()
     transfers: tuple[Transfer, ...] = ()
-    axes: tuple[Axis, ...] = ()
-    combined: tuple[Combined, ...] = ()
+    combination: Combination = field(default_factory=Combination)
 
     @property
     def arms(self) -> list[str]:
@@ -262,8 +263,12 @@ def judged_decoders(cells: Sequence[CellResult], labels: Sequence[str]) -> list[
         labels: decoders by their repr, in order.
     """
     trained = {cell.procedure for cell in cells}
-    rows = dict.fromkeys((row.judge, row.label) for cell in cells for row in cell.rows)
-    own = [(judge, label) for judge, label in rows if judge not in (PROXY, GOLD) or label in trained]
+    rows = [row for cell in cells for row in cell.rows]
+    own = dict.fromkeys(
+        (row.judge, row.label)
+        for row in rows
+        if not math.isnan(row.weight) or (row.judge in (PROXY, GOLD) and row.label in trained)
+    )
     judges = list(dict.fromkeys(judge for judge, _ in own))
     return [(judge, label) for judge in judges for label in labels if (judge, label) in own]
 
@@ -350,7 +355,7 @@ def _curves(
         if (judge, label) not in mine.wins:
             continue
         groups.setdefault(cell.arm, {}).setdefault(cell.seed, []).append(mine)
-        kept = set(mine.keys)
+        kept = {key for key, wins in zip(mine.keys, mine.wins[judge, label], strict=True) if not math.isnan(wins)}
         shared[cell.seed] = [key for key in shared.get(cell.seed, mine.keys) if key in kept]
     empty = [seed for seed, keys in shared.items() if not keys]
     if empty:

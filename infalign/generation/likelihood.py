@@ -105,6 +105,30 @@ def sequence_kl(
     return log_ratios, conditionals
 
 
+@torch.no_grad()
+def completion_logps(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    *,
+    tokens_per_batch: int = 8192,
+) -> Tensor:
+    """(B,) log-probabilities of completions given their prompts in nats, summed over tokens, float64 on the CPU."""
+    head = head_of(model)
+    summed = torch.zeros(len(prompts)).double()
+    for rows in _chunks(prompts, completions, tokens_per_batch if head else min(tokens_per_batch, 512)):
+        batch = [prompts[row] for row in rows], [completions[row] for row in rows]
+        ids, mask = pad_right(batch[1], 0, model.device)
+        real = mask.bool()
+        if head is None:
+            logps = completion_logits(model, *batch)[real].log_softmax(-1).gather(-1, ids[real][:, None])[:, 0]
+        else:
+            logps, _ = head.logps(completion_states(model, *batch)[real], ids[real])
+        of_row = torch.tensor(rows, device=ids.device)[:, None].expand_as(ids)[real].cpu()
+        summed.index_add_(0, of_row, logps.double().cpu())
+    return summed
+
+
 def _chunks(
     prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], tokens_per_batch: int
 ) -> Iterator[list[int]]:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from infalign.data.examples import Example
 from infalign.merging.dam import TeacherLogits, Weights, divergence, equal_coefficients, merged, merged_logits, penalty
 from infalign.models.shared_prefix import pad_right, positions
 from infalign.runtime.artifacts import fingerprint, write_whole
@@ -23,14 +24,6 @@ from infalign.runtime.distributed import is_main, my_share, world_size
 from infalign.runtime.seeds import stream
 
 CHECKPOINT_SECONDS = 60.0
-
-
-@dataclass(frozen=True)
-class Example:
-    """Tokens of a text, of which those from `start` on are to be predicted as the parent predicts them."""
-
-    ids: tuple[int, ...]
-    start: int = 1
 
 
 @dataclass(frozen=True)

@@ -99,6 +99,7 @@ def _results(findings: Findings) -> dict[str, Any]:
         "win_rates_markdown": markdown(table) if table else "",
         "kl_line": kl_line(evaluation) if evaluation else "",
         "judge_line": judge_line(evaluation) if evaluation else "",
+        "text_lines": [f"{str(one)[:1].upper()}{str(one)[1:]}." for one in evaluation.texts] if evaluation else [],
         "samples": sample_table(evaluation) if evaluation else None,
         "compute_line": saving(compute) if compute else "",
         "compute_costs": compute_table(compute) if compute else None,

@@ -10,7 +10,7 @@ from pathlib import Path
 from infalign.evaluation.matched import AtKL
 from infalign.evaluation.summary import GOLD, PROXY, DecoderRow
 from infalign.evaluation.sweep import MERGED, CellResult, Compared, SweepResult, judged_decoders
-from infalign.report.combined_page import PARETO, combined_tables, draw_pareto
+from infalign.report.combined_page import GAP, PARETO, combined_tables, draw_gap, draw_pareto, merges
 from infalign.report.frontier_plot import draw_frontier
 from infalign.report.key_plot import draw_key, plotted_keys
 from infalign.report.names import procedure_name
@@ -39,7 +39,8 @@ def report_sweep(folder: Path) -> Path:
         plots.append(Plot("-".join(words), "", _CAPTION, to_png(figure)))
     keys = [Plot(f"by-{name}", "", _BY_KEY, to_png(draw_key(finished, name))) for name in plotted_keys(finished)]
     crossed = [Plot(name, "", _TRANSFER, png) for name, png in _transfer_plots(result)]
-    pareto = [Plot("pareto", "", PARETO, to_png(draw_pareto(result)))] if len(result.combined) > 0 else []
+    pareto = [Plot("pareto", "", PARETO, to_png(draw_pareto(result)))] if result.combination.families else []
+    pareto += [Plot("merge-gap", "", GAP, to_png(draw_gap(result)))] if merges(result) else []
     for plot in [*plots, *keys, *crossed, *pareto]:
         write_whole(folder / "report" / f"{plot.name}.png", lambda path, png=plot.png: path.write_bytes(png))
     tables = compared_tables(result)

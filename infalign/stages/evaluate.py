@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +15,7 @@ from infalign.calibration.diagnostics import tie_rate
 from infalign.calibration.table import SampleTable, Wanted
 from infalign.evaluation.judging import JudgedWins, judge_decoded
 from infalign.evaluation.limits import Estimate, attainment, cluster_mean, tie_limit
-from infalign.evaluation.summary import GOLD, PROXY, DecoderRow, Evaluation, SequenceKL, Ties, decoder_row, decoders
-from infalign.evaluation.sweep import PerPrompt
+from infalign.evaluation.summary import GOLD, PROXY, DecoderRow, Evaluation, SequenceKL, Ties
 from infalign.generation.likelihood import sequence_kl
 from infalign.report.table import number, plain_text, win_rate_table
 from infalign.rewards.loader import Reward
@@ -25,13 +23,15 @@ from infalign.runtime.artifacts import fingerprint, read_manifest, write_json, w
 from infalign.runtime.console import Progress, notice, say
 from infalign.runtime.distributed import barrier, is_main, my_share
 from infalign.stages.experiment import Experiment
+from infalign.stages.forgetting import measure_texts, text_files
 from infalign.stages.objective import load_procedures
 from infalign.stages.output import SAMPLES, clear_if_stale, forget_scores, leaves_nothing
-from infalign.stages.per_prompt import wins_per_prompt, write_per_prompt
+from infalign.stages.per_prompt import write_per_prompt
 from infalign.stages.recipe import Recipe, require_plain
 from infalign.stages.sampling import fill, table_rewards
 from infalign.stages.scored_samples import Measured, ScoredSamples, compute_facts, examples
 from infalign.stages.strategy import load_strategy
+from infalign.stages.win_rates import measure_win_rates
 from infalign.theory.objective import differing
 from infalign.theory.procedures import Procedure
 from infalign.types import InputError, Prompt, Sample
@@ -50,6 +50,7 @@ def evaluate(recipe: Recipe, experiment: Experiment | None = None) -> Evaluation
     experiment = experiment or Experiment(recipe)
     check_samples(recipe)
     load_strategy(recipe, experiment.procedure)  # its mistakes are told before anything is sampled
+    text_files(experiment)
     experiment.claim_output()
     judged = experiment.judged_path
     _check_trained_for(experiment)
@@ -59,11 +60,12 @@ def evaluate(recipe: Recipe, experiment: Experiment | None = None) -> Evaluation
     conditional_PM, log_ratio_PM = _measure_kl(experiment, policy, prompts)
     kl, log_ratio = cluster_mean(list(conditional_PM)), cluster_mean(list(log_ratio_PM))
     measured = _scored(experiment, base, policy, prompts)
+    kls = {prompt.key: float(row.mean()) for prompt, row in zip(prompts, conditional_PM, strict=True)}
     with np.errstate(over="ignore"):  # rewards near the largest float: their mean is infinite, and shown as absent
-        result = summarise(experiment, measured, kl, log_ratio)
+        rows, per_prompt = measure_win_rates(experiment, measured, kls)
+        result = summarise(experiment, measured, rows, kl, log_ratio)
     if is_main():
-        kls = {prompt.key: float(row.mean()) for prompt, row in zip(prompts, conditional_PM, strict=True)}
-        write_per_prompt(recipe.output, measured_per_prompt(measured, result.win_rates, experiment, kls))
+        write_per_prompt(recipe.output, per_prompt)
         write_json(recipe.output / "evaluation.json", result.as_json())
         experiment.record()
     barrier()
@@ -200,30 +202,11 @@ def _judges(experiment: Experiment) -> dict[str, Reward]:
     return {PROXY: experiment.reward, **others, **gold}
 
 
-def summarise(experiment: Experiment, measured: Measured, kl: Estimate, log_ratio: Estimate) -> Evaluation:
-    """Win rates under the recipe's procedure and every N asked for, with limits at the measured KL."""
+def summarise(
+    experiment: Experiment, measured: Measured, rows: Sequence[DecoderRow], kl: Estimate, log_ratio: Estimate
+) -> Evaluation:
+    """Everything that was measured, beside its rows of win rates."""
     recipe, procedure, keys = experiment.recipe, experiment.procedure, measured.keys
-    trained = trained_for(experiment)
-    shown = [
-        (judge, decoder)
-        for judge in ([PROXY] if experiment.gold is None else [PROXY, GOLD])
-        for decoder in decoders(procedure, recipe.eval_n)
-    ]
-    rows = [
-        decoder_row(
-            measured.policy.side(keys, judge),
-            measured.base.side(keys, judge),
-            decoder,
-            judge,
-            kl=kl.mean,
-            confidence=recipe.confidence,
-            seed=recipe.seed,
-        )
-        for judge, decoder in dict.fromkeys([*shown, *trained])
-    ]
-    if len(trained) > 1:
-        weights = {(judge, repr(decoder)): weight for (judge, decoder), weight in trained.items()}
-        rows = [dataclasses.replace(row, weight=weights.get((row.judge, row.label), math.nan)) for row in rows]
     main = next(row for row in rows if row.label == repr(procedure) and row.judge == PROXY)
     base_rewards = [measured.base.rewards[key] for key in keys]
     tied = tie_limit(procedure, base_rewards, kl.mean)
@@ -245,29 +228,8 @@ def summarise(experiment: Experiment, measured: Measured, kl: Estimate, log_rati
         examples=examples(procedure, measured),
         compute=compute_facts(experiment, measured),
         pairwise=_judged(recipe, procedure, measured),
+        texts=measure_texts(experiment),
     )
-
-
-def measured_per_prompt(
-    measured: Measured, rows: Sequence[DecoderRow], experiment: Experiment, kls: Mapping[str, float]
-) -> PerPrompt:
-    """The rows' win rates, prompt by prompt, with the KL on it."""
-    keys = measured.keys
-    shown = [*decoders(experiment.procedure, experiment.recipe.eval_n), *(term.procedure for term in experiment.terms)]
-    procedures = {repr(one): one for one in shown}
-    wins: dict[tuple[str, str], NDArray[np.float64]] = {}
-    for row in rows:
-        policy, base = (side.side(keys, row.judge) for side in (measured.policy, measured.base))
-        wins[row.judge, row.label] = wins_per_prompt(policy, base, procedures[row.label], row.judge)
-    return PerPrompt(tuple(keys), np.array([kls[key] for key in keys]), wins)
-
-
-def trained_for(experiment: Experiment) -> dict[tuple[str, Procedure], float]:
-    """The weight of each term, by its judge in the table and its procedure."""
-    main = experiment.terms[0].reward
-    return {
-        (PROXY if term.reward is main else term.reward.name, term.procedure): term.weight for term in experiment.terms
-    }
 
 
 def _judged(recipe: Recipe, procedure: Procedure, measured: Measured) -> JudgedWins | None:
@@ -312,3 +274,5 @@ def tell(result: Evaluation) -> None:
     )
     if result.pairwise:
         say(f"  {result.pairwise}")
+    for one in result.texts:
+        say(f"  {one}")

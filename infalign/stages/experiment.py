@@ -212,7 +212,32 @@ class Experiment:
         )
         if splits.left_out:
             notice(f"{splits.left_out} prompts are in no split: near copies of prompts in a split that is full")
-        return self._within_length(splits)
+        splits = self._within_length(splits)
+        self._check_groups(splits)
+        return splits
+
+    def in_group(self, prompt: Prompt, group: str) -> bool:
+        """Whether a prompt is of a term's group; of the empty one all are."""
+        return not group or str(prompt.columns.get(self.recipe.group_column, "")) == group
+
+    def _check_groups(self, splits: Splits) -> None:
+        """Every term has prompts.
+
+        Raises:
+            InputError: the data has no such column, or a split has no prompt of a group.
+        """
+        column = self.recipe.group_column
+        groups = dict.fromkeys(one["group"] for one in self.recipe.objectives if one.get("group"))
+        for name in ("train", "validation", "test"):
+            prompts = getattr(splits, name)
+            found = sorted({str(prompt.columns[column]) for prompt in prompts if column in prompt.columns})
+            missing = [group for group in groups if group not in found]
+            if prompts and missing:
+                has = f"has {', '.join(found[:10])}{', ...' if len(found) > 10 else ''}" if found else "is not there"
+                raise InputError(
+                    f"group {missing[0]!r}: no {name} prompt has it in the column {column!r}, which {has}: set "
+                    "group_column, or ask for more prompts"
+                )
 
     def _load(self, split: str) -> LoadedPrompts:
         recipe = self.recipe
@@ -292,7 +317,7 @@ class Experiment:
                 if alike := taken.count(reward.name):
                     reward.name = reward.__name__ = f"{reward.name} ({alike + 1})"
                 met[spec] = reward
-            terms.append(Term(procedure, met[spec], keys["weight"]))
+            terms.append(Term(procedure, met[spec], keys["weight"], keys.get("group", "")))
         return terms or [Term(self.procedure, self.reward)]
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,23 +115,41 @@ def _direct(recipe: Recipe, procedures: list[Procedure]) -> Objective:
                 f"{recipe.num_calibration_samples}"
             )
     if len(procedures) == 1:
-        of = (
-            ""
-            if len(recipe.objectives) < 2
-            else f" of {next(one['reward'] for one in recipe.objectives if one['weight'])}"
-        )
+        of = ""
+        if len(recipe.objectives) > 1:
+            of = f" of {_aim(next(one for one in recipe.objectives if one['weight']))}"
         return objective(procedures[0], None, recipe.beta, recipe.target_kl, f"direct{of}")
     trained = [one for one in recipe.objectives if one["weight"] > 0]
     weights, beta = [one["weight"] for one in trained], recipe.beta
     if beta is None:
         betas = [optimal_transform(procedure, kl=recipe.target_kl).beta for procedure in procedures]
-        beta = sum(weight * one for weight, one in zip(weights, betas, strict=True))
-    rewards = [one["reward"] for one in trained]
-    named = zip(weights, procedures, rewards, strict=True)
+        beta = _mean_beta(trained, betas, bool(recipe.objective_mix))
+    named = zip(weights, procedures, map(_aim, trained), strict=True)
     how = "direct, each prompt for one of: " if recipe.objective_mix else "direct: "
-    label = how + " + ".join(f"{weight:g} {procedure!r} of {reward}" for weight, procedure, reward in named)
+    label = how + " + ".join(f"{weight:g} {procedure!r} of {aim}" for weight, procedure, aim in named)
     first = optimal_transform(procedures[0], beta / sum(weights))
     return Objective(procedures[0], first, beta, None, label)
+
+
+def _aim(term: Mapping[str, Any]) -> str:
+    """A term's reward and group."""
+    return f"{term['reward']}{' on ' + term['group'] if term.get('group') else ''}"
+
+
+def _mean_beta(terms: Sequence[Mapping[str, Any]], betas: Sequence[float], mixed: bool) -> float:
+    """The mean over groups of prompts of the weighted sum of the betas of the terms that a prompt is for.
+
+    Of a mix the weights are shares of prompts: their sum is the mean.
+    """
+    weighted = [term["weight"] * beta for term, beta in zip(terms, betas, strict=True)]
+    if mixed:
+        return sum(weighted)
+    groups = {term["group"] for term in terms if term.get("group")} or {None}
+    sums = [
+        sum(one for one, term in zip(weighted, terms, strict=True) if term.get("group") in (None, group))
+        for group in groups
+    ]
+    return sum(sums) / len(sums)
 
 
 def _baseline(recipe: Recipe, name: Name, procedure: Procedure) -> Objective:

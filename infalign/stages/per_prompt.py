@@ -1,6 +1,7 @@
 """Win rates prompt by prompt: what paired comparisons of several policies need of an evaluation.
 
-evaluation/per_prompt.parquet     key, kl (nats), and a column JUDGE/DECODER for each row of the table
+evaluation/per_prompt.parquet     key, kl (nats), and a column JUDGE/DECODER for each row of the table; NaN for a prompt
+                                  that is not of the row's group
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from infalign.evaluation.length import Side
-from infalign.evaluation.summary import GOLD
 from infalign.evaluation.sweep import PerPrompt
 from infalign.evaluation.winrate import judged_win_rate, prompt_win_rate
 from infalign.runtime.artifacts import write_whole
@@ -27,9 +27,9 @@ Array = NDArray[np.float64]
 FILE = "evaluation/per_prompt.parquet"
 
 
-def wins_per_prompt(policy: Side, base: Side, procedure: Procedure, judge: str) -> Array:
+def wins_per_prompt(policy: Side, base: Side, procedure: Procedure, judged_by_another: bool = False) -> Array:
     """(P,) win rates of the policy, both sides decoded; the terms of a `DecoderRow`'s mean."""
-    if judge == GOLD:
+    if judged_by_another:
         return judged_win_rate((policy.proxy, policy.judge), (base.proxy, base.judge), procedure).per_prompt
     scored = [
         [np.asarray(row, dtype=np.float64)[~np.isnan(row)] for row in rows] for rows in (policy.proxy, base.proxy)

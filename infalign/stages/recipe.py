@@ -113,6 +113,7 @@ class Recipe:
     objective_mix: list[float] = key(
         [], "in place of weights: each training prompt is for one of objectives, drawn with these chances", "ctrl"
     )
+    group_column: str = key("group", "the data's column that the groups of objectives are values of", "ctrl")
     transform: str = key("optimal", f"optimal, {', '.join(CATALOGUE)}, or path.py:name", "ctrl")
     transform_kwargs: dict = key({}, "{t: 10} for exponential; a builder's arguments", "ctrl")
     beta: float | None = key(None, "KL coefficient; give exactly one of beta and target_kl", "ctrl")
@@ -157,6 +158,9 @@ class Recipe:
     judge_kwargs: dict = key({}, "its keyword arguments", "evaluation")
     judge_samples: int = key(4, "decoded pairs a test prompt that the judge sees", "evaluation")
     kl_samples: int = key(16, "policy samples per prompt that KL is measured on", "evaluation")
+    held_out_texts: dict = key(
+        {}, "{NAME: FILE} of texts, or prompts with completions: nats a token before and after", "evaluation"
+    )
     confidence: float = key(0.95, "of the intervals", "evaluation")
 
     output_dir: str = key("", "where everything is written; a relative path starts at the working directory", "output")

@@ -13,9 +13,11 @@ from infalign.stages.calibrate import calibrate
 from infalign.stages.estimate import dry_run
 from infalign.stages.evaluate import check_samples, evaluate, tell
 from infalign.stages.experiment import Experiment
+from infalign.stages.forgetting import text_files
 from infalign.stages.objective import objective_name
 from infalign.stages.recipe import Recipe, load_recipe, require, require_plain
 from infalign.stages.report import limited_by, report
+from infalign.stages.term_prompts import assigned
 from infalign.stages.train import check_ready, train, training_arguments
 from infalign.training.checks import check_batch
 from infalign.types import InputError
@@ -33,10 +35,12 @@ def preflight(experiment: Experiment) -> None:
             "policy_name_or_path is for evaluate and generate: `run` trains a policy and evaluates that one"
         )
     check_samples(recipe)
+    text_files(experiment)
     _ = experiment.objective
     check_ready(experiment)  # before rewards, which may be models
     _ = experiment.terms, experiment.gold
-    check_batch(training_arguments(experiment), len(experiment.splits.train))
+    prompts = experiment.splits.train
+    check_batch(training_arguments(experiment), len(assigned(experiment, prompts) or prompts))
 
 
 def run(config: Recipe | Mapping[str, Any] | str | Path, *, dry: bool = False, **flags: Any) -> dict[str, Any]:

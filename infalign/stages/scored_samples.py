@@ -16,7 +16,7 @@ from infalign.decoding.replay import Pool
 from infalign.decoding.strategy import Strategy
 from infalign.evaluation.compute import Compute, Contest, measure_compute
 from infalign.evaluation.length import Side
-from infalign.evaluation.summary import GOLD, PROXY, Drawn, Example, SampleFacts, Scored
+from infalign.evaluation.summary import PROXY, Drawn, Example, SampleFacts, Scored
 from infalign.rewards.scoring import score_samples
 from infalign.stages.experiment import Experiment
 from infalign.stages.strategy import load_strategy
@@ -41,10 +41,9 @@ class ScoredSamples:
         """The recipe's reward."""
         return self.by_judge[PROXY]
 
-    def side(self, keys: Sequence[str], judge: str) -> Side:
-        """The prompts' rewards that decode, those that judge, and lengths in tokens."""
-        judged = self.by_judge[judge]
-        decoding = self.rewards if judge == GOLD else judged
+    def side(self, keys: Sequence[str], judge: str, chosen_by: str) -> Side:
+        """The prompts' rewards that decode (`chosen_by`), those that judge, and lengths in tokens."""
+        decoding, judged = self.by_judge[chosen_by], self.by_judge[judge]
         lengths = [np.array([len(one.token_ids) for one in self.samples[key]], dtype=np.float64) for key in keys]
         return Side([decoding[key] for key in keys], [judged[key] for key in keys], lengths)
 

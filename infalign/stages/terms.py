@@ -15,6 +15,10 @@ policies of both.
 `objective_mix: [0.7, 0.3]` mixes data instead: each training prompt is trained for one of the terms, drawn with these
 chances, as who mixes two data sets does.
 
+A term with a `group` is for the prompts whose column `group_column` has that value, in training and in the table: one
+term for each language with the same reward, or red-teaming prompts for one reward and questions for the other. An
+expert is then trained on its group alone, and `objective_mix` says which share of the prompts each group has.
+
 A term takes what it leaves out from the recipe's own keys. The first one is the recipe's own decoder and reward:
 `generate` and `serve` decode with it, and it is what `evaluate` calls the recipe's decoder.
 """
@@ -50,6 +54,7 @@ class TermKeys:
     procedure_kwargs: dict = field(default_factory=dict)
     reward_kwargs: dict = field(default_factory=dict)
     weight: float = 1.0
+    group: str | None = None
 
 
 @dataclass(frozen=True)
@@ -59,11 +64,12 @@ class Term:
     procedure: Procedure
     reward: Reward
     weight: float = 1.0
+    group: str = ""
 
     @property
     def name(self) -> str:
-        """`BestOfN(4) of vader`."""
-        return f"{self.procedure!r} of {self.reward.name}"
+        """`BestOfN(4) of vader`, or `BestOfN(4) of vader on de`."""
+        return f"{self.procedure!r} of {self.reward.name}{f' on {self.group}' if self.group else ''}"
 
 
 def with_objectives(recipe: Recipe, given: Collection[str]) -> Recipe:
@@ -102,6 +108,11 @@ def with_objectives(recipe: Recipe, given: Collection[str]) -> Recipe:
         first = met.setdefault(repr(dataclasses.replace(term, weight=1.0)), number)
         if first != number and len(terms) == len(recipe.objectives):
             problems.append(f"objectives, entries {first} and {number}: the same twice: keep one, with both weights")
+    grouped = sum(bool(term.group) for term in terms)
+    if recipe.objective_mix and (0 < grouped < len(terms) or grouped > len({term.group for term in terms})):
+        problems.append(
+            "objective_mix gives each prompt one of objectives: give each of them a group of its own, or none a group"
+        )
     if len(recipe.objectives) == 1 and terms and terms[0].weight != 1.0:
         problems.append(f"objectives has one entry: its weight {terms[0].weight:g} would only scale beta: leave it out")
     if problems:

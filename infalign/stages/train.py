@@ -17,7 +17,6 @@ from infalign.calibration.table import SampleTable
 from infalign.runtime.artifacts import MANIFEST, sweep_temporaries, without_secrets, write_json, write_manifest
 from infalign.runtime.console import notice, say
 from infalign.runtime.distributed import is_main, together
-from infalign.runtime.seeds import stream
 from infalign.stages.calibrate import calibration_parts, open_table, reference_rewards
 from infalign.stages.experiment import Experiment
 from infalign.stages.objective import trained_procedures
@@ -25,6 +24,7 @@ from infalign.stages.output import STARTED, leaves_nothing, refuse_stale_start, 
 from infalign.stages.policy_folder import initial_model, load_initial_adapter, save_policy
 from infalign.stages.recipe import Recipe, require_plain
 from infalign.stages.sampling import table_rewards
+from infalign.stages.term_prompts import assigned
 from infalign.stages.training_keys import adapter_of, split_training
 from infalign.theory.procedures import Procedure
 from infalign.training.baselines import BASELINES, Baseline, base_spread
@@ -33,7 +33,7 @@ from infalign.training.config import CTRLConfig
 from infalign.training.direct import Direct, check_group
 from infalign.training.packages import missing_packages
 from infalign.training.progress import TrainingProgress, quiet
-from infalign.training.reward import DATA_COLUMNS, PROMPT_IDS, TERM, CTRLReward
+from infalign.training.reward import DATA_COLUMNS, PROMPT_IDS, TERMS, CTRLReward
 from infalign.training.trainer import CTRLTrainer
 from infalign.types import InputError, Interrupted, Prompt
 
@@ -194,7 +194,9 @@ def rewards_of(experiment: Experiment, table: SampleTable) -> list[CTRLReward]:
     places = {
         id(reward): column for reward, column in zip(experiment.trained_rewards, _columns(experiment), strict=True)
     }
-    several = len(experiment.trained_terms) > 1
+    terms = experiment.trained_terms
+    several = len(terms) > 1
+    apart = several and (bool(recipe.objective_mix) or any(term.group for term in terms))
     return [
         CTRLReward(
             term.reward,
@@ -202,9 +204,9 @@ def rewards_of(experiment: Experiment, table: SampleTable) -> list[CTRLReward]:
             method=recipe.calibration_method,
             column=places[id(term.reward)],
             name=term.name if several else "ctrl",
-            only=number if several and recipe.objective_mix else None,
+            only=number if apart else None,
         )
-        for number, term in enumerate(experiment.trained_terms)
+        for number, term in enumerate(terms)
     ]
 
 
@@ -301,8 +303,10 @@ def kl_settings(experiment: Experiment, ours: Mapping[str, Any]) -> dict[str, fl
 def _dataset(experiment: Experiment, table: SampleTable, prompts: tuple[Prompt, ...]) -> Dataset:
     """A TRL data set: each row's prompt, its tokens, the reference rewards, and the data's own columns."""
     count = experiment.recipe.num_calibration_samples
+    terms = dict[str, tuple[int, ...]]()
+    if (found := assigned(experiment, prompts)) is not None:
+        prompts, terms = tuple(prompt for prompt, _ in found), {prompt.key: numbers for prompt, numbers in found}
     scored = [table_rewards(table, reward, prompts) for reward in experiment.trained_rewards]
-    terms = _terms_of(experiment, prompts)
     rows = [
         {
             "prompt": prompt.content,
@@ -312,22 +316,11 @@ def _dataset(experiment: Experiment, table: SampleTable, prompts: tuple[Prompt, 
                 for column, references in zip(_columns(experiment), scored, strict=True)
             },
             DATA_COLUMNS: dict(prompt.columns),
-            **({} if term is None else {TERM: term}),
+            **({TERMS: terms[prompt.key]} if terms else {}),
         }
-        for prompt, term in zip(prompts, terms, strict=True)
+        for prompt in prompts
     ]
     return Dataset.from_dict({"row": list(range(len(rows)))}).with_transform(_RowsByNumber(rows))
-
-
-def _terms_of(experiment: Experiment, prompts: Sequence[Prompt]) -> Sequence[int | None]:
-    """Which of the trained terms each prompt is for, with `objective_mix`: drawn by the prompt and the seed."""
-    chances = [term.weight for term in experiment.trained_terms]
-    if not experiment.recipe.objective_mix or len(chances) < 2:
-        return [None] * len(prompts)
-    ends = np.cumsum(chances)[:-1]
-    seed = experiment.recipe.seed
-    drawn = [stream(seed, "objective_mix", prompt.key).random() for prompt in prompts]
-    return [int(np.searchsorted(ends, one, side="right")) for one in drawn]
 
 
 class _RowsByNumber:

@@ -30,8 +30,8 @@ DATA_COLUMNS = "infalign_columns"
 """A column of a training set that holds each row's columns of the data as a mapping, in place of a column for each."""
 PROMPT_IDS = "infalign_prompt_ids"
 """A column of a training set that holds each prompt's tokens, as calibration had them."""
-TERM = "infalign_term"
-"""A column of a training set with the number of the one term that each prompt is trained for (`objective_mix`)."""
+TERMS = "infalign_terms"
+"""A column of a training set with the numbers of the terms that each prompt is trained for, where it is not all."""
 
 Array = NDArray[np.float64]
 Transform = Callable[[Array], Array]
@@ -45,6 +45,8 @@ class _Groups:
     log_ratios_PG: Array
     references: Sequence[Any]
     keys: Sequence[str]
+    ours: Sequence[bool]
+    """Whether the reward is trained on the prompt."""
     mine: slice
     """This rank's rollouts among all of them."""
 
@@ -91,7 +93,7 @@ class CTRLReward:
             calibration and the logged win rate need to know. `CTRLTrainer` sets it.
         name: for logs. One of several must have a name of its own; what it logs is then followed by it
             (`winrate/NAME`).
-        only: this reward's number in the data set's column `TERM`: prompts of another one are worth 0 here.
+        only: this reward's number in the data set's column `TERMS`: prompts without it are worth 0 here.
 
     Attributes:
         raw: the guarded raw reward, and `scores`, which asks it once a batch.
@@ -198,7 +200,8 @@ class CTRLReward:
         columns: dict[str, Any],
     ) -> list[float | None]:
         self.require_references(columns, "the dataset")
-        references, own_term = columns[self.column], columns.get(TERM, ())
+        references = columns[self.column]
+        ours_B = [self.only is None or self.only in terms for terms in columns.get(TERMS) or [()] * len(references)]
         columns = {name: values for name, values in columns.items() if name not in {*self.hidden, self.column}}
         keys = _visit_keys(prompts, references, columns) if self.method == "pooled" else [""] * len(references)
         columns = data_columns(columns)
@@ -211,7 +214,7 @@ class CTRLReward:
             calibrated_B = np.concatenate(
                 [calibrate(raw_B[None, rows], references[rows][:1], plain)[0] for rows in runs]
             )
-        groups = self._everybodys(raw_B, references, keys) if grouped else None
+        groups = self._everybodys(raw_B, references, keys, ours_B) if grouped else None
         logged: dict[str, float] = {}
         if of_groups:
             assert groups is not None
@@ -233,14 +236,15 @@ class CTRLReward:
         logged["reward/unscored"] = float(1.0 - scored_B.mean())
         if groups is not None and (wins := self._win_rate(groups)) is not None:
             logged["winrate"] = wins
-        if self.only is not None:
-            transformed_B = np.where(np.asarray(own_term) == self.only, transformed_B, 0.0)
+        transformed_B = np.where(ours_B, transformed_B, 0.0)
         if log_metric is not None:
             for name, value in logged.items():
                 log_metric(self.metric(name), value)
         return [float(value) if scored else None for value, scored in zip(transformed_B, scored_B, strict=True)]
 
-    def _everybodys(self, raw_B: Array, references: Sequence[Any], keys: Sequence[str]) -> _Groups:
+    def _everybodys(
+        self, raw_B: Array, references: Sequence[Any], keys: Sequence[str], ours_B: Sequence[bool]
+    ) -> _Groups:
         """All ranks' rollouts in whole groups: a prompt's may lie on several."""
         if self.num_generations is None:
             raise InputError(
@@ -253,7 +257,8 @@ class CTRLReward:
                 "versions that it was tested with): use it, or method='midrank'"
             )
         own = np.zeros(raw_B.size) if self.log_ratios_B is None else self.log_ratios_B
-        parts = gathered((raw_B, list(references), own, list(keys)))  # in rank order, as TRL lays the batch out
+        # in rank order, as TRL lays the batch out
+        parts = gathered((raw_B, list(references), own, list(keys), list(ours_B)))
         before = sum(len(part[0]) for part in parts[: rank()]) if len(parts) > 1 else 0
         rewards, ratios = (np.concatenate([part[column] for part in parts]) for column in (0, 2))
         if rewards.size % self.num_generations:
@@ -264,6 +269,7 @@ class CTRLReward:
             log_ratios_PG=ratios.reshape(shape),
             references=[row for part in parts for row in part[1]][:: self.num_generations],
             keys=[key for part in parts for key in part[3]][:: self.num_generations],
+            ours=[one for part in parts for one in part[4]][:: self.num_generations],
             mine=slice(before, before + raw_B.size),
         )
 
@@ -292,7 +298,9 @@ class CTRLReward:
         values: list[float] = []
         if not hasattr(procedure, "order_weights"):
             return None
-        for rewards_G, references in zip(groups.rewards_PG, groups.references, strict=True):
+        for rewards_G, references, trained in zip(groups.rewards_PG, groups.references, groups.ours, strict=True):
+            if not trained:
+                continue
             ours, theirs = (row[~np.isnan(row)] for row in (rewards_G, np.asarray(references, dtype=np.float64)))
             if min(ours.size, theirs.size) >= procedure.n:
                 values.append(prompt_win_rate(ours, theirs, procedure))
@@ -338,7 +346,7 @@ def data_columns(columns: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
     >>> data_columns({"infalign_columns": [{"answer": 5}, {}], "trainer_state": None})
     {'trainer_state': None, 'answer': [5, None]}
     """
-    kept = {name: value for name, value in columns.items() if name not in (DATA_COLUMNS, PROMPT_IDS, TERM)}
+    kept = {name: value for name, value in columns.items() if name not in (DATA_COLUMNS, PROMPT_IDS, TERMS)}
     rows = columns.get(DATA_COLUMNS, ())
     names = sorted({name for row in rows for name in row})
     return kept | {name: [row.get(name) for row in rows] for name in names}

@@ -251,11 +251,11 @@ def test_mix_or_merge(tmp_path, capsys):
     by_arm = {cell.arm: cell for cell in result.cells}
     assert by_arm["linear"].facts["merge_gap"] >= 0 and "merge_gap" not in by_arm["logits"].facts
     assert by_arm["linear"].transform == "merge: linear"
-    assert {one.family: one.candidates for one in result.combined}["merge"] == 2
-    assert [axis.expert for axis in result.axes] == ["best", "worst"]
+    assert {one.family: one.candidates for one in result.combination.families}["merge"] == 2
+    assert [axis.expert for axis in result.combination.axes] == ["best", "worst"]
     assert (out / "report" / "pareto.png").exists() and (out / "combined.csv").exists()
     assert "Mix or merge, target_kl 0.3" in capsys.readouterr().out
-    assert repr(sweep(plan).combined) == repr(result.combined)  # found again, nothing is made
+    assert repr(sweep(plan).combination) == repr(result.combination)  # found again, nothing is made
 
     # another expert makes another merge, and is not made unasked
     changed = {**plan, "arms": {**arms, "worst": {"objective_weights": [0, 1], "learning_rate": 2e-3}}}

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from infalign.evaluation.combined import Origin, as_rows, axes_of, combine, in_validation
+from infalign.evaluation.combined import Combination, Origin, as_rows, axes_of, combine, in_validation
 from infalign.evaluation.sweep import CellResult, PerPrompt
 from tests.stages.test_sweep import row_of
 
@@ -59,8 +59,8 @@ def combined(case, reference="joint", weights=WEIGHTS, seeds=(1,), **changes):
     prompts = {one.name: case[one.arm] for one in cells}
     origins = {one.name: ORIGINS[one.arm] for one in cells}
     options = {"share": 0.5, "confidence": 0.95, "seed": 0, **changes}
-    axes, found = combine(cells, prompts, origins, reference, **options)
-    return axes, {one.family: one for one in found}
+    found = combine(cells, prompts, origins, reference, **options)
+    return found.axes, {one.family: one for one in found.families}
 
 
 def test_half_of_the_prompts_choose_by_their_keys_alone():
@@ -125,9 +125,9 @@ def test_seeds_are_averaged_where_all_arms_have_them():
     cells = [one for one in cells if one.name != "both-2"]
     prompts = {one.name: CASE[one.arm] for one in cells}
     prompts |= {"helpful-2": wins(0.6, 0.5)}  # would change everything
-    _, rows = combine(cells, prompts, {one.name: ORIGINS[one.arm] for one in cells}, "joint",
-                      share=0.5, confidence=0.95, seed=0)  # fmt: skip
-    assert {one.family: one.score.mean for one in rows}["joint"] == pytest.approx(0.5)
+    found = combine(cells, prompts, {one.name: ORIGINS[one.arm] for one in cells}, "joint",
+                    share=0.5, confidence=0.95, seed=0)  # fmt: skip
+    assert {one.family: one.score.mean for one in found.families}["joint"] == pytest.approx(0.5)
 
 
 def test_without_experts_the_least_win_rate_counts():
@@ -148,13 +148,13 @@ def test_sweeps_that_combine_nothing_have_no_such_table():
     cells = [cell(arm, WEIGHTS[arm]) for arm in ("helpful", "harmless")]
     origins = {one.name: ORIGINS[one.arm] for one in cells}
     assert combine(cells, {one.name: CASE[one.arm] for one in cells}, origins, "helpful",
-                   share=0.5, confidence=0.95, seed=0)[1] == []  # fmt: skip
-    assert [axis.expert for axis in axes_of(cells, origins)] == ["helpful", "harmless"]
+                   share=0.5, confidence=0.95, seed=0).families == ()  # fmt: skip
+    assert [axis.expert for axis in axes_of(cells, origins)[0]] == ["helpful", "harmless"]
 
 
 def test_rows_of_the_table():
     axes, found = combined(CASE)
-    row = next(one for one in as_rows(list(found.values()), axes) if one["family"] == "merged")
+    row = next(one for one in as_rows(Combination(axes, (), tuple(found.values()))) if one["family"] == "merged")
     assert row["arm"] == "merged .3" and row["target_kl"] == 0.5
     assert row["win WorstOfN(4), harmless"] == pytest.approx(0.59)
     assert row["retention BestOfN(4), reward"] == pytest.approx(0.25)

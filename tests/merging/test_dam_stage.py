@@ -13,6 +13,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from infalign.data.examples import read_examples
 from infalign.stages.merge import dam
 from infalign.stages.merge.recipe import load_merge_recipe
 from infalign.stages.merge.run import merge
@@ -88,7 +89,7 @@ def test_a_killed_merge_goes_on_and_ends_the_same(folder, tmp_path, monkeypatch)
 
 def test_texts_are_examples_too(folder):
     (folder / "texts.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in TEXTS.values()))
-    examples = dam.read_examples(str(folder / "texts.jsonl"), tiny_tokenizer(), 5, 10, 0)
+    examples = read_examples(str(folder / "texts.jsonl"), tiny_tokenizer(), 5, 10, np.random.default_rng(0))
     assert sorted(len(one.ids) for one in examples) == [5, 5]
     assert {one.start for one in examples} == {1}
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from infalign.data.examples import Example
 from infalign.merging.dam import divergence, equal_coefficients, merged, merged_logits, penalty, teacher_logits
-from infalign.merging.learning import DAMSettings, Example, batch_of, learn, padded
+from infalign.merging.learning import DAMSettings, batch_of, learn, padded
 from tests.tiny import tiny_causal, tiny_config, tiny_tokenizer
 
 LENGTH, SKILLS = 9, 2

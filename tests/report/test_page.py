@@ -231,7 +231,12 @@ def test_an_evaluation_is_read_as_it_was_written(tmp_path):
     for row, given in zip(
         [*content["win_rates"], content["main"]], [*written["win_rates"], written["main"]], strict=True
     ):
-        assert {**given, "length_controlled": {**row["length_controlled"], **given["length_controlled"]}} == row
+        assert {
+            "chosen_by": "",
+            "group": "",
+            **given,
+            "length_controlled": {**row["length_controlled"], **given["length_controlled"]},
+        } == row
     assert evaluation_from_json(content).as_json() == content
     rows = [{**row, "low": None} for row in written["win_rates"]]
     assert all(math.isnan(row.low) for row in evaluation_from_json({**written, "win_rates": rows}).win_rates)

@@ -13,7 +13,7 @@ from infalign.theory.optimum import optimal_transform
 from infalign.theory.transforms import identity
 from infalign.training.config import CTRLConfig
 from infalign.training.direct import Direct, beats_decoded_base, direct_rewards
-from infalign.training.reward import TERM, CTRLReward
+from infalign.training.reward import TERMS, CTRLReward
 from infalign.training.trainer import CTRLTrainer
 from infalign.types import InputError
 from tests.tiny import tiny_causal
@@ -244,15 +244,15 @@ def test_a_prompt_of_another_term_is_worth_nothing_here(llama, tmp_path):
     asked = []
 
     def counted(completion_ids, **columns):
-        asked.append(TERM in columns)
+        asked.append(TERMS in columns)
         return token_sum(completion_ids)
 
-    column = [number % 3 for number in range(len(PROMPTS))]
+    column = [[number % 3] for number in range(len(PROMPTS))]
     rewards = [
         CTRLReward(one.raw, one.transform, name=one.name, column=one.column, only=number)
         for number, one in enumerate(terms(first=counted))
     ]
-    subject = make(llama, tmp_path, rewards, [1.0] * 3, rows().add_column(TERM, column), beta=0.05, max_steps=1)
+    subject = make(llama, tmp_path, rewards, [1.0] * 3, rows().add_column(TERMS, column), beta=0.05, max_steps=1)
     seen = {}
     generate = subject._generate_and_score_completions
 
@@ -269,7 +269,7 @@ def test_a_prompt_of_another_term_is_worth_nothing_here(llama, tmp_path):
            (token_sum, "ref_rewards", WorstOfN(2))]  # fmt: skip
     met = set()
     for start in range(0, len(ids), 4):
-        group, term = slice(start, start + 4), inputs[start][TERM]
+        group, (term,) = slice(start, start + 4), inputs[start][TERMS]
         score, of, procedure = own[term]
         raw = np.array(score(completion_ids=ids[group]))
         wanted = direct_rewards(beats_decoded_base(raw, inputs[start][of], procedure), procedure) * 4 / 3

@@ -20,11 +20,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from infalign.data.completions import read_completions
-from infalign.data.sources import iter_rows
-from infalign.data.templates import render
+from infalign.data.examples import Example, read_examples
 from infalign.merging.dam import TeacherLogits, Weights, coefficient_shapes, merged, teacher_logits
-from infalign.merging.learning import DAMSettings, Example, Learned, learn, padded
+from infalign.merging.learning import DAMSettings, Learned, learn, padded
 from infalign.merging.parents import mapped
 from infalign.merging.plan import MergePlan
 from infalign.models.loading import choose_device, load_policy, load_tokenizer, local_path
@@ -52,7 +50,7 @@ def merge_by_dam(recipe: MergeRecipe, plan: MergePlan, names: dict[str, str], pa
         paths = [names[parent.model] for parent in plan.parents]
         tokenizer = _common_tokenizer(paths, recipe)
         examples = [
-            read_examples(_data_path(str(parent.data), recipe), tokenizer, *limits, recipe.seed)
+            read_examples(_data_path(str(parent.data), recipe), tokenizer, *limits, stream(recipe.seed, "dam examples"))
             for parent in plan.parents
         ]
     identity = {**parts, "examples": fingerprint([[one.ids for one in own] for own in examples])}
@@ -110,39 +108,6 @@ def _data_path(name: str, recipe: MergeRecipe) -> str:
     if path is None:
         raise InputError(f"data {name!r}: no such file: give a JSONL of prompts with completions, or of texts")
     return str(path)
-
-
-def read_examples(path: str, tokenizer: Any, max_length: int, count: int, seed: int) -> list[Example]:
-    """Examples from a file of prompts with completions (any form that `infalign compare` reads), or of texts.
-
-    Args:
-        path: the file.
-        tokenizer: all parents'.
-        max_length: tokens of an example; longer ones are cut at their end.
-        count: examples at most, drawn by `seed`.
-        seed: of the draw.
-
-    Raises:
-        InputError: nothing there to predict.
-    """
-    first = next(iter_rows(path), None)
-    pairs: list[tuple[list[int], list[int]]] = []
-    if first is not None and set(first) & {"text"} and not set(first) & {"prompt", "messages", "question"}:
-        for row in iter_rows(path):
-            ids = tokenizer(str(row["text"]))["input_ids"]
-            pairs.append((ids[:1], ids[1:]))
-    else:
-        for row in read_completions(path).rows:
-            prompt = render(tokenizer, row.prompt.content)
-            pairs += [(prompt, tokenizer(one, add_special_tokens=False)["input_ids"]) for one in row.texts or ()]
-    fitting = [(prompt, text) for prompt, text in pairs if text and len(prompt) < max_length]
-    if not fitting:
-        raise InputError(f"{path}: no row leaves a token to predict within max_length {max_length}")
-    order = stream(seed, "dam examples").permutation(len(fitting))[:count]
-    return [
-        Example(tuple([*prompt, *text][:max_length]), start=len(prompt))
-        for prompt, text in (fitting[int(row)] for row in order)
-    ]
 
 
 def _common_tokenizer(paths: Sequence[str], recipe: MergeRecipe) -> Any:

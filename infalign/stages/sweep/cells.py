@@ -27,8 +27,8 @@ import numpy as np
 
 from infalign.evaluation.length import Side
 from infalign.evaluation.limits import cluster_mean
-from infalign.evaluation.summary import PROXY, decoder_row, decoders
-from infalign.evaluation.sweep import MERGED, CellResult, CellSamples, PerPrompt
+from infalign.evaluation.summary import PROXY, Evaluation, decoder_row, decoders
+from infalign.evaluation.sweep import LOST, MERGED, CellResult, CellSamples, PerPrompt
 from infalign.models.mixture import FILE as MIXTURE_FILE
 from infalign.runtime.artifacts import (
     MANIFEST,
@@ -241,6 +241,7 @@ def _by_stages(cell: Cell, folder: Path, earlier: Sequence[Path], blank: CellRes
         tokens=float(counted[-1]) if counted else math.nan,
         length=found.policy.tokens,
         rows=found.win_rates,
+        facts=text_facts(found),
         notes=tuple(limited_by(cell.recipe, objective, found, log)),
         source=source_of(experiment),
         measured_against=_measured_against(experiment),
@@ -285,9 +286,9 @@ def _by_merge(cell: Cell, folder: Path, earlier: Sequence[Path], blank: CellResu
     made = load_merge_recipe({**yaml, **settings}, {})
     merge(dataclasses.replace(made, base_dir=cell.recipe.base_dir))
     found = evaluate(experiment.recipe, experiment)
-    facts: dict[str, float] = {}
+    facts = text_facts(found)
     if gap_samples:
-        facts = gap_facts(experiment, made.plan, gap_samples)
+        facts |= gap_facts(experiment, made.plan, gap_samples) | _experts_kl(cell, folder)
     experiment.release_models()
     return dataclasses.replace(
         blank,
@@ -303,6 +304,19 @@ def _by_merge(cell: Cell, folder: Path, earlier: Sequence[Path], blank: CellResu
     )
 
 
+def _experts_kl(cell: Cell, folder: Path) -> dict[str, float]:
+    """The mean measured KL of the policies that were merged."""
+    parents = [read_json(_record(folder.parent / name), "the cell")["kl"] for name in cell.parents.values()]
+    return {"experts_kl": float(np.mean(parents))} if parents else {}
+
+
+def text_facts(found: Evaluation) -> dict[str, float]:
+    """What was lost on each file of held-out texts, nats a token, with its standard error."""
+    facts = {f"{LOST}{one.name}": one.lost for one in found.texts}
+    facts |= {f"{LOST}{one.name} error": one.error for one in found.texts}
+    return {name: value for name, value in facts.items() if math.isfinite(value)}
+
+
 def _by_own(own: OwnCell, cell: Cell, folder: Path, blank: CellResult) -> CellResult:
     """The sweep's own function, given the cell's keys; its samples are measured as those of a run."""
     found = _checked(own.function(**cell.keys))
@@ -315,7 +329,7 @@ def _by_own(own: OwnCell, cell: Cell, folder: Path, blank: CellResult) -> CellRe
     procedure, confidence = load_procedure(cell.recipe), cell.recipe.confidence
     shown = decoders(procedure, cell.recipe.eval_n)
     rows = [decoder_row(policy, base, one, PROXY, kl=kl.mean, confidence=confidence, seed=cell.seed) for one in shown]
-    wins = {(PROXY, repr(one)): wins_per_prompt(policy, base, one, PROXY) for one in shown}
+    wins = {(PROXY, repr(one)): wins_per_prompt(policy, base, one) for one in shown}
     if is_main():
         write_per_prompt(folder, PerPrompt(tuple(found.keys), found.kl_P, wins))
     return dataclasses.replace(

@@ -48,7 +48,10 @@ SHARED = (
 )
 """Keys that all cells have in common: objectives are compared on the same base, prompts and samples of the base."""
 OF_THE_SWEEP = ("output_dir", "overwrite")
-EVALUATED = ("eval_n", "eval_samples", "kl_samples", "judge", "judge_kwargs", "judge_samples", "gold_reward_kwargs")
+EVALUATED = (
+    *("eval_n", "eval_samples", "kl_samples", "judge", "judge_kwargs", "judge_samples", "gold_reward_kwargs"),
+    "held_out_texts",
+)
 """Keys of a recipe that change how a cell is measured, and not its policy."""
 LONGEST = 120
 """Bytes of a cell's name, which is a folder's."""

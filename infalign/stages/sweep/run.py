@@ -28,6 +28,7 @@ from infalign.runtime.plugins import find_object
 from infalign.stages.estimate import stage_costs
 from infalign.stages.evaluate import check_samples
 from infalign.stages.experiment import CALIBRATION, Experiment
+from infalign.stages.forgetting import text_files
 from infalign.stages.objective import load_objective, load_procedure, load_procedures
 from infalign.stages.per_prompt import read_per_prompt
 from infalign.stages.recipe import Recipe, require
@@ -174,6 +175,7 @@ def _check_one(cell: Cell) -> None:
         preflight(experiment)
         return
     check_samples(cell.recipe)
+    text_files(experiment)
     _ = experiment.objective, experiment.terms, experiment.gold
 
 
@@ -233,8 +235,8 @@ def _written(settings: Sweep, cells: Sequence[Cell], done: Mapping[str, CellResu
         table = pa.Table.from_pylist(_same_columns(tidy(result, procedures)))
         write_whole(settings.output / "sweep.parquet", lambda path: pq.write_table(table, path))
         write_whole(settings.output / "sweep.csv", lambda path: csv.write_csv(table, path))
-        if result.combined:
-            rows = pa.Table.from_pylist(as_rows(result.combined, result.axes))
+        if result.combination.families:
+            rows = pa.Table.from_pylist(as_rows(result.combination))
             write_whole(settings.output / "combined.csv", lambda path: csv.write_csv(rows, path))
         if whole:
             write_json(settings.output / "sweep.json", without_nan(dataclasses.asdict(result)))
@@ -264,7 +266,7 @@ def _compared(
         cell.name: Origin(cell.family, tuple(cell.parents.values()), trained=cell.merge is None) for cell in cells
     }
     family = next((origins[cell.name].family for cell in cells if cell.arm == result.reference), result.reference)
-    axes, combined = combine(
+    combination = combine(
         finished, prompts, origins, family, share=settings.validation_share, confidence=result.confidence, seed=0
     )
     largest = max((one.kl for one in finished), default=0.0)
@@ -277,8 +279,7 @@ def _compared(
         lacking=lacking,
         limits=limits,
         transfers=crossed,
-        axes=tuple(axes),
-        combined=tuple(combined),
+        combination=combination,
     )
 
 
