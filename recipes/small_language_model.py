@@ -1,10 +1,11 @@
 """A language model small enough that training it to the end takes minutes, on real text, and a reward without ties.
 
-`python recipes/small_language_model.py chats.jsonl` writes `outputs/small_language_model/{model,prompts.jsonl}`: a
-Llama of three layers on 800 byte-pair tokens, trained on the turns of the chats (about four CPU minutes), and 1,200
-openings of eight tokens. `small_language_model.yaml` trains it for Best-of-4. The model knows how words look and hardly
-more; what it is for is that five hundred steps of reinforcement learning take minutes, so that objectives, learning
-rates and calibrations can be compared to the end.
+`python recipes/small_language_model.py chats.jsonl` writes `outputs/small_language_model/` with `model`, a Llama of
+three layers on 800 byte-pair tokens, trained on the turns of the chats (about four CPU minutes), `prompts.jsonl`, 1,200
+openings of eight tokens, and `texts.jsonl`, 400 of the turns, on which a policy shows what it has forgotten.
+`small_language_model.yaml` trains it for Best-of-4. The model knows how words look and hardly more; what it is for is
+that five hundred steps of reinforcement learning take minutes, so that objectives, learning rates and calibrations can
+be compared to the end.
 
 The chats: JSONL whose rows have `chosen` and `rejected` transcripts (hh-rlhf), plain or gzipped.
 """
@@ -91,18 +92,26 @@ def made_tokenizer() -> PreTrainedTokenizerFast:
 
 
 @cache
-def values() -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Of the reward: what tokens are worth (V,), directions (V, 32) of tokens, weights of places; drawn once."""
-    generator = np.random.default_rng(5)
+def values(against: float | None = None) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Of the reward: what tokens are worth (V,), directions (V, 32) of tokens, weights of places; drawn once.
+
+    With `against`, of another reward: its tokens' worths have that correlation, negated, with the first one's.
+    """
+    generator = np.random.default_rng(5 if against is None else 6)
     worth = generator.normal(size=VOCABULARY)
     directions = generator.normal(size=(VOCABULARY, 32)) / np.sqrt(32)
     place = 1.0 + 0.3 * generator.normal(size=4 * COMPLETION)
+    if against is not None:
+        worth = np.sqrt(1.0 - against**2) * worth - against * values()[0]
     return worth, directions, place
 
 
-def build() -> Callable[..., list[float]]:
-    """The reward: what each token at its place is worth, and how a completion goes with its prompt; both random."""
-    worth, directions, place = values()
+def build(against: float | None = None) -> Callable[..., list[float]]:
+    """The reward: what each token at its place is worth, and how a completion goes with its prompt; both random.
+
+    With `against` (between -1 and 1) a second one that pulls the other way: what the first values it tends to dislike.
+    """
+    worth, directions, place = values(against)
 
     def reward(prompts: list[str], completions: list[str], **columns: object) -> list[float]:
         return [one(tokens(prompt), tokens(text)) for prompt, text in zip(prompts, completions, strict=True)]
@@ -128,6 +137,11 @@ def by_position(prompt: Sequence[int], completions_BT: NDArray[np.int64]) -> NDA
     return (worth[completions_BT] * place[:count] + 3.0 * together) / count
 
 
+def write(name: str, rows: Iterable[dict[str, str]]) -> None:
+    """A file of rows beside the model."""
+    (HERE / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+
+
 def main(path: str) -> None:
     """Train the tokenizer and the model, and write them with their openings."""
     texts = turns(Path(path))
@@ -141,8 +155,8 @@ def main(path: str) -> None:
     HERE.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(HERE / "model")
     tokenizer.save_pretrained(HERE / "model")
-    rows = [json.dumps({"prompt": text}) for text in prompts[:1200]]
-    (HERE / "prompts.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    write("prompts", [{"prompt": text} for text in prompts[:1200]])
+    write("texts", [{"text": text} for text in random.Random(1).sample(texts, 400)])
     print(f"written to {HERE}")
 
 

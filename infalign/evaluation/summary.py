@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 PROXY, GOLD = "reward", "gold"
 """Judges: the recipe's reward, which decodes, or the gold one. Another name is that of a further term's reward, which
-decodes and judges its own rows; `A chosen by B` judges with A what B decodes; `A on GROUP` is for a group of prompts."""
+decodes and judges its own rows; `A chosen by B` judges with A what B decodes; `A on GROUP` is for a group."""
 
 
 @dataclass(frozen=True)

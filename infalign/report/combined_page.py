@@ -19,7 +19,7 @@ Row = tuple[str, ...]
 NO_EXPERTS = "; there is no expert of each term alone, and no retention"
 
 GAP = (
-    "Each merge, with a 95 % interval of the sampling: the KL from the mixture of its experts' logits, with the merge's "
+    "Each merge, with a 95 % interval of the sampling: the KL from the mixture of its experts' logits, with its "
     "weights, to the merge. The mixture is what a joint training at the same weights aims at."
 )
 PARETO = (

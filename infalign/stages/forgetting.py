@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from infalign.data.examples import Example, read_examples
 from infalign.evaluation.forgetting import TextFit, text_fit
 from infalign.generation.likelihood import completion_logps
-from infalign.models.loading import local_path
+from infalign.models.loading import context_length, local_path
 from infalign.runtime.artifacts import fingerprint, read_json, write_json
 from infalign.runtime.console import Progress
 from infalign.runtime.distributed import barrier, my_share
@@ -17,7 +17,7 @@ from infalign.stages.experiment import Experiment
 from infalign.types import InputError
 
 TEXTS, LENGTH = 200, 512
-"""Texts of a file that are read, and tokens of each."""
+"""Texts of a file that are read, and tokens of each, at most."""
 TEXTS_AT_A_TIME = 20
 
 
@@ -57,9 +57,11 @@ def text_files(experiment: Experiment) -> dict[str, str]:
 
 
 def _examples(experiment: Experiment, name: str, file: str) -> list[Example]:
-    rng = stream(experiment.recipe.seed, "held-out texts", name)
+    recipe = experiment.recipe
+    context = context_length(experiment.base_path, recipe.model_revision, recipe.trust_remote_code)
+    rng = stream(recipe.seed, "held-out texts", name)
     try:
-        return read_examples(file, experiment.tokenizer, LENGTH, TEXTS, rng)
+        return read_examples(file, experiment.tokenizer, min(LENGTH, context or LENGTH), TEXTS, rng)
     except InputError as error:
         raise InputError(f"held_out_texts, {name}: {error}") from error
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from infalign.evaluation.combined import Combination, Origin, as_rows, axes_of, combine, in_validation
-from infalign.evaluation.sweep import CellResult, PerPrompt
+from infalign.evaluation.sweep import CellResult, PerPrompt, judged_decoders
 from tests.stages.test_sweep import row_of
 
 ONE, TWO = ("reward", "BestOfN(4)"), ("harmless", "WorstOfN(4)")
@@ -144,6 +145,17 @@ def test_an_expert_that_won_nothing_gives_no_retention():
     assert found["joint"].retentions[0].mean == pytest.approx(0.5)
 
 
+def test_terms_are_compared_under_their_own_decoders():
+    """At equal KL: neither every N of a further term nor what another reward picks."""
+    other, crossed = ("harmless", "BestOfN(4)"), ("harmless chosen by reward", "BestOfN(4)")
+    cells = []
+    for arm in ("helpful", "harmless"):
+        one = replace(cell(arm, WEIGHTS[arm]), procedure="BestOfN(4)")
+        more = (row(other, math.nan), replace(row(crossed, math.nan), chosen_by="reward"))
+        cells.append(replace(one, rows=(*one.rows, *more)))
+    assert judged_decoders(cells, ["BestOfN(4)", "WorstOfN(4)"]) == [ONE, TWO]
+
+
 def test_sweeps_that_combine_nothing_have_no_such_table():
     cells = [cell(arm, WEIGHTS[arm]) for arm in ("helpful", "harmless")]
     origins = {one.name: ORIGINS[one.arm] for one in cells}
@@ -158,3 +170,58 @@ def test_rows_of_the_table():
     assert row["arm"] == "merged .3" and row["target_kl"] == 0.5
     assert row["win WorstOfN(4), harmless"] == pytest.approx(0.59)
     assert row["retention BestOfN(4), reward"] == pytest.approx(0.25)
+
+
+def test_terms_for_other_prompts_are_compared_on_them():
+    """Half of the prompts are for each term; what stands elsewhere is not known, and nobody misses it."""
+    mine = np.arange(len(KEYS)) % 2 == 0
+
+    def split(one):
+        return PerPrompt(KEYS, one.kl_P, {
+            axis: np.where(mine if axis == ONE else ~mine, value, np.nan) for axis, value in one.wins.items()
+        })  # fmt: skip
+
+    _, found = combined({arm: split(one) for arm, one in CASE.items()})
+    _, whole = combined(CASE)
+    for family, one in found.items():
+        assert one.score.mean == pytest.approx(whole[family].score.mean)
+        assert [kept.mean for kept in one.retentions] == pytest.approx([kept.mean for kept in whole[family].retentions])
+    noisy = {arm: split(wins(0.9 - 0.1 * place, 0.6 + 0.1 * place, 0.3, place)) for place, arm in enumerate(CASE)}
+    _, found = combined(noisy)
+    test = ~CHOOSES & mine
+    values = noisy["both"].wins[ONE][test]
+    one = found["joint"].wins[0]
+    assert one.mean == pytest.approx(values.mean())
+    assert one.high - one.low == pytest.approx(2 * 1.96 * values.std() / math.sqrt(test.sum()), rel=0.15)
+
+
+def test_a_group_of_few_prompts_has_an_interval():
+    """Four prompts of four hundred: a draw over all of them would often have none."""
+    few = np.isin(np.arange(len(KEYS)), np.flatnonzero(~CHOOSES)[:4])
+    case = {}
+    for place, arm in enumerate(CASE):
+        one = wins(0.9 - 0.1 * place, 0.6 + 0.1 * place, 0.1, place)
+        case[arm] = replace(one, wins={ONE: one.wins[ONE], TWO: np.where(few | CHOOSES, one.wins[TWO], np.nan)})
+    _, found = combined(case)
+    own = found["joint"].wins[1]
+    assert own.low < own.mean < own.high
+
+
+def test_what_nobody_was_trained_for_stands_beside():
+    third, crossed = ("kind", "BestOfN(4)"), ("harmless chosen by reward", "BestOfN(4)")
+    cells = []
+    for arm in CASE:
+        one = cell(arm, WEIGHTS[arm])
+        more = (row(third, 1.0 if "merged" in arm else 0.0), replace(row(crossed, math.nan), chosen_by="reward"))
+        cells.append(replace(one, rows=(*one.rows, *more)))
+    values = {third: np.where(CHOOSES, 0.1, 0.55), crossed: np.where(CHOOSES, 0.2, 0.45)}
+    prompts = {one.name: replace(CASE[one.arm], wins={**CASE[one.arm].wins, **values}) for one in cells}
+    found = combine(cells, prompts, {one.name: ORIGINS[one.arm] for one in cells}, "joint",
+                    share=0.5, confidence=0.95, seed=0)  # fmt: skip
+    assert [(one.judge, one.decoder) for one in found.axes] == [ONE, TWO]
+    assert [(one.judge, one.decoder) for one in found.beside] == [third, crossed]
+    joint = next(one for one in found.families if one.family == "joint")
+    assert [one.mean for one in joint.beside] == pytest.approx([0.55, 0.45])
+    assert joint.score.mean == pytest.approx(0.5)  # that of the two terms
+    row_ = next(one for one in as_rows(found) if one["family"] == "joint")
+    assert row_["win BestOfN(4), harmless chosen by reward"] == pytest.approx(0.45)

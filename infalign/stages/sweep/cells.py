@@ -54,6 +54,7 @@ from infalign.stages.per_prompt import wins_per_prompt, write_per_prompt
 from infalign.stages.report import limited_by
 from infalign.stages.run import preflight
 from infalign.stages.sweep.combined import merge_with_folders
+from infalign.stages.sweep.draws import write_own_data
 from infalign.stages.sweep.gap import gap_facts
 from infalign.stages.sweep.recipe import EVALUATED, Cell
 from infalign.stages.train import REPORTING, train
@@ -282,6 +283,7 @@ def _by_merge(cell: Cell, folder: Path, earlier: Sequence[Path], blank: CellResu
     check_samples(cell.recipe)
     _prepared(experiment, folder, earlier, SHARED[1:])
     yaml = merge_with_folders(cell.merge, merge_parents(cell, folder), experiment.base_path)
+    yaml = write_own_data(experiment, yaml, folder)
     settings = {"output_dir": str(folder / "policy"), "seed": cell.seed, "use_cpu": cell.recipe.use_cpu}
     made = load_merge_recipe({**yaml, **settings}, {})
     merge(dataclasses.replace(made, base_dir=cell.recipe.base_dir))

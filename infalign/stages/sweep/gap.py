@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
-import numpy as np
-import torch
-
-from infalign.generation.hf import decode_rows
 from infalign.merging.gap import merge_gap
 from infalign.merging.plan import DAM, MIXTURE, MergePlan, methods
-from infalign.models.loading import end_token_ids
 from infalign.models.mixture import LogitMixture
-from infalign.runtime.seeds import uniforms
 from infalign.stages.experiment import Experiment
-
-ROWS = 256
-"""Completions that are drawn at a time."""
+from infalign.stages.sweep.draws import draw
 
 
 def mixture_weights(plan: MergePlan) -> dict[str, float] | None:
@@ -81,20 +72,7 @@ def gap_facts(experiment: Experiment, plan: MergePlan, samples: int) -> dict[str
     if weights is None or not all(Path(name).is_dir() for name in weights):
         return {}
     mixture = LogitMixture(tuple(experiment.model(name) for name in weights), tuple(weights.values()))
-    prompts = [prompt for prompt in experiment.splits.test for _ in range(samples)]
-    rows = [experiment.prompt_ids[prompt.key] for prompt in prompts]
-    recipe, ends = experiment.recipe, end_token_ids(mixture.models[0], experiment.tokenizer)
-    settings = dataclasses.replace(recipe.sampling, temperature=1.0)  # the gap is that of the models as they are
-    drawn = [
-        uniforms(f"{recipe.seed}/gap", prompt.key, place % samples, recipe.max_completion_length)
-        for place, prompt in enumerate(prompts)
-    ]
-    completions: list[list[int]] = []
-    with torch.no_grad():
-        for start in range(0, len(rows), ROWS):
-            part = slice(start, start + ROWS)
-            found = decode_rows(mixture, rows[part], np.array(drawn[part]), settings, ends)
-            completions += [ids for ids, _ in found]
+    rows, completions = draw(experiment, mixture, experiment.splits.test, samples, "gap")
     found = merge_gap(
         mixture, experiment.model(experiment.judged_path), rows, completions, experiment.model(experiment.base_path)
     )
