@@ -285,3 +285,43 @@ def test_a_failed_cell_keeps_its_policy_when_only_its_measurement_changes(path, 
     again = sweep(path, eval_n=["1", "4"], **flags)
     assert again.cells[0].finished and (policy / "model.safetensors").stat().st_mtime_ns == made
     assert {row.label for row in again.cells[0].rows} > {"BestOfN(4)", "WorstOfN(4)"}
+
+
+@pytest.mark.slow
+def test_languages_are_terms(tmp_path, capsys):
+    """A term for each language with one reward; DAM learns from the experts' own answers; what was forgotten."""
+    keys = tiny_experiment(tmp_path, prompts=40)
+    path = Path(str(keys["dataset_name"]))
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [{**one, "language": "de" if number % 2 else "en"} for number, one in enumerate(rows)]
+    path.write_text("".join(json.dumps(one) + "\n" for one in rows))
+    (tmp_path / "texts.jsonl").write_text('{"text": "the cat sat on a mat"}\n{"text": "a dog ran"}\n')
+    score = str(keys.pop("reward"))
+    del keys["procedure"], keys["target_kl"]
+    pair = [{"model": "en", "data": "own"}, {"model": "de", "data": "own"}]
+    out = tmp_path / "sweep"
+    plan = {
+        **keys, "num_train_prompts": 16, "num_test_prompts": 16, "group_column": "language", "max_steps": 3,
+        "objectives": [{"reward": score, "group": "en"}, {"reward": score, "group": "de"}],
+        "held_out_texts": {"tales": str(tmp_path / "texts.jsonl")},
+        "arms": {
+            "en": {"objective_weights": [1, 0]},
+            "de": {"objective_weights": [0, 1]},
+            "both": {},
+            "dam": {"merge": {"merge_method": "dam", "models": pair, "parameters": {"steps": 3}}},
+        },
+        "grid": {"target_kl": [0.2]}, "reference": "both", "output_dir": str(out),
+    }  # fmt: skip
+    result = sweep(plan)
+    assert [cell.error for cell in result.cells] == [""] * 4
+    axes = result.combination.axes
+    assert [(one.judge, one.expert) for one in axes] == [("reward on en", "en"), ("reward on de", "de")]
+    by_arm = {cell.arm: cell for cell in result.cells}
+    assert all("lost on tales" in cell.facts for cell in result.cells)
+    assert by_arm["dam"].facts["experts_kl"] == pytest.approx((by_arm["en"].kl + by_arm["de"].kl) / 2)
+    own = [json.loads(line) for line in (out / "cells" / "dam-target_kl=0.2" / "own-0.jsonl").read_text().splitlines()]
+    assert len(own) == 16 and any(one["completion"] for one in own)
+    said = capsys.readouterr().out
+    assert "Best-of-2, reward on de" in said and "lost on tales" in said
+    page = (out / "report" / "index.html").read_text()
+    assert "What nobody was trained for" in page and "reward on en" in page
