@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from infalign.evaluation.combined import Axis, Combination, Combined, Interval, columns
+from infalign.evaluation.combined import LEAST_GAIN, Axis, Combination, Combined, Interval, columns
 from infalign.evaluation.sweep import LOST, MERGED, CellResult, SweepResult
 from infalign.report.names import procedure_name
 from infalign.report.style import INK, LINES, MUTED, new_figure, percent, styled
@@ -41,7 +41,7 @@ def combined_tables(result: SweepResult) -> list[tuple[str, Table]]:
         reference = next((at for at, one in enumerate(rows) if one.difference.mean == 0.0), None)
         marked = () if reference is None else (reference,)
         where = f"{f', {at}' if at else ''}: on prompts that nothing was chosen on"
-        heads, cells = _terms(rows, found.axes, score, f"{100 * result.confidence:g} % interval")
+        heads, cells = _terms(rows, found.axes, score)
         terms.append((f"Mix or merge{where}{'' if experts else NO_EXPERTS}", Table(heads, cells, marked)))
         heads, cells = _beside(rows, found.beside)
         if len(heads) > 2:
@@ -50,15 +50,29 @@ def combined_tables(result: SweepResult) -> list[tuple[str, Table]]:
     return [*terms, *beside]
 
 
+def weak_experts(found: Combination) -> list[str]:
+    """A line for each term whose expert won too little for retention to mean anything, at any point of the grid."""
+    lines = []
+    for place, axis in enumerate(found.axes):
+        wins = [one.wins[place].mean for one in found.families if one.arm == axis.expert]
+        weak = [win for win in wins if not win - 0.5 > LEAST_GAIN]
+        if weak:
+            lines.append(
+                f"{axis.expert}, the expert of {_named([axis])[0]}, wins {min(weak):.3f} there: nothing to keep and no "
+                "retention. Train the experts longer, or at a larger KL."
+            )
+    return lines
+
+
 def by_point(found: Combination) -> list[list[Combined]]:
     """The families at each point of the grid."""
     points = dict.fromkeys(repr(one.at) for one in found.families)
     return [[one for one in found.families if repr(one.at) == point] for point in points]
 
 
-def _terms(rows: Sequence[Combined], axes: Sequence[Axis], score: str, interval: str) -> tuple[Row, tuple[Row, ...]]:
+def _terms(rows: Sequence[Combined], axes: Sequence[Axis], score: str) -> tuple[Row, tuple[Row, ...]]:
     gaps = any("merge_gap" in one.facts for one in rows)
-    heads = ("family", "chosen", "of", "KL", *_named(axes), score, interval, "ahead of reference", interval)
+    heads = ("family", "chosen", "of", "KL", *_named(axes), score, "ahead of reference")
     heads = (*heads, *(("merge gap",) if gaps else ()), "time with search")
     return heads, tuple(_cells(one, gaps) for one in rows)
 
@@ -68,7 +82,7 @@ def _beside(rows: Sequence[Combined], beside: Sequence[Axis]) -> tuple[Row, tupl
     texts = [name for name in rows[0].facts if name.startswith(LOST) and not name.endswith(" error")]
     cells = []
     for one in rows:
-        wins = [f"{number(win.mean, 3)} {_interval(win, 3)}" for win in one.beside]
+        wins = [_with_interval(win, 3) for win in one.beside]
         lost = [
             f"{number(one.facts.get(name), 4)} \N{PLUS-MINUS SIGN} {number(one.facts.get(f'{name} error'), 4)}"
             for name in texts
@@ -92,17 +106,16 @@ def _cells(one: Combined, gaps: bool) -> Row:
         str(one.candidates),
         number(one.kl, 2),
         *kept,
-        number(one.score.mean, 2),
-        _interval(one.score),
-        number(one.difference.mean, 2),
-        _interval(one.difference),
+        _with_interval(one.score, 2),
+        _with_interval(one.difference, 2),
         *((number(one.facts.get("merge_gap"), 4),) if gaps else ()),
         clock(one.seconds) if math.isfinite(one.seconds) else ABSENT,
     )
 
 
-def _interval(one: Interval, digits: int = 2) -> str:
-    return ABSENT if math.isnan(one.low) else f"[{one.low:.{digits}f}, {one.high:.{digits}f}]"
+def _with_interval(one: Interval, digits: int) -> str:
+    interval = "" if math.isnan(one.low) else f" [{one.low:.{digits}f}, {one.high:.{digits}f}]"
+    return f"{number(one.mean, digits)}{interval}"
 
 
 @styled()

@@ -10,7 +10,7 @@ from pathlib import Path
 from infalign.evaluation.matched import AtKL
 from infalign.evaluation.summary import GOLD, PROXY, DecoderRow
 from infalign.evaluation.sweep import MERGED, CellResult, Compared, SweepResult, judged_decoders
-from infalign.report.combined_page import GAP, PARETO, combined_tables, draw_gap, draw_pareto, merges
+from infalign.report.combined_page import GAP, PARETO, combined_tables, draw_gap, draw_pareto, merges, weak_experts
 from infalign.report.frontier_plot import draw_frontier
 from infalign.report.key_plot import draw_key, plotted_keys
 from infalign.report.names import procedure_name
@@ -58,6 +58,7 @@ def report_sweep(folder: Path) -> Path:
             keys=keys,
             crossed=crossed,
             pareto=pareto,
+            confidence=result.confidence,
             combined=[(title, table, markdown(table)) for title, table in combined_tables(result)],
             compared=[(title, table, markdown(table)) for title, table in tables],
             cells=cell_table(result.cells),
@@ -246,6 +247,7 @@ def remarks(result: SweepResult) -> list[str]:
             "KL: where training is too short, differences are its own rather than the objectives'. Raise max_steps "
             "(and lower learning_rate) until attainment stops rising."
         )
+    lines += weak_experts(result.combination)
     noted = sum(bool(cell.notes) for cell in finished)
     if noted:
         lines.append(f"{noted} of {len(finished)} cells have notes on what limited them.")

@@ -10,6 +10,7 @@ import pytest
 
 from infalign.evaluation.combined import Combination, Origin, as_rows, axes_of, combine, in_validation
 from infalign.evaluation.sweep import CellResult, PerPrompt, judged_decoders
+from infalign.report.combined_page import weak_experts
 from tests.stages.test_sweep import row_of
 
 ONE, TWO = ("reward", "BestOfN(4)"), ("harmless", "WorstOfN(4)")
@@ -140,9 +141,11 @@ def test_without_experts_the_least_win_rate_counts():
 
 
 def test_an_expert_that_won_nothing_gives_no_retention():
-    _, found = combined({**CASE, "harmless": wins(0.4, 0.51)})
+    axes, found = combined({**CASE, "harmless": wins(0.4, 0.51)})
     assert math.isnan(found["joint"].retentions[1].mean) and math.isnan(found["joint"].score.mean)
     assert found["joint"].retentions[0].mean == pytest.approx(0.5)
+    (line,) = weak_experts(Combination(axes, (), tuple(found.values())))
+    assert "harmless, the expert of Worst-of-4, harmless, wins 0.510 there: nothing to keep" in line
 
 
 def test_terms_are_compared_under_their_own_decoders():
