@@ -65,7 +65,7 @@ class Combined:
         score: the least retention; without experts the least win rate.
         beside: a win rate for each row that nobody was trained for.
         difference: of the score to the reference family's, paired.
-        validated: the score on the prompts that it was chosen on.
+        validated: the score on the prompts that it was chosen on; NaN: there the least win rate chose.
         seconds: of all candidates and of everything that they were made from.
         facts: of the chosen arm's cells: `merge_gap`, nats on held-out texts.
     """
@@ -96,9 +96,16 @@ class Combination:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a cell comes from: its family, the cells that it was made from, and whether it was trained."""
+    """Where a cell comes from.
+
+    Attributes:
+        family, arm: its search and itself, as the sweep calls them: without the grid's keys.
+        parents: the cells that it was made from, by name.
+        trained: and not merged.
+    """
 
     family: str
+    arm: str
     parents: tuple[str, ...] = ()
     trained: bool = True
 
@@ -115,7 +122,7 @@ def axes_of(cells: Sequence[CellResult], origins: Mapping[str, Origin]) -> tuple
         for axis in aims:
             found.setdefault(axis, "")
         if len(aims) == 1 and not origin.parents and not found[aims[0]]:
-            found[aims[0]] = cell.arm
+            found[aims[0]] = origin.arm
     ordered = [one for one in beside if one in found]  # as the recipe has them
     others = [Axis(*one) for one in beside if one not in found and one[0] != GOLD]
     return [Axis(judge, decoder, found[judge, decoder]) for judge, decoder in ordered], others
@@ -137,25 +144,25 @@ def combine(
         cells: finished ones.
         prompts: of each cell by its name.
         origins: likewise.
-        reference: the family that differences are to.
+        reference: the family that differences are to, without the grid's keys.
         share: of the prompts, on which the best is chosen.
         confidence, seed: of the bootstrap.
     """
     axes, beside = axes_of(cells, origins)
-    if len(axes) < 2 or not any(_combines(cell, origins[cell.name]) for cell in cells):
+    if len(axes) < 2 or not any(_combines(origins[cell.name]) for cell in cells):
         return Combination(tuple(axes), tuple(beside))
     found: list[Combined] = []
     for point in dict.fromkeys(map(_point, cells)):
-        group = _complete([cell for cell in cells if _point(cell) == point], prompts, axes)
+        group = _complete([cell for cell in cells if _point(cell) == point], prompts, origins, axes)
         if group:
             wins = _measure(group, prompts, [*axes, *beside], share, seed)
             found += _families(group, wins, axes, cells, origins, reference, confidence)
     return Combination(tuple(axes), tuple(beside), tuple(found))
 
 
-def _combines(cell: CellResult, origin: Origin) -> bool:
+def _combines(origin: Origin) -> bool:
     """Whether a sweep with this cell asks for this comparison."""
-    return not origin.trained or bool(origin.parents) or origin.family != cell.arm
+    return not origin.trained or bool(origin.parents) or origin.family != origin.arm
 
 
 def _point(cell: CellResult) -> str:
@@ -172,13 +179,18 @@ BySeed = Mapping[int, Mapping[str, "CellResult"]]
 """The cells of one point of the grid by seed and arm; every seed has the same arms in the same order."""
 
 
-def _complete(cells: Sequence[CellResult], prompts: Mapping[str, PerPrompt], axes: Sequence[Axis]) -> BySeed:
+def _complete(
+    cells: Sequence[CellResult],
+    prompts: Mapping[str, PerPrompt],
+    origins: Mapping[str, Origin],
+    axes: Sequence[Axis],
+) -> BySeed:
     """The cells that were measured on all axes, of the seeds that have all arms: another mean would not compare."""
     cells = [cell for cell in cells if all((one.judge, one.decoder) in prompts[cell.name].wins for one in axes)]
-    arms = list(dict.fromkeys(cell.arm for cell in cells))
+    arms = list(dict.fromkeys(origins[cell.name].arm for cell in cells))
     by_seed: dict[int, dict[str, CellResult]] = {}
     for cell in cells:
-        by_seed.setdefault(cell.seed, {})[cell.arm] = cell
+        by_seed.setdefault(cell.seed, {})[origins[cell.name].arm] = cell
     return {number: {arm: group[arm] for arm in arms} for number, group in by_seed.items() if len(group) == len(arms)}
 
 
@@ -234,7 +246,7 @@ def _families(
     """Each family's arm that is best where it is chosen, with what it does elsewhere."""
     first = next(iter(by_seed.values()))
     arms, terms = list(first), len(axes)
-    score = _scoring([arms.index(axis.expert) if axis.expert in arms else -1 for axis in axes])
+    score = _scoring(axes, arms)
     with np.errstate(invalid="ignore", divide="ignore"):
         validated_A = score(wins.chosen_on_AX[:, :terms, None])[1][:, 0]
         kept_AX, score_A = (one[..., 0] for one in score(wins.mean_AX[:, :terms, None]))
@@ -242,8 +254,10 @@ def _families(
     families: dict[str, list[int]] = {}
     for place, arm in enumerate(arms):
         families.setdefault(origins[first[arm].name].family, []).append(place)
+    # where an expert won too little to tell what is kept of it, the least win rate chooses
+    told_A = wins.chosen_on_AX[:, :terms].min(1) if np.isnan(validated_A).any() else validated_A
     best = {
-        family: max(places, key=lambda at: -math.inf if math.isnan(validated_A[at]) else validated_A[at])
+        family: max(places, key=lambda at: -math.inf if math.isnan(told_A[at]) else told_A[at])
         for family, places in families.items()
     }
 
@@ -303,12 +317,19 @@ def _wins(
     return wins, np.array([in_validation(key, share) for key in keys], dtype=bool)
 
 
-def _scoring(experts: Sequence[int]) -> Callable[[Array], tuple[Array, Array]]:
-    """Retentions (arms, axes, R) and scores (arms, R) of win rates (arms, axes, R)."""
+def _scoring(axes: Sequence[Axis], arms: Sequence[str]) -> Callable[[Array], tuple[Array, Array]]:
+    """Retentions (arms, axes, R) and scores (arms, R) of win rates (arms, axes, R).
+
+    Without an expert of each axis anywhere the score is the least win rate; where one is missing at this point of the
+    grid there is none.
+    """
+    everywhere, here = all(axis.expert for axis in axes), all(axis.expert in arms for axis in axes)
+    experts = [arms.index(axis.expert) for axis in axes] if here else []
 
     def score(wins_AXR: Array) -> tuple[Array, Array]:
-        if min(experts) < 0:
-            return np.full_like(wins_AXR, np.nan), wins_AXR.min(1)
+        if not here:
+            nothing = np.full_like(wins_AXR, np.nan)
+            return nothing, nothing[:, 0] if everywhere else wins_AXR.min(1)
         gain_XR = np.stack([wins_AXR[expert, axis] for axis, expert in enumerate(experts)]) - 0.5
         kept = (wins_AXR - 0.5) / np.where(gain_XR > LEAST_GAIN, gain_XR, np.nan)
         return kept, kept.min(1)

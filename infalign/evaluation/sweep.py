@@ -64,7 +64,7 @@ class CellResult:
         varied: the grid's keys with its values.
         keys: everything that it was made of.
         error: why it failed, in one line; empty for a finished one.
-        seconds: of wall time, all stages; what was found on disk took none.
+        seconds: of wall time: what its policy cost in all attempts but those that were killed, and its measurement.
         procedure, transform: what was trained for.
         kl, kl_error: measured sequence KL in nats, with its standard error.
         tokens: of rollouts in training, prompts included.

@@ -22,8 +22,8 @@ import torch
 from infalign.generation.likelihood import completion_logits
 from infalign.models.mixture import LogitMixture
 
-ROWS = 64
-"""Completions of a pass."""
+PASS_BYTES = 2**30
+"""Of the float32 logits, of all models and what is made of them, that a pass holds."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,11 @@ def merge_gap(
         base: for `from_base`.
     """
     gaps, bases, normalisers = [], [], []
-    for start in range(0, len(prompts), ROWS):
-        rows = prompts[start : start + ROWS], completions[start : start + ROWS]
+    vocabulary = mixture.get_input_embeddings().weight.shape[0]
+    longest = max(len(prompt) + len(one) for prompt, one in zip(prompts, completions, strict=True))
+    size = max(1, PASS_BYTES // (4 * vocabulary * longest * (len(mixture.models) + 4)))
+    for start in range(0, len(prompts), size):
+        rows = prompts[start : start + size], completions[start : start + size]
         mixed = mixture.mixed([completion_logits(one, *rows) for one in mixture.models])
         real = torch.zeros(mixed.shape[:2], dtype=torch.bool, device=mixed.device)
         for row, completion in enumerate(rows[1]):

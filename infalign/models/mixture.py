@@ -36,7 +36,9 @@ def write_mixture(folder: Path, models: Sequence[str], weights: Sequence[float],
         weights: one for each.
         place: where the folder will be in the end.
     """
-    named = [os.path.relpath(one, place) if Path(one).is_dir() else one for one in models]
+    # links are followed first: `..` from behind one leads elsewhere
+    real = place.resolve()
+    named = [os.path.relpath(Path(one).resolve(), real) if Path(one).is_dir() else one for one in models]
     text = json.dumps({"models": named, "weights": list(weights)}, indent=2)
     (folder / FILE).write_text(f"{text}\n", encoding="utf-8")
 

@@ -61,6 +61,12 @@ def weak_experts(found: Combination) -> list[str]:
                 f"{axis.expert}, the expert of {_named([axis])[0]}, wins {min(weak):.3f} there: nothing to keep and no "
                 "retention. Train the experts longer, or at a larger KL."
             )
+    unsure = [one.family for one in found.families if one.candidates > 1 and math.isnan(one.validated)]
+    if unsure and all(axis.expert for axis in found.axes):
+        lines.append(
+            f"{', '.join(dict.fromkeys(unsure))}: chosen by the least win rate, because an expert is missing or won "
+            "too little on the prompts that choose."
+        )
     return lines
 
 

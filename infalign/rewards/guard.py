@@ -25,6 +25,8 @@ from infalign.runtime.plugins import one_line
 from infalign.runtime.retry import RetryPolicy, announce, times
 from infalign.types import InputError, RewardError
 
+_NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
 logger = logging.getLogger(__name__)
 
 OnError = Literal["error", "mask"]
@@ -119,6 +121,13 @@ class GuardedReward:
             return None
         return frozenset(one.name for one in named)
 
+    @property
+    def required_columns(self) -> frozenset[str]:
+        """The columns without which the function can't be called."""
+        named = [] if self._signature is None else list(self._signature.parameters.values())
+        needed = {one.name for one in named if one.default is one.empty and one.kind in _NAMED}
+        return frozenset(needed - {"prompts", "completions", "completion_ids", *TRAINERS})
+
     def _arguments(self, lists: dict[str, Any], columns: dict[str, Any]) -> dict[str, Any]:
         outside_trainer = dict(zip(TRAINERS, (None, _ignore, _ignore), strict=True))
         arguments = {**outside_trainer, **columns, **lists}
@@ -127,7 +136,7 @@ class GuardedReward:
         named = self._signature.parameters.values()
         lacking = [
             p.name for p in named
-            if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in arguments
+            if p.default is p.empty and p.kind in _NAMED and p.name not in arguments
         ]  # fmt: skip
         if lacking:
             raise RewardError(

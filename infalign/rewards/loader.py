@@ -74,6 +74,11 @@ class Reward:
         return self.guard.reads_columns
 
     @property
+    def required_columns(self) -> frozenset[str]:
+        """The data's columns without which the reward can't be asked."""
+        return self.guard.required_columns
+
+    @property
     def counts(self) -> dict[str, int]:
         """The guard's counters, live."""
         return self.guard.counts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -55,6 +56,7 @@ def calibrate(recipe: Recipe, experiment: Experiment | None = None) -> dict[str,
             max_tokens=recipe.max_completion_length,
             tokens_per_batch=recipe.tokens_per_batch,
             title="calibrate",
+            asks=experiment.asks,
         )
     diagnostics = describe(experiment, table, prompts, objective)
     parts = calibration_parts(experiment)
@@ -94,17 +96,26 @@ def calibration_parts(experiment: Experiment) -> dict[str, Any]:
         "num_calibration_samples": experiment.recipe.num_calibration_samples,
         "reward": f"{reward.name} {reward.fingerprint}",
         **({"other rewards": fingerprint(others)} if others else {}),
+        **group_parts(experiment, prompts),
     }
 
 
+def group_parts(experiment: Experiment, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """Which prompts are of which group, where terms have groups."""
+    if not any(term.group for term in experiment.terms):
+        return {}
+    column = experiment.recipe.group_column
+    return {"groups": fingerprint(sorted((prompt.key, str(prompt.columns.get(column, ""))) for prompt in prompts))}
+
+
 def reference_rewards(experiment: Experiment, table: SampleTable, reward: Reward) -> dict[str, NDArray[np.float64]]:
-    """The first K reference rewards of every prompt by one of the rewards (a table may hold more), NaN for no score.
+    """The first K reference rewards of every prompt that a reward is for (a table may hold more), NaN for no score.
 
     Raises:
         InputError: prompts without any score, or with fewer samples than K (calibrate was not finished).
     """
     count = experiment.recipe.num_calibration_samples
-    prompts = calibration_prompts(experiment)
+    prompts = [one for one in calibration_prompts(experiment) if experiment.is_for(reward, one)]
     rewards = table_rewards(table, reward, prompts)
     missing = [prompt for prompt in prompts if len(rewards.get(prompt.key, ())) < count]
     if missing:
@@ -126,6 +137,7 @@ def describe(experiment: Experiment, table: SampleTable, prompts: list[Prompt], 
     """The diagnostics of a finished table."""
     count = experiment.recipe.num_calibration_samples
     rewards, *_ = [reference_rewards(experiment, table, reward) for reward in experiment.rewards]
+    prompts = [prompt for prompt in prompts if prompt.key in rewards]
     rows = [rewards[prompt.key] for prompt in prompts]
     samples = table.samples()
     kept = [samples[prompt.key][:count] for prompt in prompts]

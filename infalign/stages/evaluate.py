@@ -119,6 +119,7 @@ def _sample(experiment: Experiment, path: str, side: str, prompts: list[Prompt])
         max_tokens=recipe.max_completion_length,
         tokens_per_batch=recipe.tokens_per_batch,
         title=f"evaluate: {side}",
+        asks=experiment.asks,
     )
     return table, drawn
 
@@ -173,17 +174,33 @@ def _write_kl(experiment: Experiment, samples: list[Sample], path: Path) -> None
 
 
 def _scored(experiment: Experiment, base: SampleTable, policy: SampleTable, prompts: list[Prompt]) -> Measured:
-    """The first M rewards of every prompt with enough scores; the others are counted and left out."""
-    count = experiment.recipe.eval_samples
+    """The first M rewards of every prompt with enough scores; the others are counted and left out.
+
+    A prompt needs the scores of the rewards that it is for, and of the gold one.
+    """
+    count, judges = experiment.recipe.eval_samples, _judges(experiment)
     sides = [_scored_samples(experiment, table, prompts, count) for table in (base, policy)]
-    needed = max([*(term.procedure.n for term in experiment.terms), *experiment.recipe.eval_n])
-    given = [rows for side in sides for rows in side.by_judge.values()]
-    kept = [p for p in prompts if all(np.isfinite(rows[p.key]).sum() >= needed for rows in given)]
+    needed = candidates_needed(experiment)
+    drawn = Measured(prompts, *sides)
+    kept = [
+        prompt
+        for prompt in prompts
+        if all(
+            drawn.enough(prompt.key, judge, needed)
+            for judge, reward in judges.items()
+            if judge == GOLD or experiment.is_for(reward, prompt)
+        )
+    ]
     if not kept:
         raise InputError(f"no test prompt has {needed} scored samples on both sides: look at the reward")
     if len(kept) < len(prompts):
         notice(f"{len(prompts) - len(kept)} of {len(prompts)} test prompts have too few scores and are left out")
     return Measured(kept, *sides)
+
+
+def candidates_needed(experiment: Experiment) -> int:
+    """The most that any decoder of the table draws."""
+    return max([*(term.procedure.n for term in experiment.terms), *experiment.recipe.eval_n])
 
 
 def _scored_samples(experiment: Experiment, table: SampleTable, prompts: list[Prompt], count: int) -> ScoredSamples:
@@ -206,7 +223,9 @@ def summarise(
     experiment: Experiment, measured: Measured, rows: Sequence[DecoderRow], kl: Estimate, log_ratio: Estimate
 ) -> Evaluation:
     """Everything that was measured, beside its rows of win rates."""
-    recipe, procedure, keys = experiment.recipe, experiment.procedure, measured.keys
+    recipe, procedure = experiment.recipe, experiment.procedure
+    measured = measured.with_scores(PROXY, candidates_needed(experiment))
+    keys = measured.keys
     main = next(row for row in rows if row.label == repr(procedure) and row.judge == PROXY)
     base_rewards = [measured.base.rewards[key] for key in keys]
     tied = tie_limit(procedure, base_rewards, kl.mean)

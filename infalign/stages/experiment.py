@@ -220,6 +220,15 @@ class Experiment:
         """Whether a prompt is of a term's group; of the empty one all are."""
         return not group or str(prompt.columns.get(self.recipe.group_column, "")) == group
 
+    def is_for(self, reward: Reward, prompt: Prompt) -> bool:
+        """Whether a prompt is of the group of one of a reward's terms."""
+        return any(self.in_group(prompt, term.group) for term in self.terms if term.reward is reward)
+
+    def asks(self, reward: Reward, prompt: Prompt) -> bool:
+        """Whether a reward scores answers to a prompt: where one of its terms is, and where it has what it reads."""
+        others = reward not in self.rewards  # the gold one, and members of sums
+        return others or self.is_for(reward, prompt) or reward.required_columns <= set(prompt.columns)
+
     def _check_groups(self, splits: Splits) -> None:
         """Every term has prompts.
 

@@ -11,7 +11,7 @@ from infalign.generation.likelihood import completion_logps
 from infalign.models.loading import context_length, local_path
 from infalign.runtime.artifacts import fingerprint, read_json, write_json
 from infalign.runtime.console import Progress
-from infalign.runtime.distributed import barrier, my_share
+from infalign.runtime.distributed import my_share, together
 from infalign.runtime.seeds import stream
 from infalign.stages.experiment import Experiment
 from infalign.types import InputError
@@ -75,13 +75,12 @@ def _logps(experiment: Experiment, side: str, path: str, name: str, examples: li
         for start in range(0, len(examples), TEXTS_AT_A_TIME)
     }
     missing = [part for part in my_share(list(parts)) if not part.exists()]
-    if missing:
-        model = experiment.model(path)
+    with together(f"the texts {name}"):
+        model = experiment.model(path) if missing else None
         with Progress(f"evaluate: {name}, {side}", sum(len(parts[part]) for part in missing), "texts") as progress:
             for part in missing:
                 prompts = [one.ids[: one.start] for one in parts[part]]
                 logps = completion_logps(model, prompts, [one.ids[one.start :] for one in parts[part]])
                 write_json(part, logps.tolist())
                 progress.advance(len(parts[part]))
-    barrier()
     return np.concatenate([read_json(part, "the texts' log-probabilities") for part in parts])

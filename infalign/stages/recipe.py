@@ -25,6 +25,28 @@ from infalign.theory.procedures import BUILT_IN, NEEDS, refuse_n
 from infalign.theory.transforms import CATALOGUE
 from infalign.types import InputError, SamplingSettings
 
+REPORTING = {
+    "report_to",
+    "run_name",
+    "project",
+    "logging_steps",
+    "logging_first_step",
+    "log_completions",
+    "log_level",
+    "disable_tqdm",
+    "save_steps",
+    "save_total_limit",
+    "save_strategy",
+    "resume_from_checkpoint",
+    "push_to_hub",
+    "hub_model_id",
+    "hub_strategy",
+    "hub_token",
+    "hub_private_repo",
+    "hub_always_push",
+    "hub_revision",
+}
+"""Training keys that change what is written down, and not the policy."""
 _TRL_REWARDS = {"accuracy_reward", "reasoning_accuracy_reward", "think_format_reward", "get_soft_overlong_punishment"}
 
 

@@ -27,6 +27,7 @@ def fill(
     max_tokens: int,
     tokens_per_batch: int,
     title: str,
+    asks: Callable[[Reward, Prompt], bool] = lambda reward, prompt: True,
 ) -> int:
     """Bring a table to at least the wanted samples, scored by every reward.
 
@@ -38,6 +39,7 @@ def fill(
         max_tokens: the sampler's length limit.
         tokens_per_batch: KV-cache tokens of a batch; recorded, so that a rerun cuts the same batches.
         title: for the progress bar.
+        asks: whether a reward scores answers to a prompt.
 
     Returns:
         How many samples this process drew: 0 when everything was there.
@@ -49,12 +51,13 @@ def fill(
     table.segments = SampleTable.open(table.folder, table.parts).segments  # as rank 0 has just planned them
     batches = my_share(_batches(table, max_tokens))
     by_key = {entry.prompt.key: entry.prompt for entry in wanted}
+    asked = [(reward, {key: prompt for key, prompt in by_key.items() if asks(reward, prompt)}) for reward in rewards]
     missing = [batch for batch in batches if not table.shard(*batch[:2]).exists()]
     if missing:
-        _draw(table, missing, make_sampler(), rewards, by_key, title)
+        _draw(table, missing, make_sampler(), asked, title)
     barrier()
-    for reward in rewards:
-        _score(table, batches, reward, by_key, title)
+    for reward, prompts in asked:
+        _score(table, batches, reward, prompts, title)
     barrier()
     return sum(len(requests) for _, _, requests in missing)
 
@@ -63,8 +66,7 @@ def _draw(
     table: SampleTable,
     missing: Sequence[Batch],
     sampler: Sampler,
-    rewards: Sequence[Reward],
-    by_key: Mapping[str, Prompt],
+    asked: Sequence[tuple[Reward, Mapping[str, Prompt]]],
     title: str,
 ) -> None:
     with Progress(f"{title}: sampling", sum(len(requests) for _, _, requests in missing), "samples") as progress:
@@ -72,8 +74,8 @@ def _draw(
             samples = sampler.sample(requests)
             write_samples(table.shard(segment, number), samples)
             if progress.done == 0:  # a reward that can't score is found now, not after an hour of sampling
-                for reward in rewards:
-                    _score(table, [(segment, number, requests)], reward, by_key)
+                for reward, prompts in asked:
+                    _score(table, [(segment, number, requests)], reward, prompts)
             progress.advance(len(requests))
 
 

@@ -79,6 +79,15 @@ class Measured:
         """The prompts' keys."""
         return [prompt.key for prompt in self.prompts]
 
+    def enough(self, key: str, judge: str, least: int) -> bool:
+        """Whether a prompt has so many samples on both sides that a judge scored."""
+        rows = [side.by_judge[judge].get(key, np.empty(0)) for side in (self.base, self.policy)]
+        return all(np.isfinite(row).sum() >= least for row in rows)
+
+    def with_scores(self, judge: str, least: int) -> Measured:
+        """Those prompts alone."""
+        return dataclasses.replace(self, prompts=[one for one in self.prompts if self.enough(one.key, judge, least)])
+
 
 def examples(procedure: Procedure, measured: Measured) -> tuple[Example, ...]:
     """A few prompts with the answers of both models."""

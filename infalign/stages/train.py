@@ -22,7 +22,7 @@ from infalign.stages.experiment import Experiment
 from infalign.stages.objective import trained_procedures
 from infalign.stages.output import STARTED, leaves_nothing, refuse_stale_start, reusable
 from infalign.stages.policy_folder import initial_model, load_initial_adapter, save_policy
-from infalign.stages.recipe import Recipe, require_plain
+from infalign.stages.recipe import REPORTING, Recipe, require_plain
 from infalign.stages.sampling import table_rewards
 from infalign.stages.term_prompts import assigned
 from infalign.stages.training_keys import adapter_of, split_training
@@ -36,30 +36,6 @@ from infalign.training.progress import TrainingProgress, quiet
 from infalign.training.reward import DATA_COLUMNS, PROMPT_IDS, TERMS, CTRLReward
 from infalign.training.trainer import CTRLTrainer
 from infalign.types import InputError, Interrupted, Prompt
-
-REPORTING = {
-    "report_to",
-    "run_name",
-    "project",
-    "logging_steps",
-    "logging_first_step",
-    "log_completions",
-    "log_level",
-    "disable_tqdm",
-    "save_steps",
-    "save_total_limit",
-    "save_strategy",
-    "resume_from_checkpoint",
-    "push_to_hub",
-    "hub_model_id",
-    "hub_strategy",
-    "hub_token",
-    "hub_private_repo",
-    "hub_always_push",
-    "hub_revision",
-}
-"""Training keys that change what is written down, and not the policy."""
-
 
 _OF_THE_RECIPE = {
     "dtype": "dtype",
@@ -307,12 +283,13 @@ def _dataset(experiment: Experiment, table: SampleTable, prompts: tuple[Prompt, 
     if (found := assigned(experiment, prompts)) is not None:
         prompts, terms = tuple(prompt for prompt, _ in found), {prompt.key: numbers for prompt, numbers in found}
     scored = [table_rewards(table, reward, prompts) for reward in experiment.trained_rewards]
+    nothing = np.empty(0)  # of a reward that is for other prompts
     rows = [
         {
             "prompt": prompt.content,
             PROMPT_IDS: list(experiment.prompt_ids[prompt.key]),
             **{
-                column: (row := references[prompt.key][:count])[~np.isnan(row)].tolist()
+                column: (row := references.get(prompt.key, nothing)[:count])[~np.isnan(row)].tolist()
                 for column, references in zip(_columns(experiment), scored, strict=True)
             },
             DATA_COLUMNS: dict(prompt.columns),

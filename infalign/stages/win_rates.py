@@ -101,9 +101,18 @@ def measure_win_rates(
     rows: list[DecoderRow] = []
     wins: dict[tuple[str, str], NDArray[np.float64]] = {}
     for one in questions(experiment):
-        keys = [prompt.key for prompt in measured.prompts if experiment.in_group(prompt, one.group)]
+        keys = [
+            prompt.key
+            for prompt in measured.prompts
+            if experiment.in_group(prompt, one.group)
+            and all(
+                measured.enough(prompt.key, name, one.decoder.n) for name in {one.judge, one.chosen_by or one.judge}
+            )
+        ]
+        if not keys and one.chosen_by:  # a reward that has nothing to say about the other term's prompts
+            continue
         if not keys:
-            raise InputError(f"group {one.group!r}: none of its test prompts has enough scored samples")
+            raise InputError(f"{one.name}: none of its test prompts has {one.decoder.n} scored samples on both sides")
         policy, base = (
             side.side(keys, one.judge, one.chosen_by or one.judge) for side in (measured.policy, measured.base)
         )

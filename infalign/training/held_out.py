@@ -26,7 +26,7 @@ from infalign.evaluation.winrate import win_rate
 from infalign.generation.likelihood import sequence_kl
 from infalign.runtime.distributed import even_share, gathered, together
 from infalign.theory.procedures import BestOfN
-from infalign.training.reward import PROMPT_IDS, data_columns
+from infalign.training.reward import PROMPT_IDS, TERMS, data_columns
 from infalign.training.rollouts import rollout_uniforms
 from infalign.types import InputError
 
@@ -166,14 +166,20 @@ def _references(trainer: Any, row: dict[str, Any]) -> list[Array]:
 
 
 def _rewards(trainer: Any, row: dict[str, Any], samples: Rows) -> list[Array]:
-    """The raw rewards of one prompt's completions by each term, without those that have no score."""
+    """The raw rewards of one prompt's completions by each term, without those that have no score.
+
+    A term that the prompt is not for has none.
+    """
     count, hidden = len(samples), {"prompt", *(one.column for one in trainer.ctrl_rewards)}
     texts = trainer.processing_class.batch_decode([ids for ids, _ in samples], skip_special_tokens=True)
     chat = isinstance(row["prompt"], list)
     completions = [[{"role": "assistant", "content": text}] for text in texts] if chat else texts
     columns = data_columns({name: [value] * count for name, value in row.items() if name not in hidden})
     prompts, token_ids = [row["prompt"]] * count, [ids for ids, _ in samples]
-    scores_TM = [one.scores(prompts, completions, token_ids, columns) for one in trainer.ctrl_rewards]
+    scores_TM = [
+        one.scores(prompts, completions, token_ids, columns, [one.is_for(row.get(TERMS, ()))] * count)
+        for one in trainer.ctrl_rewards
+    ]
     return [scores_M[~np.isnan(scores_M)] for scores_M in scores_TM]
 
 

@@ -57,6 +57,7 @@ class _LastScores:
     def __init__(self, reward: Reward) -> None:
         self.reward = reward
         self.completions: Sequence[Any] | None = None
+        self.asked_B: Sequence[bool] = ()
         self.scores_B: Array = np.empty(0)
 
     def __call__(
@@ -65,14 +66,26 @@ class _LastScores:
         completions: Sequence[Any],
         completion_ids: Sequence[Any] | None,
         columns: Mapping[str, Any],
+        asks_B: Sequence[bool],
     ) -> Array:
-        """Raw rewards (B,), NaN for no score."""
-        if completions is not self.completions:
+        """Raw rewards (B,), NaN for no score and where `asks_B` is false: the reward never sees these."""
+        if completions is not self.completions or asks_B != self.asked_B:
             self.completions = None  # in case it fails
-            self.scores_B = self.reward(
-                prompts=prompts, completions=completions, completion_ids=completion_ids, **columns
-            )
-            self.completions = completions
+            self.scores_B = np.full(len(asks_B), np.nan)
+
+            def those(values: Any) -> Any:
+                listed = isinstance(values, (list, tuple)) and len(values) == len(asks_B)
+                return [one for one, asked in zip(values, asks_B, strict=True) if asked] if listed else values
+
+            if all(asks_B):
+                given = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, **columns}
+            else:
+                given = {name: those(values) for name, values in columns.items()}
+                given |= {"prompts": those(prompts), "completions": those(completions)}
+                given |= {"completion_ids": those(completion_ids)}
+            if any(asks_B):
+                self.scores_B[np.asarray(asks_B)] = self.reward(**given)
+            self.completions, self.asked_B = completions, asks_B
         return self.scores_B.copy()
 
 
@@ -175,6 +188,10 @@ class CTRLReward:
         self.hidden = frozenset(one.column for one in all_of_them)
         self.scores = next(one.scores for one in all_of_them if one.raw.fingerprint == self.raw.fingerprint)
 
+    def is_for(self, terms: Sequence[int]) -> bool:
+        """Whether a prompt that is trained for these terms is trained for this one."""
+        return self.only is None or self.only in terms
+
     def metric(self, name: str) -> str:
         """What a number of this reward is called in logs."""
         return name if self.name == "ctrl" else f"{name}/{self.name}"
@@ -201,7 +218,7 @@ class CTRLReward:
     ) -> list[float | None]:
         self.require_references(columns, "the dataset")
         references = columns[self.column]
-        ours_B = [self.only is None or self.only in terms for terms in columns.get(TERMS) or [()] * len(references)]
+        ours_B = [self.is_for(terms) for terms in columns.get(TERMS) or [()] * len(references)]
         columns = {name: values for name, values in columns.items() if name not in {*self.hidden, self.column}}
         keys = _visit_keys(prompts, references, columns) if self.method == "pooled" else [""] * len(references)
         columns = data_columns(columns)
@@ -210,9 +227,14 @@ class CTRLReward:
         runs = _runs(references)
         grouped = of_groups or (self.num_generations is not None and self.procedure is not None)
         with together() if grouped else nullcontext():  # a rank that fails must not leave the others gathering
-            raw_B = self.scores(prompts, completions, completion_ids, columns)
+            raw_B = self.scores(prompts, completions, completion_ids, columns, ours_B)
             calibrated_B = np.concatenate(
-                [calibrate(raw_B[None, rows], references[rows][:1], plain)[0] for rows in runs]
+                [
+                    calibrate(raw_B[None, rows], references[rows][:1], plain)[0]
+                    if len(references[rows.start])
+                    else np.full(rows.stop - rows.start, 0.5)
+                    for rows in runs
+                ]
             )
         groups = self._everybodys(raw_B, references, keys, ours_B) if grouped else None
         logged: dict[str, float] = {}
@@ -226,17 +248,18 @@ class CTRLReward:
             transformed_B = np.asarray(self.transform(clip_to_open(calibrated_B, counts_B)), dtype=np.float64)
         # an objective of groups has no value for one with too few scores
         of_raw = isinstance(self.transform, (Direct, Baseline))
-        scored_B = ~np.isnan(transformed_B if of_raw else raw_B)
+        transformed_B = np.where(ours_B, transformed_B, 0.0)
+        scored_B = ~np.isnan(np.where(ours_B, transformed_B if of_raw else raw_B, 0.0))
         if not np.isfinite(transformed_B[scored_B]).all():
             raise RewardError(f"the transform {self.transform!r} is not finite on (0, 1): bound it")
-        if scored_B.any():
+        told_B = scored_B & np.asarray(ours_B)
+        if told_B.any():
             for name, values in (("raw", raw_B), ("calibrated", calibrated_B), ("transformed", transformed_B)):
                 with np.errstate(over="ignore"):  # the mean of rewards near the largest float
-                    logged[f"reward/{name}"] = float(values[scored_B].mean())
+                    logged[f"reward/{name}"] = float(values[told_B].mean())
         logged["reward/unscored"] = float(1.0 - scored_B.mean())
         if groups is not None and (wins := self._win_rate(groups)) is not None:
             logged["winrate"] = wins
-        transformed_B = np.where(ours_B, transformed_B, 0.0)
         if log_metric is not None:
             for name, value in logged.items():
                 log_metric(self.metric(name), value)
@@ -277,7 +300,9 @@ class CTRLReward:
         """This rank's values that depend on all samples of a prompt; what pooled ranks are worth is logged."""
         values_PG, effective = np.empty(groups.rewards_PG.shape), []
         for number, (rewards_G, references) in enumerate(zip(groups.rewards_PG, groups.references, strict=True)):
-            if self.method == "pooled":
+            if not groups.ours[number]:
+                values_PG[number] = 0.0
+            elif self.method == "pooled":
                 key, ratios_G = groups.keys[number], groups.log_ratios_PG[number]
                 below, up_to, count = pooled_ranks(rewards_G, references, ratios_G, earlier=self.visits.of(key))
                 self.visits.add(key, rewards_G, ratios_G)

@@ -52,7 +52,7 @@ from infalign.models.loading import keep_four_bits_plain, pad_within_the_vocabul
 from infalign.models.shared_prefix import keeps_no_cache, pass_cost, positions, why_plain, without_router_logits
 from infalign.runtime.artifacts import disk_errors, write_whole
 from infalign.runtime.console import notice, say
-from infalign.runtime.distributed import any_rank, barrier, is_main, together, world_size
+from infalign.runtime.distributed import any_rank, barrier, gathered, is_main, together, world_size
 from infalign.runtime.launch import check_started
 from infalign.training.baselines import Baseline
 from infalign.training.callbacks import (
@@ -82,7 +82,7 @@ from infalign.training.held_out import measure
 from infalign.training.interpolation import Interpolated, interpolate
 from infalign.training.kl_control import FARTHEST, FARTHEST_UNKNOWN, USUAL, KLControl, sensitivity
 from infalign.training.packages import missing_packages
-from infalign.training.reward import PROMPT_IDS, CTRLReward
+from infalign.training.reward import PROMPT_IDS, TERMS, CTRLReward
 from infalign.training.rollouts import PromptOrder, rollout_uniforms, shuffled_groups
 from infalign.training.shared_logps import shared_logps
 from infalign.types import InputError, SamplingSettings
@@ -335,11 +335,12 @@ class CTRLTrainer(RLOOTrainer):
         if self._step == 0 and self.ctrl_rewards and self.args.initial_weights is None:
             name = getattr(self.model.config, "_name_or_path", "the model")
             check_kl_at_start(kl, policy=name, reference=name)
-            prompts = max(1, kl.size // self.num_generations)
             for one in self.ctrl_rewards:
-                references = min(len(row[one.column]) for row in inputs)
-                if means := metrics.get(one.metric("reward/calibrated")):
-                    check_calibration_at_start(means[-1], kl.size, prompts, references)
+                mine = [len(row[one.column]) for row in inputs if one.is_for(row.get(TERMS, ()))]
+                counts = [count for part in gathered(mine) for count in part]
+                if counts and (means := metrics.get(one.metric("reward/calibrated"))):
+                    prompts = max(1, len(counts) // self.num_generations)
+                    check_calibration_at_start(means[-1], len(counts), prompts, min(counts))
 
     def _drawn(self, mask_BT: Tensor) -> Tensor:
         """`mask_BT` with every token that was drawn: `mask_truncated_completions` takes whole rows out of TRL's.

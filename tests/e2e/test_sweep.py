@@ -325,3 +325,98 @@ def test_languages_are_terms(tmp_path, capsys):
     assert "Best-of-2, reward on de" in said and "lost on tales" in said
     page = (out / "report" / "index.html").read_text()
     assert "What nobody was trained for" in page and "reward on en" in page
+
+
+@pytest.fixture
+def merged_plan(tmp_path):
+    """Two experts with rewards in files of their own, and a mixture of them; a cell takes seconds."""
+    keys = tiny_experiment(tmp_path)
+    for name in ("procedure", "target_kl", "reward"):
+        del keys[name]
+    for name, body in (("x", "float(sum(ids))"), ("y", "float(max(ids))")):
+        source = f"def reward(completion_ids, **_):\n    return [{body} for ids in completion_ids]\n"
+        (tmp_path / f"{name}.py").write_text(source)
+    terms = [{"reward": f"{tmp_path / name}.py:reward"} for name in "xy"]
+    models = [{"model": name, "parameters": {"weight": 0.5}} for name in ("one", "two")]
+    arms = {
+        "one": {"objective_weights": [1, 0]},
+        "two": {"objective_weights": [0, 1]},
+        "both": {"merge": {"merge_method": "linear", "models": models}},
+    }
+    grid = {"target_kl": [0.3]}
+    return {**keys, "objectives": terms, "arms": arms, "grid": grid, "output_dir": str(tmp_path / "sweep")}
+
+
+def weights_of(out, name):
+    return (Path(out) / "cells" / f"{name}-target_kl=0.3" / "policy" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+def test_a_merge_of_other_parents_is_made_anew(merged_plan, tmp_path):
+    plan, out = merged_plan, merged_plan["output_dir"]
+    first = sweep(plan)
+    seconds = {cell.arm: cell.seconds for cell in first.cells}
+    before = weights_of(out, "both")
+    (tmp_path / "y.py").write_text(
+        "def reward(completion_ids, **_):\n    return [-float(max(x)) for x in completion_ids]\n"
+    )
+    with pytest.raises(InputError, match="was made from something else"):
+        sweep(plan)
+    again = sweep(plan, overwrite=True)
+    assert [cell.error for cell in again.cells] == [""] * 3
+    assert weights_of(out, "both") != before
+    weights = [
+        load_file(out + f"/cells/{name}-target_kl=0.3/policy/model.safetensors") for name in ("one", "two", "both")
+    ]
+    for name, value in weights[2].items():
+        wanted = (weights[0][name].double() + weights[1][name].double()) / 2
+        np.testing.assert_allclose(value.double().numpy(), wanted.numpy(), atol=1e-6)
+
+    # measured again, a cell still says what its policy cost
+    wider = sweep(plan, eval_n=["1", "2", "4"])
+    assert all(cell.finished for cell in wider.cells)
+    assert all(cell.seconds > 0.5 * seconds[cell.arm] for cell in wider.cells)
+    more = sweep(plan, eval_n=["1", "2", "4"], gap_samples=4)
+    assert {cell.arm: cell.facts.get("gap_samples") for cell in more.cells} == {"one": None, "two": None, "both": 4.0}
+
+
+@pytest.mark.slow
+def test_a_failed_merge_can_be_made_later(merged_plan, tmp_path, monkeypatch):
+    """Its parents' weights stay until it is made; those that are gone are made again when asked."""
+    plan, out = {**merged_plan, "keep_policies": False}, Path(merged_plan["output_dir"])
+
+    def fails(*_, **__):
+        raise RuntimeError("the disk is full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("infalign.stages.sweep.cells.merge", fails)
+        with pytest.raises(TrainingError, match="1 of 3 cells failed"):
+            sweep(plan)
+    assert len(list(out.rglob("policy/model.safetensors"))) == 2
+    with monkeypatch.context() as patched:  # merged, and fails when it is measured; then its parents change
+        patched.setattr("infalign.stages.sweep.cells.evaluate", fails)
+        with pytest.raises(TrainingError, match="1 of 3 cells failed"):
+            sweep(plan)
+    (tmp_path / "y.py").write_text(
+        "def reward(completion_ids, **_):\n    return [-float(max(x)) for x in completion_ids]\n"
+    )
+    assert [cell.error for cell in sweep(plan, overwrite=True).cells] == [""] * 3
+    assert not list(out.rglob("policy/model.safetensors"))
+    record = out / "results" / "both-target_kl=0.3.json"
+    record.unlink()
+    with pytest.raises(TrainingError, match="the weights of one, which it is made from, are gone"):
+        sweep(plan)
+    assert [cell.error for cell in sweep(plan, overwrite=True).cells] == [""] * 3
+
+
+@pytest.mark.slow
+def test_other_texts_are_measured_and_nothing_is_trained(merged_plan, tmp_path):
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text('{"text": "the cat sat on a mat"}\n')
+    plan = {**merged_plan, "held_out_texts": {"tales": str(texts)}}
+    before = {cell.arm: cell.facts["lost on tales"] for cell in sweep(plan).cells}
+    policy = Path(plan["output_dir"]) / "cells" / "one-target_kl=0.3" / "policy" / "model.safetensors"
+    made = policy.stat().st_mtime_ns
+    texts.write_text('{"text": "dog ran on"}\n')
+    after = {cell.arm: cell.facts["lost on tales"] for cell in sweep(plan).cells}
+    assert all(after[arm] != before[arm] for arm in before) and policy.stat().st_mtime_ns == made

@@ -40,11 +40,11 @@ def wins(one, two, noise=0.0, seed=0):
 
 
 ORIGINS = {
-    "helpful": Origin("helpful"),
-    "harmless": Origin("harmless"),
-    "both": Origin("joint"),
-    "merged .3": Origin("merged", ("helpful-1", "harmless-1"), trained=False),
-    "merged .7": Origin("merged", ("helpful-1", "harmless-1"), trained=False),
+    "helpful": Origin("helpful", "helpful"),
+    "harmless": Origin("harmless", "harmless"),
+    "both": Origin("joint", "both"),
+    "merged .3": Origin("merged", "merged .3", ("helpful-1", "harmless-1"), trained=False),
+    "merged .7": Origin("merged", "merged .7", ("helpful-1", "harmless-1"), trained=False),
 }
 WEIGHTS = {"helpful": (1, 0), "harmless": (0, 1), "both": (0.5, 0.5), "merged .3": (1, 1), "merged .7": (1, 1)}
 CASE = {
@@ -144,8 +144,40 @@ def test_an_expert_that_won_nothing_gives_no_retention():
     axes, found = combined({**CASE, "harmless": wins(0.4, 0.51)})
     assert math.isnan(found["joint"].retentions[1].mean) and math.isnan(found["joint"].score.mean)
     assert found["joint"].retentions[0].mean == pytest.approx(0.5)
-    (line,) = weak_experts(Combination(axes, (), tuple(found.values())))
+    line, chosen = weak_experts(Combination(axes, (), tuple(found.values())))
     assert "harmless, the expert of Worst-of-4, harmless, wins 0.510 there: nothing to keep" in line
+    assert chosen.startswith("merged: chosen by the least win rate")
+
+
+def test_where_retention_is_not_known_the_least_win_rate_chooses():
+    """An expert that happens to win nothing on the prompts that choose: not the first arm of the file."""
+    case = {**CASE, "harmless": wins(0.4, (0.515, 0.8)), "merged .3": wins(0.55, 0.51), "merged .7": wins(0.9, 0.95)}
+    axes, found = combined(case)
+    assert found["merged"].arm == "merged .7" and math.isnan(found["merged"].validated)
+    assert found["merged"].score.mean == pytest.approx(min(0.4 / 0.4, 0.45 / 0.3))
+    assert any(
+        "chosen by the least win rate" in one for one in weak_experts(Combination(axes, (), tuple(found.values())))
+    )
+
+
+def test_every_point_of_the_grid_has_its_own_experts():
+    """With a further key in the grid the cells' arms are called by it; where an expert failed there is no score."""
+    cells, prompts, origins = [], {}, {}
+    for rate in (1, 2, 3):
+        for arm, content in CASE.items():
+            if (rate, arm) == (3, "harmless"):
+                continue
+            one = cell(arm, WEIGHTS[arm])
+            name = f"{arm}-{rate}"
+            cells.append(replace(one, name=name, arm=f"{arm} rate={rate}", varied={"rate": rate, "seed": 1}))
+            prompts[name], origins[name] = content, replace(ORIGINS[arm], parents=())
+    found = combine(cells, prompts, origins, "joint", share=0.5, confidence=0.95, seed=0)
+    assert [axis.expert for axis in found.axes] == ["helpful", "harmless"]
+    scores = {(one.at["rate"], one.family): one.score.mean for one in found.families}
+    assert scores[1, "joint"] == scores[2, "joint"] == pytest.approx(0.5)
+    assert math.isnan(scores[3, "joint"])
+    joint = [one for one in found.families if one.family == "joint"]
+    assert [one.difference.mean for one in joint[:2]] == [0.0, 0.0]
 
 
 def test_terms_are_compared_under_their_own_decoders():

@@ -615,7 +615,12 @@ def row_of(attained: float) -> DecoderRow:
 
 def merging(*names, **keys):
     models = [{"model": name, "parameters": {"weight": 0.5}} for name in names]
-    return {"merge": {"merge_method": "logit_mixture", "models": models}, **keys}
+    return {"merge": {"merge_method": "linear", "models": models}, **keys}
+
+
+def mixing(*names):
+    models = [{"model": name, "parameters": {"weight": 0.5}} for name in names]
+    return {"merge": {"merge_method": "logit_mixture", "models": models}}
 
 
 def test_a_merge_is_made_after_its_parents():
@@ -641,6 +646,19 @@ def test_a_cell_is_another_one_when_its_parents_are():
     assert before["again"] != after["again"]  # through its parent
     measured = {cell.arm: cell.keys for cell in cells_of(load_sweep({**plan, "eval_samples": 80}))}
     assert measured["both"]["parents"] == before["both"]["parents"]  # how it is measured does not change a policy
+    told = {cell.arm: cell.keys for cell in cells_of(load_sweep({**plan, "logging_steps": 7}))}
+    assert told["both"]["parents"] == before["both"]["parents"]  # nor does what it writes down
+
+
+def test_a_familys_name_has_no_key_of_the_grid():
+    """Experts and families are found at each point of the grid, which all arms share."""
+    arms = {"one": {}, "both": merging("one", "base", family="merged")}
+    cells = cells_of(load_sweep({**BASE, "arms": arms, "grid": {"learning_rate": [1e-5, 2e-5]}, "target_kl": 0.5}))
+    assert [cell.arm for cell in cells if cell.plain_arm == "one"] == [
+        "one learning_rate=1e-05",
+        "one learning_rate=2e-05",
+    ]
+    assert {(cell.plain_arm, cell.family) for cell in cells} == {("one", "one"), ("both", "merged")}
 
 
 @pytest.mark.parametrize(
@@ -658,6 +676,12 @@ def test_a_cell_is_another_one_when_its_parents_are():
          "unknown"),
         ({"one": {"family": "two"}, "two": {"n": 2}}, "one: family 'two' is an arm"),
         ({"one": {"family": 3}}, "one: family must be a name, got 3"),
+        ({"base": {}, "m": merging("base", "base")}, "arms, base: in a merge this is the base policy"),
+        ({"one": {}, "x": mixing("one", "base"), "m": merging("x", "one")}, "m: merge: .x. is a mixture of logits"),
+        ({"one": {}, "x": mixing("one", "base"), "m": {"initial_weights": "x"}}, "'x' is a mixture of logits, "
+         "which has no weights to train"),
+        ({"one": {}, "m": {"merge": {"merge_method": "dam", "models": [{"model": "one", "data": "nowhere.jsonl"},
+         {"model": "base", "data": "own"}]}}}, "m: merge: data 'nowhere.jsonl': no such file"),
     ],
 )  # fmt: skip
 def test_mistakes_in_merges_of_arms(arms, words):

@@ -9,7 +9,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from infalign import BestOfN, WorstOfN
+from infalign import BestOfN, WorstOfN, run
 from infalign.calibration.table import SampleTable
 from infalign.evaluation.winrate import judged_win_rate, win_rate
 from infalign.stages.calibrate import calibrate, open_table
@@ -197,3 +197,46 @@ def _scores(table):
         )
         for key, row in table.samples().items()
     }
+
+
+VERIFIER = '''
+def strict(completion_ids, answer, **_):
+    """Reads a column that prompts of other groups lack; it is never asked about them."""
+    assert None not in answer, answer
+    return [float(sum(ids) % (7 + int(one))) for ids, one in zip(completion_ids, answer)]
+
+
+def silent(completion_ids, language, **_):
+    """Has nothing to say about other groups."""
+    return [float(sum(ids)) if one == "de" else None for ids, one in zip(completion_ids, language)]
+'''
+
+
+@pytest.mark.parametrize("name", ["strict", "silent"])
+def test_a_reward_of_a_group_is_not_asked_elsewhere(keys, tmp_path, name):
+    path = tmp_path / "prompts.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [{**row, "answer": 3} if row["language"] == "de" else row for row in rows]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "verifier.py").write_text(VERIFIER)
+    first = keys["objectives"][0]
+    terms = [first, {"reward": f"{tmp_path / 'verifier.py'}:{name}", "n": 2, "group": "de"}]
+    recipe = {**keys, "objectives": terms, "num_test_prompts": 12, "num_validation_prompts": 8,
+              "eval_strategy": "steps", "eval_steps": 1}  # fmt: skip
+    found = run(recipe)["evaluation"]
+    rows = {row.judge: row for row in found.win_rates if row.weight > 0}
+    assert set(rows) == {"reward on en", f"{name} on de"}
+    assert all(0 < row.mean < 1 for row in rows.values())
+    crossed = [row.judge for row in found.win_rates if row.chosen_by]
+    assert crossed == [f"{name} chosen by reward on de"]  # the verifier has nothing to choose by on the others
+    log = json.loads((tmp_path / "out" / "policy" / "training_log.json").read_text())
+    assert any(f"eval_winrate/BestOfN(2) of {name} on de" in row for row in log)
+
+
+def test_other_groups_make_another_policy(keys, tmp_path):
+    recipe = {**keys, "objective_weights": [1, 0, 0], "target_kl": 0.5}
+    run(recipe)
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(path.read_text().replace('"de"', '"xx"').replace('"en"', '"de"').replace('"xx"', '"en"'))
+    with pytest.raises(InputError, match="groups"):
+        run(recipe)

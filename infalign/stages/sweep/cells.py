@@ -19,7 +19,7 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,22 +42,25 @@ from infalign.runtime.artifacts import (
 )
 from infalign.runtime.console import LINE_EVERY_SECONDS, WARNING
 from infalign.runtime.distributed import any_rank, barrier, is_main
+from infalign.runtime.imports import file_digest
 from infalign.runtime.plugins import one_line
-from infalign.stages.calibrate import calibrate, calibration_parts
+from infalign.stages.calibrate import calibrate, calibration_parts, group_parts
 from infalign.stages.evaluate import check_samples, evaluate
 from infalign.stages.experiment import CALIBRATION, Experiment
+from infalign.stages.forgetting import text_files
 from infalign.stages.merge.recipe import load_merge_recipe
 from infalign.stages.merge.run import merge
 from infalign.stages.objective import load_objective, load_procedure
 from infalign.stages.per_prompt import FILE as PER_PROMPT
 from infalign.stages.per_prompt import wins_per_prompt, write_per_prompt
+from infalign.stages.recipe import REPORTING
 from infalign.stages.report import limited_by
 from infalign.stages.run import preflight
-from infalign.stages.sweep.combined import merge_with_folders
+from infalign.stages.sweep.combined import merge_with_folders, outside_sources
 from infalign.stages.sweep.draws import write_own_data
-from infalign.stages.sweep.gap import gap_facts
+from infalign.stages.sweep.gap import GAP_SAMPLES, gap_facts
 from infalign.stages.sweep.recipe import EVALUATED, Cell
-from infalign.stages.train import REPORTING, train
+from infalign.stages.train import train
 from infalign.types import InputError, Interrupted
 
 SHARED = (CALIBRATION, "evaluation/base")
@@ -197,14 +200,19 @@ def make_cell(
             else:
                 result = _by_stages(cell, folder, earlier, blank)
         except (KeyboardInterrupt, Interrupted):
+            if not (folder / "policy" / MANIFEST).exists():
+                _spend(folder, time.monotonic() - start)
             raise
         except (Exception, SystemExit) as caught:  # one cell's failure, of whatever kind, is a row; the others go on
             traceback.print_exc()
             error = " ".join(str(caught).split()) if isinstance(caught, InputError) else one_line(caught)
     if any_rank(bool(error)):
         result = dataclasses.replace(blank, error=error or "failed on another process")
+        if not (folder / "policy" / MANIFEST).exists():
+            _spend(folder, time.monotonic() - start)
     warned = tuple(dict.fromkeys(told.warnings))
-    result = dataclasses.replace(result, seconds=time.monotonic() - start, notes=(*result.notes, *warned))
+    seconds = time.monotonic() - start if math.isnan(result.seconds) else result.seconds
+    result = dataclasses.replace(result, seconds=seconds, notes=(*result.notes, *warned))
     if is_main():
         write_json(_record(folder), without_nan(dataclasses.asdict(result)))
     barrier()
@@ -222,12 +230,13 @@ def _prepared(experiment: Experiment, folder: Path, earlier: Sequence[Path], nam
 
 def _by_stages(cell: Cell, folder: Path, earlier: Sequence[Path], blank: CellResult) -> CellResult:
     """The stages of `infalign run`, all but the report."""
-    experiment = Experiment(cell.recipe)
+    start, experiment = time.monotonic(), Experiment(cell.recipe)
     preflight(experiment)
     _refuse_lost_parents(cell, folder)
     _prepared(experiment, folder, earlier, SHARED)
     calibrate(cell.recipe, experiment)
-    train(cell.recipe, experiment)
+    made = train(cell.recipe, experiment)
+    ready = _ready(folder, start if made["trained"] else None)
     found = evaluate(cell.recipe, experiment)
     experiment.release_models()
     log = read_json(folder / "policy" / "training_log.json", "the training log")
@@ -244,14 +253,16 @@ def _by_stages(cell: Cell, folder: Path, earlier: Sequence[Path], blank: CellRes
         rows=found.win_rates,
         facts=text_facts(found),
         notes=tuple(limited_by(cell.recipe, objective, found, log)),
-        source=source_of(experiment),
+        source=source_of(experiment, cell, parent_sources(cell, folder)),
         measured_against=_measured_against(experiment),
+        seconds=_seconds(folder, ready),
     )
 
 
 def _measured_against(experiment: Experiment) -> str:
     """Names the base's samples and the reward."""
-    return fingerprint([experiment.sampling_parts(experiment.base_path, SHARED[1]), source_of(experiment)["reward"]])
+    reward = str(calibration_parts(experiment)["reward"])
+    return fingerprint([experiment.sampling_parts(experiment.base_path, SHARED[1]), reward])
 
 
 def merge_parents(cell: Cell, folder: Path) -> dict[str, Path]:
@@ -278,6 +289,7 @@ def _refuse_lost_parents(cell: Cell, folder: Path) -> None:
 def _by_merge(cell: Cell, folder: Path, earlier: Sequence[Path], blank: CellResult, gap_samples: int) -> CellResult:
     """A merge of other cells' policies, measured as a trained one is."""
     assert cell.merge is not None
+    start = time.monotonic()
     _refuse_lost_parents(cell, folder)
     experiment = Experiment(dataclasses.replace(cell.recipe, policy_name_or_path=str(folder / "policy")))
     check_samples(cell.recipe)
@@ -285,25 +297,57 @@ def _by_merge(cell: Cell, folder: Path, earlier: Sequence[Path], blank: CellResu
     yaml = merge_with_folders(cell.merge, merge_parents(cell, folder), experiment.base_path)
     yaml = write_own_data(experiment, yaml, folder)
     settings = {"output_dir": str(folder / "policy"), "seed": cell.seed, "use_cpu": cell.recipe.use_cpu}
-    made = load_merge_recipe({**yaml, **settings}, {})
-    merge(dataclasses.replace(made, base_dir=cell.recipe.base_dir))
+    # the folder is the cell's own: what it holds of other parents is of no use
+    planned = load_merge_recipe({**yaml, **settings, "overwrite": True}, {})
+    made = merge(dataclasses.replace(planned, base_dir=cell.recipe.base_dir))
+    ready = _ready(folder, start if made["made"] else None)
     found = evaluate(experiment.recipe, experiment)
-    facts = text_facts(found)
+    facts, notes = text_facts(found) | {GAP_SAMPLES: float(gap_samples)}, ()
     if gap_samples:
-        facts |= gap_facts(experiment, made.plan, gap_samples) | _experts_kl(cell, folder)
+        try:
+            facts |= gap_facts(experiment, planned.plan, gap_samples) | _experts_kl(cell, folder)
+        except (InputError, RuntimeError) as error:  # torch's own, such as too little memory: the cell is measured
+            notes = (f"no merge gap: {one_line(error)}",)
     experiment.release_models()
     return dataclasses.replace(
         blank,
         procedure=found.procedure,
-        transform=f"{MERGED}{made.plan.method}",
+        transform=f"{MERGED}{planned.plan.method}",
         kl=found.kl.mean,
         kl_error=found.kl.error,
         length=found.policy.tokens,
         rows=found.win_rates,
         facts=facts,
-        source=source_of(experiment),
+        notes=notes,
+        source=source_of(experiment, cell, parent_sources(cell, folder)),
         measured_against=_measured_against(experiment),
+        seconds=_seconds(folder, ready),
     )
+
+
+def _spent(folder: Path) -> Path:
+    return folder / "spent.json"
+
+
+def _spend(folder: Path, seconds: float) -> None:
+    """Add to what a cell's policy has cost, over all attempts."""
+    if is_main() and folder.is_dir():
+        before = read_json(_spent(folder), "the time spent") if _spent(folder).exists() else 0.0
+        write_json(_spent(folder), before + seconds)
+
+
+def _ready(folder: Path, start: float | None) -> float:
+    """The policy is there; since `start`, or found. Returns the time now."""
+    now = time.monotonic()
+    if start is not None:
+        _spend(folder, now - start)
+    return now
+
+
+def _seconds(folder: Path, ready: float) -> float:
+    """What the policy cost, whenever it was made, and the measurement since."""
+    spent = read_json(_spent(folder), "the time spent") if _spent(folder).exists() else 0.0
+    return spent + time.monotonic() - ready
 
 
 def _experts_kl(cell: Cell, folder: Path) -> dict[str, float]:
@@ -347,9 +391,33 @@ def _by_own(own: OwnCell, cell: Cell, folder: Path, blank: CellResult) -> CellRe
     )
 
 
-def source_of(experiment: Experiment) -> dict[str, str]:
-    """What a cell's files are made from, beside its keys: whoever edits a reward or the data makes another cell."""
-    return {name: str(value) for name, value in calibration_parts(experiment).items()}
+TEXTS = "held-out texts"
+"""Of a cell's source: what it is measured on, and not made from."""
+
+
+def source_of(experiment: Experiment, cell: Cell, parents: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    """What a cell's files are made from, beside its keys: whoever edits a reward or the data makes another cell.
+
+    Args:
+        experiment: of the cell.
+        cell: itself.
+        parents: the sources of the cells that it is made from, by arm.
+    """
+    found = {name: str(value) for name, value in calibration_parts(experiment).items()}
+    if "groups" in found:
+        found["test groups"] = group_parts(experiment, experiment.splits.test)["groups"]
+    for arm, source in parents.items():
+        found[f"made from {arm}"] = fingerprint({name: value for name, value in source.items() if name != TEXTS})
+    if cell.merge is not None:
+        found |= outside_sources(cell.merge, set(cell.parents), experiment.recipe.base_dir)
+    if texts := text_files(experiment):
+        found[TEXTS] = fingerprint({name: file_digest(Path(path)) for name, path in texts.items()})
+    return found
+
+
+def parent_sources(cell: Cell, folder: Path) -> dict[str, Mapping[str, str]]:
+    """The sources of the cells that a cell is made from, as they are written down."""
+    return {arm: read_json(_record(folder.parent / name), "the cell")["source"] for arm, name in cell.parents.items()}
 
 
 def _checked(found: Any) -> CellSamples:

@@ -7,12 +7,15 @@ A merge's parents are the cells of the arms that it names, at the same point of 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from infalign.merging.plan import read_plan
-from infalign.models.loading import local_path
+from infalign.merging.parents import resolve_parent
+from infalign.merging.plan import MIXTURE, read_plan
+from infalign.models.loading import local_path, model_fingerprint
+from infalign.runtime.artifacts import fingerprint
+from infalign.runtime.imports import file_digest
 from infalign.types import InputError
 
 if TYPE_CHECKING:
@@ -22,6 +25,8 @@ COMBINES = ("merge", "family")
 """An arm's keys that are no recipe's."""
 BASE = "base"
 """Names the base policy among a merge's models."""
+OWN = "own"
+"""As a model's `data` in a merge by DAM: what it answers to the training prompts itself."""
 
 
 def combination_problems(sweep: Sweep) -> list[str]:
@@ -35,12 +40,19 @@ def combination_problems(sweep: Sweep) -> list[str]:
             problems.append(f"arms, {arm}: family must be a name, got {family!r}")
         elif family in sweep.arms and family != arm:
             problems.append(f"arms, {arm}: family {family!r} is an arm: give the family another name")
+        started = keys.get("initial_weights")
+        if isinstance(started, str) and _is_mixture(sweep, started):
+            problems.append(
+                f"arms, {arm}: initial_weights: {started!r} is a mixture of logits, which has no weights to train"
+            )
         if "merge" not in keys:
             continue
         others = [name for name in keys if name not in COMBINES]
         if others:
             problems.append(f"arms, {arm}: a merge is not trained: leave {', '.join(others)} out")
         problems += [f"arms, {arm}: merge: {one}" for one in _merge_problems(sweep, str(arm), keys["merge"])]
+    if BASE in sweep.arms and any("merge" in keys for keys in sweep.arms.values() if isinstance(keys, dict)):
+        problems.append(f"arms, {BASE}: in a merge this is the base policy: give the arm another name")
     if "merge" in sweep.keys or "merge" in sweep.grid:
         problems.append("merge belongs to an arm: arms: {NAME: {merge: {merge_method: ...}}}")
     if sweep.cell is not None and any("merge" in keys for keys in sweep.arms.values() if isinstance(keys, dict)):
@@ -62,15 +74,37 @@ def _merge_problems(sweep: Sweep, arm: str, merge: Any) -> Iterator[str]:
     except InputError as error:
         yield str(error)
         return
+    for one in plan.parents:
+        if one.data is not None and one.data != OWN and local_path(one.data, sweep.base_dir) is None:
+            yield f"data {one.data!r}: no such file: give a JSONL of prompts with completions, or of texts, or {OWN!r}"
     named: list[str] = [*(one.model for one in plan.parents), *([plan.base] if plan.base else [])]
     for name in dict.fromkeys(named):
         known = name in sweep.arms or name == BASE or "/" in name or local_path(name, sweep.base_dir) is not None
         if name == arm:
             yield "it names itself among its models"
+        elif _is_mixture(sweep, name):
+            yield f"{name!r} is a mixture of logits, which has no weights to merge: name what it is made of"
         elif not known:
             near = difflib.get_close_matches(name, [*map(str, sweep.arms), BASE], n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"the arms are {', '.join(map(str, sweep.arms))}"
             yield f"{name!r} is no arm, no folder and no Hub id: {hint}"
+
+
+def _is_mixture(sweep: Sweep, name: str) -> bool:
+    keys = sweep.arms.get(name)
+    merge = keys.get("merge") if isinstance(keys, dict) else None
+    return isinstance(merge, dict) and merge.get("merge_method") == MIXTURE
+
+
+def outside_sources(merge: Mapping[str, Any], arms: Collection[str], base_dir: Path) -> dict[str, str]:
+    """The content of what a merge takes from outside the sweep: models, and files of data."""
+    models = sorted(set(models_of(merge)) - {BASE, *arms})
+    parts = {
+        name: [model_fingerprint(one) for one in resolve_parent(name, None, base_dir).split("+")] for name in models
+    }
+    files = sorted({str(one["data"]) for one in merge.get("models", ()) if isinstance(one, dict) and one.get("data")})
+    digests = {name: file_digest(Path(str(local_path(name, base_dir)))) for name in files if name != OWN}
+    return {"models": fingerprint([parts, digests])} if parts or digests else {}
 
 
 def models_of(merge: Any) -> Iterator[str]:

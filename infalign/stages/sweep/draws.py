@@ -14,22 +14,18 @@ import torch
 from infalign.generation.hf import decode_rows
 from infalign.models.loading import end_token_ids
 from infalign.runtime.artifacts import write_whole
-from infalign.runtime.distributed import barrier, is_main
+from infalign.runtime.distributed import is_main, my_share, together
 from infalign.runtime.seeds import uniforms
 from infalign.stages.experiment import Experiment
+from infalign.stages.sweep.combined import OWN
 from infalign.types import Prompt
-
-ROWS = 256
-"""Completions that are drawn at a time."""
-OWN = "own"
-"""As a model's `data` in a merge by DAM: what it answers to the training prompts itself."""
 
 
 @torch.no_grad()
 def draw(
     experiment: Experiment, model: Any, prompts: Sequence[Prompt], samples: int, purpose: str
 ) -> tuple[list[Sequence[int]], list[list[int]]]:
-    """Prompts' tokens, each `samples` times, and completions at temperature 1.
+    """Prompts' tokens, each `samples` times, and completions at temperature 1, a batch of `tokens_per_batch` at a time.
 
     Args:
         experiment: of the cell.
@@ -43,9 +39,11 @@ def draw(
     ends = end_token_ids(getattr(model, "models", (model,))[0], experiment.tokenizer)
     each = [(prompt, number) for prompt in prompts for number in range(samples)]
     rows: list[Sequence[int]] = [experiment.prompt_ids[prompt.key] for prompt, _ in each]
+    longest = max(map(len, rows), default=0) + settings.max_tokens
+    size = max(1, recipe.tokens_per_batch // (longest * len(getattr(model, "models", (model,)))))
     completions: list[list[int]] = []
-    for start in range(0, len(rows), ROWS):
-        part = slice(start, start + ROWS)
+    for start in range(0, len(rows), size):
+        part = slice(start, start + size)
         noise = [
             uniforms(f"{recipe.seed}/{purpose}", prompt.key, number, settings.max_tokens)
             for prompt, number in each[part]
@@ -54,8 +52,14 @@ def draw(
     return rows, completions
 
 
+PROMPTS = 256
+"""Training prompts whose answers are in one file, while they are drawn."""
+
+
 def write_own_data(experiment: Experiment, merge: dict[str, Any], folder: Path) -> dict[str, Any]:
     """A merge whose models have files in place of `data: own`, one answer to each training prompt; they are written.
+
+    The prompts are shared out over the processes, and answers that are there are kept.
 
     Args:
         experiment: of the cell.
@@ -66,20 +70,34 @@ def write_own_data(experiment: Experiment, merge: dict[str, Any], folder: Path) 
     for number, one in enumerate(merge.get("models", ())):
         if isinstance(one, dict) and one.get("data") == OWN:
             path = folder / f"own-{number}.jsonl"
-            if is_main() and not path.exists():
-                _write(experiment, str(one["model"]), path)
+            with together("the experts' own answers"):
+                parts = _write_share(experiment, str(one["model"]), folder / f"own-{number}")
+            with together("the experts' own answers, in one file"):
+                if is_main():
+                    text = "".join(part.read_text(encoding="utf-8") for part in parts)
+                    write_whole(path, lambda temporary, text=text: temporary.write_text(text, encoding="utf-8"))
             one = {**one, "data": str(path)}
+            experiment.release_models()  # DAM loads its own
         models.append(one)
-    barrier()
     return {**merge, "models": models} if models else merge
 
 
-def _write(experiment: Experiment, model: str, path: Path) -> None:
+def _write_share(experiment: Experiment, model: str, folder: Path) -> list[Path]:
+    """This process's part of an expert's answers; all files, in order."""
     prompts = experiment.splits.train
-    _, completions = draw(experiment, experiment.model(model), prompts, 1, "own data")
-    texts = [experiment.tokenizer.decode(ids, skip_special_tokens=True) for ids in completions]
-    rows = [
-        json.dumps({"prompt": prompt.content, "completion": text}, default=str)
-        for prompt, text in zip(prompts, texts, strict=True)
-    ]
-    write_whole(path, lambda temporary: temporary.write_text("\n".join(rows) + "\n", encoding="utf-8"))
+    parts = {
+        folder / f"{start:06d}.jsonl": prompts[start : start + PROMPTS] for start in range(0, len(prompts), PROMPTS)
+    }
+    for path in my_share(list(parts)):
+        if path.exists():
+            continue
+        _, completions = draw(experiment, experiment.model(model), parts[path], 1, "own data")
+        texts = [experiment.tokenizer.decode(ids, skip_special_tokens=True) for ids in completions]
+        rows = [
+            json.dumps({"prompt": prompt.content, "completion": text}, default=str)
+            for prompt, text in zip(parts[path], texts, strict=True)
+        ]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = "\n".join(rows) + "\n"
+        write_whole(path, lambda temporary, content=content: temporary.write_text(content, encoding="utf-8"))
+    return list(parts)

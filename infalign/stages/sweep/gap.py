@@ -13,13 +13,16 @@ from infalign.models.mixture import LogitMixture
 from infalign.stages.experiment import Experiment
 from infalign.stages.sweep.draws import draw
 
+GAP_SAMPLES = "gap_samples"
+"""The fact that says on how many completions of each test prompt a merge's gap was looked for."""
+
 
 def mixture_weights(plan: MergePlan) -> dict[str, float] | None:
     """The mixture that a merge approximates, a weight for each model; None where it has none.
 
-    Where weights are divided by their sum, so are these. Where they are not, task vectors that sum to less or more than
-    one leave the rest, which may be negative, to the base. slerp goes from its base to the other by `t`. DAM, whose
-    coefficients are learned, is meant to have all of its parents alike.
+    Where weights are divided by their sum, so are these. Methods of task vectors add them to the base, `lambda` times:
+    what they do not add up to is the base's, and may be negative. slerp goes from its base to the other by `t`. DAM,
+    whose coefficients are learned, is meant to have all of its parents alike.
     """
     if plan.method == DAM:
         return {one.model: 1.0 / len(plan.parents) for one in plan.parents}
@@ -30,20 +33,29 @@ def mixture_weights(plan: MergePlan) -> dict[str, float] | None:
         if len(others) != 1 or not _is_number(t):
             return None
         return {plan.base: 1.0 - float(t), others[0]: float(t)}
+    of_tasks = plan.base is not None and plan.method != "linear"
     weights: dict[str, float] = {}
     for one in plan.parents:
-        weight = one.parameters.get("weight", shared.get("weight"))
-        if one.model == plan.base and weight is None:
+        if of_tasks and one.model == plan.base:  # its task vector is zero
             continue
+        weight = one.parameters.get("weight", shared.get("weight"))
         if not _is_number(weight):
             return None
         weights[one.model] = float(weight)
     total = sum(weights.values())
     if _divides(plan, shared):
-        return {name: weight / total for name, weight in weights.items()} if total else None
-    if plan.base is not None and plan.base not in weights and total != 1.0:
-        weights[plan.base] = 1.0 - total
-    return weights
+        if not total:
+            return None
+        weights = {name: weight / total for name, weight in weights.items()}
+    if not of_tasks:
+        return weights
+    scale = shared.get("lambda", 1.0)
+    if not _is_number(scale):
+        return None
+    assert plan.base is not None
+    tasks = {name: float(scale) * weight for name, weight in weights.items()}
+    rest = 1.0 - sum(tasks.values())
+    return tasks | ({plan.base: rest} if abs(rest) > 1e-12 else {})
 
 
 def _is_number(value: Any) -> TypeGuard[float]:

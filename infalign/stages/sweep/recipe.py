@@ -35,7 +35,7 @@ from typing import Any
 from infalign.runtime.artifacts import fingerprint
 from infalign.runtime.config import check, field_hints, flag_value, read_yaml
 from infalign.runtime.launch import FLAGS as LAUNCH_FLAGS
-from infalign.stages.recipe import Recipe, find_recipe, key, load_recipe, settle_paths, settled_output
+from infalign.stages.recipe import REPORTING, Recipe, find_recipe, key, load_recipe, settle_paths, settled_output
 from infalign.stages.sweep.combined import COMBINES, combination_problems, in_order, parents_of
 from infalign.theory.optimum import LARGEST_KL
 from infalign.types import InputError
@@ -108,6 +108,7 @@ class Cell:
         merge: how it is merged, with cells in place of arms; None for one that is trained.
         parents: the cells that it is made from, by their names in `keys`.
         family: its search; the arm itself where there is none.
+        plain_arm: the arm, without keys of the grid.
     """
 
     name: str
@@ -119,6 +120,7 @@ class Cell:
     merge: dict[str, Any] | None = None
     parents: Mapping[str, str] = field(default_factory=dict)
     family: str = ""
+    plain_arm: str = ""
 
 
 def load_sweep(config: str | Path | Mapping[str, Any] | None, flags: Mapping[str, Any] | None = None) -> Sweep:
@@ -265,7 +267,7 @@ def _with_parents(cell: Cell, earlier: Sequence[Cell]) -> Cell:
         return cell
     made = {one.name: one for one in earlier}
     of = {
-        arm: fingerprint({key: value for key, value in made[name].keys.items() if key not in EVALUATED})
+        arm: fingerprint({key: value for key, value in made[name].keys.items() if key not in {*EVALUATED, *REPORTING}})
         for arm, name in cell.parents.items()
     }
     return replace(cell, keys={**cell.keys, "parents": of})
@@ -298,6 +300,7 @@ class _Point:
 
     name: str
     arm: str
+    plain_arm: str
     family: str
     varied: dict[str, Any]
     keys: dict[str, Any]
@@ -321,7 +324,8 @@ def _points(sweep: Sweep) -> list[_Point]:
                 _Point(
                     name=_cell_name(arm, point),
                     arm=" ".join([*([arm] if arm else []), *_named(apart)]) or "all",
-                    family=" ".join([*([str(keys.get("family") or arm)] if arm else []), *_named(apart)]) or "all",
+                    plain_arm=arm,
+                    family=str(keys.get("family") or arm),
                     varied=point,
                     keys={**shared, **own, **sweep.flags},
                     parents={parent: _cell_name(parent, point) for parent in parents_of(sweep, keys)},
@@ -359,5 +363,15 @@ def _cell(sweep: Sweep, point: _Point) -> Cell:
     # a flag's text as the recipe has read it: the same value by either way is the same cell
     typed = {name: getattr(recipe, name, recipe.training.get(name, value)) for name, value in flags.items()}
     keys = {**point.keys, **typed}
-    parents, family = point.parents, point.family
-    return Cell(point.name, point.arm, point.varied, keys, recipe.seed, recipe, merge, parents, family)
+    return Cell(
+        name=point.name,
+        arm=point.arm,
+        varied=point.varied,
+        keys=keys,
+        seed=recipe.seed,
+        recipe=recipe,
+        merge=merge,
+        parents=point.parents,
+        family=point.family,
+        plain_arm=point.plain_arm,
+    )

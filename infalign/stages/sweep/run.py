@@ -34,9 +34,11 @@ from infalign.stages.per_prompt import read_per_prompt
 from infalign.stages.recipe import Recipe, require
 from infalign.stages.run import preflight
 from infalign.stages.sweep.cells import (
+    TEXTS,
     Held,
     OwnCell,
     drop_weights,
+    has_weights,
     look,
     make_cell,
     read_cell,
@@ -44,6 +46,7 @@ from infalign.stages.sweep.cells import (
     remove_cell,
     source_of,
 )
+from infalign.stages.sweep.gap import GAP_SAMPLES
 from infalign.stages.sweep.recipe import ALONG, Cell, Sweep, cells_of, load_sweep, unreachable
 from infalign.theory.procedures import Procedure
 from infalign.types import InputError, TrainingError
@@ -81,8 +84,10 @@ def sweep(config: Sweep | Mapping[str, Any] | str | Path, *, dry_run: bool = Fal
         if own is None:
             _check_cells(cells)
         held = [read_cell(folder, cell, settings.overwrite) for cell, folder in zip(cells, folders, strict=True)]
-        sources: dict[str, dict[str, str]] = {}
-        found = [_fresh(one, cell, own, settings, sources) for one, cell in zip(held, cells, strict=True)]
+        sources = _Sources(cells, own)
+        found = [_fresh(one, cell, settings, sources) for one, cell in zip(held, cells, strict=True)]
+        if settings.overwrite:
+            found = _without_lost_parents(settings, cells, found)
     if is_main():
         sweep_temporaries(settings.output)
     done = {cell.name: one for cell, one in zip(cells, found, strict=True) if one is not None}
@@ -121,7 +126,8 @@ def sweep_verb(recipe: Sweep, *, dry_run: bool = False) -> None:
 
 def _drop_finished(cells: Sequence[Cell], done: Mapping[str, CellResult], folder: Path) -> None:
     """Let go of weights that no cell to come is made from."""
-    needed = {parent for cell in cells if cell.name not in done for parent in cell.parents.values()}
+    whole = {name for name, result in done.items() if result.finished}
+    needed = {parent for cell in cells if cell.name not in whole for parent in cell.parents.values()}
     if is_main():
         for name, result in done.items():
             if result.finished and name not in needed:
@@ -179,31 +185,64 @@ def _check_one(cell: Cell) -> None:
     _ = experiment.objective, experiment.terms, experiment.gold
 
 
-def _fresh(
-    held: Held, cell: Cell, own: OwnCell | None, settings: Sweep, sources: dict[str, dict[str, str]]
-) -> CellResult | None:
-    """A finished cell, unless its rewards, data or cell function have been edited since; None: to make or measure.
+class _Sources:
+    """What cells are made from now; what was looked up is kept: cells that differ in their KL alone share it."""
 
-    `sources` keeps what was looked up: cells that differ in their KL alone are made from the same.
+    def __init__(self, cells: Sequence[Cell], own: OwnCell | None) -> None:
+        self.cells = {cell.name: cell for cell in cells}
+        self.own = own
+        self.known: dict[str, dict[str, str]] = {}
+
+    def of(self, cell: Cell) -> dict[str, str]:
+        """A cell's source."""
+        if self.own is not None:
+            return self.own.source
+        same = fingerprint({name: value for name, value in cell.keys.items() if name not in ALONG})
+        if same not in self.known:
+            parents = {arm: self.of(self.cells[name]) for arm, name in cell.parents.items()}
+            self.known[same] = source_of(Experiment(cell.recipe), cell, parents)
+        return self.known[same]
+
+
+def _without_lost_parents(
+    settings: Sweep, cells: Sequence[Cell], found: Sequence[CellResult | None]
+) -> list[CellResult | None]:
+    """Finished cells, but for those whose weights a cell to come needs and which are gone: they are made anew."""
+    lost: set[str] = set()
+    for cell, result in reversed(list(zip(cells, found, strict=True))):  # parents come before their children
+        if result is not None and cell.name not in lost:
+            continue
+        for name in cell.parents.values():
+            if not has_weights(settings.output / "cells" / name):
+                lost.add(name)
+    for name in lost:
+        remove_cell(settings.output / "cells" / name)
+    return [None if cell.name in lost else one for cell, one in zip(cells, found, strict=True)]
+
+
+def _fresh(held: Held, cell: Cell, settings: Sweep, sources: _Sources) -> CellResult | None:
+    """A finished cell, unless its rewards, data or cell function have been edited since; None: to make or measure.
 
     Raises:
         InputError: they have; with `overwrite` the cell is made anew.
     """
-    found = held.result
+    found, folder = held.result, settings.output / "cells" / cell.name
     if found is None or not found.finished or not found.source:
         return found if held.whole else None
-    same = fingerprint({name: value for name, value in cell.keys.items() if name not in ALONG})
-    if same not in sources:
-        sources[same] = source_of(Experiment(cell.recipe)) if own is None else own.source
-    now = sources[same]
-    changed = differences(found.source, now)
+    now = sources.of(cell)
+    if cell.merge is not None and found.facts.get(GAP_SAMPLES, 0.0) != settings.gap_samples and has_weights(folder):
+        held = dataclasses.replace(held, whole=False)
+    if found.source.get(TEXTS) != now.get(TEXTS) and has_weights(folder):  # measured on others
+        held = dataclasses.replace(held, whole=False)
+        now = {**now, TEXTS: found.source.get(TEXTS)}
+    changed = differences(found.source, {name: value for name, value in now.items() if value is not None})
     if changed and not settings.overwrite:
         raise InputError(
             f"cell {cell.name} was made from something else ({'; '.join(changed)}): give another --output_dir, or "
             "--overwrite to make such cells anew"
         )
     if changed:
-        remove_cell(settings.output / "cells" / cell.name)
+        remove_cell(folder)
     return found if held.whole and not changed else None
 
 
@@ -236,7 +275,7 @@ def _written(settings: Sweep, cells: Sequence[Cell], done: Mapping[str, CellResu
         write_whole(settings.output / "sweep.parquet", lambda path: pq.write_table(table, path))
         write_whole(settings.output / "sweep.csv", lambda path: csv.write_csv(table, path))
         if result.combination.families:
-            rows = pa.Table.from_pylist(as_rows(result.combination))
+            rows = pa.Table.from_pylist(_same_columns(as_rows(result.combination)))
             write_whole(settings.output / "combined.csv", lambda path: csv.write_csv(rows, path))
         if whole:
             write_json(settings.output / "sweep.json", without_nan(dataclasses.asdict(result)))
@@ -263,9 +302,10 @@ def _compared(
         seed=0,
     )
     origins = {
-        cell.name: Origin(cell.family, tuple(cell.parents.values()), trained=cell.merge is None) for cell in cells
+        cell.name: Origin(cell.family, cell.plain_arm, tuple(cell.parents.values()), trained=cell.merge is None)
+        for cell in cells
     }
-    family = next((origins[cell.name].family for cell in cells if cell.arm == result.reference), result.reference)
+    family = next((cell.family for cell in cells if cell.arm == result.reference), result.reference)
     combination = combine(
         finished, prompts, origins, family, share=settings.validation_share, confidence=result.confidence, seed=0
     )
@@ -341,7 +381,7 @@ def _dry_run(settings: Sweep, cells: Sequence[Cell]) -> None:
             _check_cells(cells)
     arms = len({cell.arm for cell in cells})
     say(f"infalign: a sweep of {len(cells)} cells of {arms} objective{'s' if arms > 1 else ''}")
-    sources: dict[str, dict[str, str]] = {}
+    sources = _Sources(cells, own)
     rows: list[tuple[str, ...]] = []
     drawn: set[str] = set()
     total, all_tokens = 0.0, 0
@@ -350,7 +390,7 @@ def _dry_run(settings: Sweep, cells: Sequence[Cell]) -> None:
         held = look(folder, cell)
         if not settings.overwrite:  # which replaces what has changed
             refuse_changed(folder, held)
-            _fresh(held, cell, own, settings, sources)
+            _fresh(held, cell, settings, sources)
         if held.whole:
             rows.append((cell.name, ABSENT, "finished"))
             continue
