@@ -15,6 +15,7 @@ import pyarrow.csv as csv
 import pyarrow.parquet as pq
 
 from infalign.evaluation.combined import Origin, as_rows, combine
+from infalign.evaluation.summary import DecoderRow
 from infalign.evaluation.sweep import CellResult, SweepResult, compare, judged_decoders, limit_curve, tidy
 from infalign.evaluation.transfer import transfers
 from infalign.report.combined_page import combined_tables
@@ -250,11 +251,14 @@ def _line(result: CellResult) -> str:
     if not result.finished:
         return f"{result.name}: failed: {result.error}"
     main = next((row for row in result.rows if row.label == result.procedure), result.rows[0])
-    interval = "" if math.isnan(main.low) else f" [{main.low:.3f}, {main.high:.3f}]"
-    return (
-        f"{result.name}: KL {result.kl:.3f}, {main.label} {main.mean:.3f}{interval}, attainment "
-        f"{number(main.attainment, 2)}, {clock(result.seconds)}"
-    )
+    terms = [row for row in result.rows if row.weight > 0]
+    rows = [f"{_win(row)}{f' of {row.judge}' if terms else ''}" for row in terms or [main]]
+    return f"{result.name}: KL {result.kl:.3f}, {', '.join(rows)}, {clock(result.seconds)}"
+
+
+def _win(row: DecoderRow) -> str:
+    interval = "" if math.isnan(row.low) else f" [{row.low:.3f}, {row.high:.3f}]"
+    return f"{row.label} {row.mean:.3f}{interval}, attainment {number(row.attainment, 2)}"
 
 
 def _time_left(start: float, made: int, left: int) -> str:
