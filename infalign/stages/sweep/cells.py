@@ -19,7 +19,7 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +42,10 @@ from infalign.runtime.artifacts import (
 )
 from infalign.runtime.console import LINE_EVERY_SECONDS, WARNING
 from infalign.runtime.distributed import any_rank, barrier, is_main
-from infalign.runtime.imports import file_digest
 from infalign.runtime.plugins import one_line
-from infalign.stages.calibrate import calibrate, calibration_parts, group_parts
+from infalign.stages.calibrate import calibrate, calibration_parts
 from infalign.stages.evaluate import check_samples, evaluate
 from infalign.stages.experiment import CALIBRATION, Experiment
-from infalign.stages.forgetting import text_files
 from infalign.stages.merge.recipe import load_merge_recipe
 from infalign.stages.merge.run import merge
 from infalign.stages.objective import load_objective, load_procedure
@@ -56,10 +54,11 @@ from infalign.stages.per_prompt import wins_per_prompt, write_per_prompt
 from infalign.stages.recipe import REPORTING
 from infalign.stages.report import limited_by
 from infalign.stages.run import preflight
-from infalign.stages.sweep.combined import merge_with_folders, outside_sources
+from infalign.stages.sweep.combined import merge_with_folders
 from infalign.stages.sweep.draws import write_own_data
 from infalign.stages.sweep.gap import GAP_SAMPLES, gap_facts
 from infalign.stages.sweep.recipe import EVALUATED, Cell
+from infalign.stages.sweep.sources import beside, parent_sources, record_of, source_of
 from infalign.stages.train import train
 from infalign.types import InputError, Interrupted
 
@@ -96,7 +95,7 @@ class Held:
 
 def look(folder: Path, cell: Cell) -> Held:
     """What is there of a cell; nothing is written or removed."""
-    path = _record(folder)
+    path = record_of(folder)
     trained = (folder / "policy" / MANIFEST).exists()
     if not path.exists():
         return Held(None, trained=trained)
@@ -168,7 +167,7 @@ def remove_cell(folder: Path) -> None:
     barrier()
     if is_main():
         shutil.rmtree(folder, ignore_errors=True)
-        _record(folder).unlink(missing_ok=True)
+        record_of(folder).unlink(missing_ok=True)
     barrier()
 
 
@@ -188,10 +187,10 @@ def make_cell(
     blank = CellResult(cell.name, cell.arm, cell.seed, _plain(cell.varied), _plain(cell.keys))
     error, result = "", blank
     if is_main():
-        for place in (folder, _record(folder), _beside(folder, "logs", ".log")):
+        for place in (folder, record_of(folder), beside(folder, "logs", ".log")):
             place.parent.mkdir(parents=True, exist_ok=True)
     barrier()
-    with _logged(_beside(folder, "logs", ".log"), cell.name) as told:
+    with _logged(beside(folder, "logs", ".log"), cell.name) as told:
         try:
             if own is not None:
                 result = _by_own(own, cell, folder, blank)
@@ -214,7 +213,7 @@ def make_cell(
     seconds = time.monotonic() - start if math.isnan(result.seconds) else result.seconds
     result = dataclasses.replace(result, seconds=seconds, notes=(*result.notes, *warned))
     if is_main():
-        write_json(_record(folder), without_nan(dataclasses.asdict(result)))
+        write_json(record_of(folder), without_nan(dataclasses.asdict(result)))
     barrier()
     return result
 
@@ -352,7 +351,7 @@ def _seconds(folder: Path, ready: float) -> float:
 
 def _experts_kl(cell: Cell, folder: Path) -> dict[str, float]:
     """The mean measured KL of the policies that were merged."""
-    parents = [read_json(_record(folder.parent / name), "the cell")["kl"] for name in cell.parents.values()]
+    parents = [read_json(record_of(folder.parent / name), "the cell")["kl"] for name in cell.parents.values()]
     return {"experts_kl": float(np.mean(parents))} if parents else {}
 
 
@@ -389,35 +388,6 @@ def _by_own(own: OwnCell, cell: Cell, folder: Path, blank: CellResult) -> CellRe
         source=own.source,
         measured_against=fingerprint([list(found.keys), found.base_PM.tolist()]),
     )
-
-
-TEXTS = "held-out texts"
-"""Of a cell's source: what it is measured on, and not made from."""
-
-
-def source_of(experiment: Experiment, cell: Cell, parents: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
-    """What a cell's files are made from, beside its keys: whoever edits a reward or the data makes another cell.
-
-    Args:
-        experiment: of the cell.
-        cell: itself.
-        parents: the sources of the cells that it is made from, by arm.
-    """
-    found = {name: str(value) for name, value in calibration_parts(experiment).items()}
-    if "groups" in found:
-        found["test groups"] = group_parts(experiment, experiment.splits.test)["groups"]
-    for arm, source in parents.items():
-        found[f"made from {arm}"] = fingerprint({name: value for name, value in source.items() if name != TEXTS})
-    if cell.merge is not None:
-        found |= outside_sources(cell.merge, set(cell.parents), experiment.recipe.base_dir)
-    if texts := text_files(experiment):
-        found[TEXTS] = fingerprint({name: file_digest(Path(path)) for name, path in texts.items()})
-    return found
-
-
-def parent_sources(cell: Cell, folder: Path) -> dict[str, Mapping[str, str]]:
-    """The sources of the cells that a cell is made from, as they are written down."""
-    return {arm: read_json(_record(folder.parent / name), "the cell")["source"] for arm, name in cell.parents.items()}
 
 
 def _checked(found: Any) -> CellSamples:
@@ -475,15 +445,6 @@ def drop_weights(folder: Path) -> None:
     for pattern in ("*.safetensors", "*.bin", "adapter/*.safetensors"):
         for path in (folder / "policy").glob(pattern):
             path.unlink()
-
-
-def _record(folder: Path) -> Path:
-    return _beside(folder, "results", ".json")
-
-
-def _beside(folder: Path, kind: str, suffix: str) -> Path:
-    """A cell's file in one of the folders beside `cells/`."""
-    return folder.parent.parent / kind / f"{folder.name}{suffix}"
 
 
 def _plain(value: Any) -> Any:

@@ -7,15 +7,12 @@ A merge's parents are the cells of the arms that it names, at the same point of 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from infalign.merging.parents import resolve_parent
 from infalign.merging.plan import MIXTURE, read_plan
-from infalign.models.loading import local_path, model_fingerprint
-from infalign.runtime.artifacts import fingerprint
-from infalign.runtime.imports import file_digest
+from infalign.models.loading import local_path
 from infalign.types import InputError
 
 if TYPE_CHECKING:
@@ -94,17 +91,6 @@ def _is_mixture(sweep: Sweep, name: str) -> bool:
     keys = sweep.arms.get(name)
     merge = keys.get("merge") if isinstance(keys, dict) else None
     return isinstance(merge, dict) and merge.get("merge_method") == MIXTURE
-
-
-def outside_sources(merge: Mapping[str, Any], arms: Collection[str], base_dir: Path) -> dict[str, str]:
-    """The content of what a merge takes from outside the sweep: models, and files of data."""
-    models = sorted(set(models_of(merge)) - {BASE, *arms})
-    parts = {
-        name: [model_fingerprint(one) for one in resolve_parent(name, None, base_dir).split("+")] for name in models
-    }
-    files = sorted({str(one["data"]) for one in merge.get("models", ()) if isinstance(one, dict) and one.get("data")})
-    digests = {name: file_digest(Path(str(local_path(name, base_dir)))) for name in files if name != OWN}
-    return {"models": fingerprint([parts, digests])} if parts or digests else {}
 
 
 def models_of(merge: Any) -> Iterator[str]:

@@ -35,7 +35,6 @@ from infalign.stages.per_prompt import read_per_prompt
 from infalign.stages.recipe import Recipe, require
 from infalign.stages.run import preflight
 from infalign.stages.sweep.cells import (
-    TEXTS,
     Held,
     OwnCell,
     drop_weights,
@@ -45,10 +44,10 @@ from infalign.stages.sweep.cells import (
     read_cell,
     refuse_changed,
     remove_cell,
-    source_of,
 )
 from infalign.stages.sweep.gap import GAP_SAMPLES
-from infalign.stages.sweep.recipe import ALONG, Cell, Sweep, cells_of, load_sweep, unreachable
+from infalign.stages.sweep.recipe import Cell, Sweep, cells_of, load_sweep, unreachable
+from infalign.stages.sweep.sources import TEXTS, Sources
 from infalign.theory.procedures import Procedure
 from infalign.types import InputError, TrainingError
 
@@ -85,7 +84,7 @@ def sweep(config: Sweep | Mapping[str, Any] | str | Path, *, dry_run: bool = Fal
         if own is None:
             _check_cells(cells)
         held = [read_cell(folder, cell, settings.overwrite) for cell, folder in zip(cells, folders, strict=True)]
-        sources = _Sources(cells, own)
+        sources = Sources(cells, own)
         found = [_fresh(one, cell, settings, sources) for one, cell in zip(held, cells, strict=True)]
         if settings.overwrite:
             found = _without_lost_parents(settings, cells, found)
@@ -186,25 +185,6 @@ def _check_one(cell: Cell) -> None:
     _ = experiment.objective, experiment.terms, experiment.gold
 
 
-class _Sources:
-    """What cells are made from now; what was looked up is kept: cells that differ in their KL alone share it."""
-
-    def __init__(self, cells: Sequence[Cell], own: OwnCell | None) -> None:
-        self.cells = {cell.name: cell for cell in cells}
-        self.own = own
-        self.known: dict[str, dict[str, str]] = {}
-
-    def of(self, cell: Cell) -> dict[str, str]:
-        """A cell's source."""
-        if self.own is not None:
-            return self.own.source
-        same = fingerprint({name: value for name, value in cell.keys.items() if name not in ALONG})
-        if same not in self.known:
-            parents = {arm: self.of(self.cells[name]) for arm, name in cell.parents.items()}
-            self.known[same] = source_of(Experiment(cell.recipe), cell, parents)
-        return self.known[same]
-
-
 def _without_lost_parents(
     settings: Sweep, cells: Sequence[Cell], found: Sequence[CellResult | None]
 ) -> list[CellResult | None]:
@@ -221,7 +201,7 @@ def _without_lost_parents(
     return [None if cell.name in lost else one for cell, one in zip(cells, found, strict=True)]
 
 
-def _fresh(held: Held, cell: Cell, settings: Sweep, sources: _Sources) -> CellResult | None:
+def _fresh(held: Held, cell: Cell, settings: Sweep, sources: Sources) -> CellResult | None:
     """A finished cell, unless its rewards, data or cell function have been edited since; None: to make or measure.
 
     Raises:
@@ -385,7 +365,7 @@ def _dry_run(settings: Sweep, cells: Sequence[Cell]) -> None:
             _check_cells(cells)
     arms = len({cell.arm for cell in cells})
     say(f"infalign: a sweep of {len(cells)} cells of {arms} objective{'s' if arms > 1 else ''}")
-    sources = _Sources(cells, own)
+    sources = Sources(cells, own)
     rows: list[tuple[str, ...]] = []
     drawn: set[str] = set()
     total, all_tokens = 0.0, 0
