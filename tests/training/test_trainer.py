@@ -450,9 +450,9 @@ def test_the_win_rate_on_train_prompts_is_logged(llama, tmp_path):
     subject, rolled = trainer(llama, tmp_path, CTRLReward(token_sum, optimal_transform(BestOfN(2), kl=1.0))), []
     score = subject.ctrl_reward._everybodys
 
-    def seen(raw_B, rows_B, keys):
+    def seen(raw_B, rows_B, keys, ours_B):
         rolled.append((raw_B.reshape(-1, 4), rows_B[::4]))  # groups of four, one after the other
-        return score(raw_B, rows_B, keys)
+        return score(raw_B, rows_B, keys, ours_B)
 
     subject.ctrl_reward._everybodys = seen
     subject.train()
