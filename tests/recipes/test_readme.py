@@ -7,12 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import yaml
 
 from infalign.cli import main
+from infalign.merging.plan import read_plan
 from infalign.runtime.config import read_yaml
 from infalign.stages.objective import load_procedure
 from infalign.stages.recipe import load_recipe
+from infalign.stages.sweep.recipe import cells_of, load_sweep
 from infalign.theory.procedures import BestOfN
 from tests.e2e.experiment import tiny_experiment
 
@@ -51,3 +54,27 @@ def test_ref_rewards_for_trls_own_trainer(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"steps 1 {keys['num_calibration_samples']}" in done.stdout
+
+
+MERGING = (Path(__file__).parents[2] / "recipes" / "merging" / "README.md").read_text(encoding="utf-8")
+BLOCKS = [yaml.safe_load(text) for text in re.findall(r"```yaml\n(.*?)```", MERGING, re.DOTALL)]
+
+
+@pytest.mark.parametrize("given", [one for one in BLOCKS if "merge_method" in one], ids=lambda one: one["merge_method"])
+def test_the_merges_of_the_merging_page_are_valid(given):
+    assert read_plan(given).method == given["merge_method"]
+
+
+def test_the_sweep_of_the_merging_page_is_valid(tmp_path):
+    (given,) = [one for one in BLOCKS if "arms" in one]
+    keys = tiny_experiment(tmp_path)
+    score = str(keys.pop("reward"))
+    for name in ("procedure", "target_kl"):
+        del keys[name]
+    terms = [{"reward": score}, {"reward": score.replace(":reward", ":gold"), "procedure": "worst_of_n"}]
+    (tmp_path / "two_objectives.yaml").write_text(yaml.safe_dump({**keys, "objectives": terms}))
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(given))
+    cells = cells_of(load_sweep(tmp_path / "sweep.yaml"))
+    assert len(cells) == len(given["arms"]) * 4
+    on = next(cell for cell in cells if cell.arm == "merged, then trained")
+    assert list(on.parents) == ["linear .5"] and on.recipe.training["max_steps"] == 50
