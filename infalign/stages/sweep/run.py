@@ -232,13 +232,13 @@ def _line(result: CellResult) -> str:
         return f"{result.name}: failed: {result.error}"
     main = next((row for row in result.rows if row.label == result.procedure), result.rows[0])
     terms = [row for row in result.rows if row.weight > 0]
-    rows = [f"{_win(row)}{f' of {row.judge}' if terms else ''}" for row in terms or [main]]
+    rows = [_win(row, f" of {row.judge}" if terms else "") for row in terms or [main]]
     return f"{result.name}: KL {result.kl:.3f}, {', '.join(rows)}, {clock(result.seconds)}"
 
 
-def _win(row: DecoderRow) -> str:
+def _win(row: DecoderRow, judge: str) -> str:
     interval = "" if math.isnan(row.low) else f" [{row.low:.3f}, {row.high:.3f}]"
-    return f"{row.label} {row.mean:.3f}{interval}, attainment {number(row.attainment, 2)}"
+    return f"{row.label}{judge} {row.mean:.3f}{interval}, attainment {number(row.attainment, 2)}"
 
 
 def _time_left(start: float, made: int, left: int) -> str:
