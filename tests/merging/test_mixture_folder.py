@@ -75,6 +75,12 @@ def test_it_moves_with_its_parents_and_not_without(parents, tmp_path):
         load_policy(str(tmp_path / "alone"), device=CPU)
 
 
+def test_a_folder_behind_a_link_finds_its_parents(parents, tmp_path):
+    (tmp_path / "scratch" / "deep").mkdir(parents=True)
+    (tmp_path / "outputs").symlink_to(tmp_path / "scratch" / "deep")
+    assert len(load_policy(str(mix(parents, tmp_path / "outputs" / "mixed")), device=CPU).models) == 2
+
+
 def test_its_content_is_that_of_its_parents(parents, tmp_path):
     first = model_fingerprint(str(mix(parents, tmp_path / "one")))
     assert model_fingerprint(str(mix(parents, tmp_path / "two"))) == first

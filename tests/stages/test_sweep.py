@@ -31,6 +31,7 @@ from infalign.runtime.artifacts import read_json, without_nan, write_json
 from infalign.stages.recipe import load_recipe
 from infalign.stages.sweep.recipe import cells_of, load_sweep
 from infalign.stages.sweep.run import predicted
+from infalign.stages.sweep.sources import outside_sources
 from infalign.types import InputError, TrainingError
 
 BASE = {"model_name_or_path": "m", "reward": "r.py:reward", "output_dir": "out", "target_kl": 1.0}
@@ -39,6 +40,7 @@ CELL = '''
 import os, time
 import numpy as np
 from infalign import CellSamples
+from tests.tiny import tiny_causal
 
 
 def cell(target_kl, seed=1, shift=0.0, pause=0.0, broken="", **_):
@@ -648,6 +650,20 @@ def test_a_cell_is_another_one_when_its_parents_are():
     assert measured["both"]["parents"] == before["both"]["parents"]  # how it is measured does not change a policy
     told = {cell.arm: cell.keys for cell in cells_of(load_sweep({**plan, "logging_steps": 7}))}
     assert told["both"]["parents"] == before["both"]["parents"]  # nor does what it writes down
+
+
+def test_what_a_merge_takes_from_outside_is_known_by_its_content(tmp_path):
+    model = tiny_causal(tmp_path / "model", seed=1)
+    (tmp_path / "data.jsonl").write_text('{"text": "a cat"}\n')
+    models = [{"model": "one", "data": "own"}, {"model": model, "data": str(tmp_path / "data.jsonl")}]
+    dam = {"merge_method": "dam", "models": models}
+    found = [outside_sources(dam, {"one"}, tmp_path)]
+    (tmp_path / "data.jsonl").write_text('{"text": "a dog"}\n')
+    found.append(outside_sources(dam, {"one"}, tmp_path))
+    tiny_causal(tmp_path / "model", seed=2)
+    found.append(outside_sources(dam, {"one"}, tmp_path))
+    assert len({one["models"] for one in found}) == 3
+    assert outside_sources(merging("one", "base")["merge"], {"one"}, tmp_path) == {}
 
 
 def test_a_familys_name_has_no_key_of_the_grid():
