@@ -33,6 +33,7 @@ from infalign.stages.sweep.recipe import cells_of, load_sweep
 from infalign.stages.sweep.run import predicted
 from infalign.stages.sweep.sources import outside_sources
 from infalign.types import InputError, TrainingError
+from tests.tiny import tiny_causal
 
 BASE = {"model_name_or_path": "m", "reward": "r.py:reward", "output_dir": "out", "target_kl": 1.0}
 
@@ -40,7 +41,7 @@ CELL = '''
 import os, time
 import numpy as np
 from infalign import CellSamples
-from tests.tiny import tiny_causal
+
 
 
 def cell(target_kl, seed=1, shift=0.0, pause=0.0, broken="", **_):
