@@ -255,7 +255,7 @@ def test_mix_or_merge(tmp_path, capsys):
     assert [axis.expert for axis in result.combination.axes] == ["best", "worst"]
     assert (out / "report" / "pareto.png").exists()
     head = (out / "combined.csv").read_text().splitlines()[0]
-    assert '"merge_gap"' in head and '"score"' in head  # what some families have, all rows have
+    assert '"sequence_gap"' in head and '"score"' in head  # what some families have, all rows have
     assert "Mix or merge, target_kl 0.3" in capsys.readouterr().out
     assert repr(sweep(plan).combination) == repr(result.combination)  # found again, nothing is made
 
