@@ -356,8 +356,7 @@ def weights_of(out, name):
 @pytest.mark.slow
 def test_a_merge_of_other_parents_is_made_anew(merged_plan, tmp_path):
     plan, out = merged_plan, merged_plan["output_dir"]
-    first = sweep(plan)
-    seconds = {cell.arm: cell.seconds for cell in first.cells}
+    sweep(plan)
     before = weights_of(out, "both")
     (tmp_path / "y.py").write_text(
         "def reward(completion_ids, **_):\n    return [-float(max(x)) for x in completion_ids]\n"
@@ -377,7 +376,9 @@ def test_a_merge_of_other_parents_is_made_anew(merged_plan, tmp_path):
     # measured again, a cell still says what its policy cost
     wider = sweep(plan, eval_n=["1", "2", "4"])
     assert all(cell.finished for cell in wider.cells)
-    assert all(cell.seconds > 0.5 * seconds[cell.arm] for cell in wider.cells)
+    for cell in wider.cells:
+        spent = json.loads((Path(out) / "cells" / cell.name / "spent.json").read_text())
+        assert cell.seconds > spent > 0
     more = sweep(plan, eval_n=["1", "2", "4"], gap_samples=4)
     assert {cell.arm: cell.facts.get("gap_samples") for cell in more.cells} == {"one": None, "two": None, "both": 4.0}
 
