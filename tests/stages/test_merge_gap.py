@@ -26,6 +26,7 @@ def weights(method, own, base=None, **parameters):
         (weights("linear", {"a": 1, "b": 3}), {"a": 0.25, "b": 0.75}),
         (weights("linear", {"a": 1, "b": 3}, normalize=False), {"a": 1, "b": 3}),
         (weights("logit_mixture", {"a": 1, "b": 0.5}), {"a": 1, "b": 0.5}),
+        (weights("logit_mixture", {"a": 0.5, "b": 0.2}, "x"), {"a": 0.5, "b": 0.2}),
         (weights("task_arithmetic", {"a": 0.5, "b": 0.5}, "x"), {"a": 0.5, "b": 0.5}),
         (weights("task_arithmetic", {"a": 1, "b": 1}, "x"), {"a": 1, "b": 1, "x": -1}),
         (weights("task_arithmetic", {"a": 0.5, "b": 0.5}, "x", **{"lambda": 0.4}), {"a": 0.2, "b": 0.2, "x": 0.6}),

@@ -55,9 +55,8 @@ def make(model, folder, rewards=None, weights=WEIGHTS, dataset=None, **changes):
     return CTRLTrainer(model, rewards or terms(), arguments, train_dataset=dataset or rows())
 
 
-def test_advantages_are_the_weighted_sum_of_the_terms_own(llama, tmp_path):
-    """By hand, from the rollouts of a batch and their log-ratios."""
-    subject = make(llama, tmp_path, beta=0.05, max_steps=1)
+def last_batch(subject):
+    """Train, and return the advantages of the last batch, its rows, and its completions' tokens."""
     seen = {}
     generate = subject._generate_and_score_completions
 
@@ -67,9 +66,15 @@ def test_advantages_are_the_weighted_sum_of_the_terms_own(llama, tmp_path):
 
     subject._generate_and_score_completions = watch
     subject.train()
-    batch, inputs = seen["batch"], seen["inputs"]
+    batch = seen["batch"]
     real = batch["completion_mask"].bool()
     ids = [row[mask].tolist() for row, mask in zip(batch["completion_ids"], real, strict=True)]
+    return batch["advantages"].cpu().numpy(), seen["inputs"], ids
+
+
+def test_advantages_are_the_weighted_sum_of_the_terms_own(llama, tmp_path):
+    """By hand, from the rollouts of a batch and their log-ratios."""
+    advantages, inputs, ids = last_batch(make(llama, tmp_path, beta=0.05, max_steps=1))
     total = np.zeros(len(ids))
     for weight, score, column, procedure in (
         (1.0, token_sum, "ref_rewards", BestOfN(2)),
@@ -81,7 +86,7 @@ def test_advantages_are_the_weighted_sum_of_the_terms_own(llama, tmp_path):
             group = slice(start, start + 4)
             found = direct_rewards(beats_decoded_base(raw[group], inputs[start][column], procedure), procedure)
             total[group] += weight * found * 4 / 3  # the others' mean is -1/3 of one's own, as they sum to 0
-    np.testing.assert_allclose(batch["advantages"].cpu().numpy(), total, atol=1e-5)  # KL is 0 at the first step
+    np.testing.assert_allclose(advantages, total, atol=1e-5)  # KL is 0 at the first step
     assert np.abs(total).max() > 0.1
 
 
@@ -252,19 +257,8 @@ def test_a_prompt_of_another_term_is_worth_nothing_here(llama, tmp_path):
         CTRLReward(one.raw, one.transform, name=one.name, column=one.column, only=number)
         for number, one in enumerate(terms(first=counted))
     ]
-    subject = make(llama, tmp_path, rewards, [1.0] * 3, rows().add_column(TERMS, column), beta=0.05, max_steps=1)
-    seen = {}
-    generate = subject._generate_and_score_completions
-
-    def watch(inputs):
-        seen["batch"], seen["inputs"] = generate(inputs), inputs
-        return seen["batch"]
-
-    subject._generate_and_score_completions = watch
-    subject.train()
-    batch, inputs = seen["batch"], seen["inputs"]
-    real = batch["completion_mask"].bool()
-    ids = [row[mask].tolist() for row, mask in zip(batch["completion_ids"], real, strict=True)]
+    dataset = rows().add_column(TERMS, column)
+    advantages, inputs, ids = last_batch(make(llama, tmp_path, rewards, [1.0] * 3, dataset, beta=0.05, max_steps=1))
     own = [(token_sum, "ref_rewards", BestOfN(2)), (largest, "ref_largest", WorstOfN(3)),
            (token_sum, "ref_rewards", WorstOfN(2))]  # fmt: skip
     met = set()
@@ -273,6 +267,6 @@ def test_a_prompt_of_another_term_is_worth_nothing_here(llama, tmp_path):
         score, of, procedure = own[term]
         raw = np.array(score(completion_ids=ids[group]))
         wanted = direct_rewards(beats_decoded_base(raw, inputs[start][of], procedure), procedure) * 4 / 3
-        np.testing.assert_allclose(batch["advantages"].cpu().numpy()[group], wanted, atol=1e-5)
+        np.testing.assert_allclose(advantages[group], wanted, atol=1e-5)
         met.add(term)
     assert len(met) > 1 and asked and not any(asked)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from infalign.generation.hf import decode_rows
-from infalign.models.loading import end_token_ids
+from infalign.models.loading import end_token_ids, model_fingerprint
 from infalign.runtime.artifacts import write_whole
 from infalign.runtime.distributed import is_main, my_share, together
 from infalign.runtime.seeds import uniforms
@@ -59,7 +59,7 @@ PROMPTS = 256
 def write_own_data(experiment: Experiment, merge: dict[str, Any], folder: Path) -> dict[str, Any]:
     """A merge whose models have files in place of `data: own`, one answer to each training prompt; they are written.
 
-    The prompts are shared out over the processes, and answers that are there are kept.
+    The prompts are shared out over the processes, and answers of the same policy that are there are kept.
 
     Args:
         experiment: of the cell.
@@ -69,9 +69,9 @@ def write_own_data(experiment: Experiment, merge: dict[str, Any], folder: Path) 
     models = []
     for number, one in enumerate(merge.get("models", ())):
         if isinstance(one, dict) and one.get("data") == OWN:
-            path = folder / f"own-{number}.jsonl"
+            path, model = folder / f"own-{number}.jsonl", str(one["model"])
             with together("the experts' own answers"):
-                parts = _write_share(experiment, str(one["model"]), folder / f"own-{number}")
+                parts = _write_share(experiment, model, folder / f"own-{number}-{model_fingerprint(model)}")
             with together("the experts' own answers, in one file"):
                 if is_main():
                     text = "".join(part.read_text(encoding="utf-8") for part in parts)

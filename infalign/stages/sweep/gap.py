@@ -33,7 +33,7 @@ def mixture_weights(plan: MergePlan) -> dict[str, float] | None:
         if len(others) != 1 or not _is_number(t):
             return None
         return {plan.base: 1.0 - float(t), others[0]: float(t)}
-    of_tasks = plan.base is not None and plan.method != "linear"
+    of_tasks = plan.base is not None and plan.method not in ("linear", MIXTURE)
     weights: dict[str, float] = {}
     for one in plan.parents:
         if of_tasks and one.model == plan.base:  # its task vector is zero
