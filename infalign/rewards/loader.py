@@ -162,8 +162,8 @@ def _find(spec: Any, base_dir: Path) -> Found:
         return found
     if spec.startswith(".") or not _HUB_ID.fullmatch(spec):
         raise InputError(
-            f"reward {spec!r}: no such folder under {base_dir.resolve()}, and not of the form path/to/file.py:name, "
-            f"package.module:name or owner/model"
+            f"reward {spec!r}: no such folder under {base_dir.resolve()} or {Path.cwd()}, and not of the form "
+            f"path/to/file.py:name, package.module:name or owner/model"
         )
     return Found(spec, spec.split("/")[-1], [])
 

@@ -27,7 +27,7 @@ from infalign.evaluation.summary import DecoderRow
 from infalign.evaluation.sweep import CellResult, common_kls
 from infalign.report.key_plot import draw_key, plotted_keys
 from infalign.report.sweep_page import remarks, report_sweep
-from infalign.runtime.artifacts import read_json, without_nan, write_json
+from infalign.runtime.artifacts import at_work, read_json, without_nan, write_json
 from infalign.stages.recipe import load_recipe
 from infalign.stages.sweep.recipe import cells_of, load_sweep
 from infalign.stages.sweep.run import predicted
@@ -298,14 +298,14 @@ def test_a_failure_is_a_row_and_is_tried_again(own, tmp_path, capsys):
     capsys.readouterr()
     result = sweep(path, output_dir=str(tmp_path / "out"))
     assert all(cell.finished for cell in result.cells) and not any(row["error"] for row in rows_of(tmp_path / "out"))
-    assert "4 cells, 2 of them finished" in capsys.readouterr().out
+    assert "4 cells, 2 finished" in capsys.readouterr().out
 
 
 def test_changed_cells_are_refused_and_new_ones_are_added(own, tmp_path, capsys):
     out = str(tmp_path / "out")
     sweep(own(grid={"target_kl": [0.3, 0.9]}), output_dir=out)
     sweep(own(grid={"target_kl": [0.3, 0.6, 0.9]}), output_dir=out)
-    assert "6 cells, 4 of them finished" in capsys.readouterr().out
+    assert "6 cells, 4 finished" in capsys.readouterr().out
     changed = own(grid={"target_kl": [0.3]}, arms={"better": {"shift": 0.5}, "plain": {}})
     with pytest.raises(InputError, match=r"better-target_kl=0.3 was made with other settings .*shift: 0.3 -> 0.5"):
         sweep(changed, output_dir=out)
@@ -538,6 +538,59 @@ def test_killed_at_ten_instants_it_ends_with_the_same_table(own, tmp_path):
     assert tables[0] == tables[1]
     whole, killed = (read_json(tmp_path / one / "sweep.json", "a sweep")["compared"] for one in ("whole", "killed"))
     assert json.dumps(whole) == json.dumps(killed)
+
+
+# ---- several processes make one sweep ----
+
+
+def test_two_processes_share_a_sweep(own, tmp_path):
+    """Each makes its seed at the same time; both leave one table, which is that of one process."""
+    path = own(pause=0.1)
+    command = [sys.executable, "-m", "infalign", "sweep", "--config", str(path)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    shared = [*command, "--output_dir", str(tmp_path / "shared"), "--only"]
+    both = [subprocess.Popen([*shared, f"*seed={seed}"], env=environment, stdout=subprocess.PIPE) for seed in (1, 2)]
+    said = [process.communicate()[0].decode() for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert all("a sweep of 12 cells, 6 for this process" in one for one in said)
+    assert [f"seed={other}: KL" in one for one, other in zip(said, (2, 1), strict=True)] == [False, False]
+    inodes = {file: file.stat().st_ino for file in (tmp_path / "shared" / "cells").rglob("*") if file.is_file()}
+    sweep(path, output_dir=str(tmp_path / "shared"))  # nothing is left to do but the table
+    assert inodes == {file: file.stat().st_ino for file in inodes}
+    sweep(path, output_dir=str(tmp_path / "alone"))
+    tables = [
+        [{name: value for name, value in row.items() if name != "seconds"} for row in rows_of(tmp_path / folder)]
+        for folder in ("shared", "alone")
+    ]
+    assert tables[0] == tables[1]
+
+
+def test_some_cells_only(own, tmp_path, capsys):
+    out = str(tmp_path / "out")
+    sweep(own(), output_dir=out, only=["better-*seed=1", "plain-target_kl=0.5-seed=2"], dry_run=True)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if "target_kl=" in line]
+    ours = {line[0] for line in lines if line[-1] != "elsewhere"}
+    assert ours == {*(f"better-target_kl={kl}-seed=1" for kl in (0.2, 0.5, 1.2)), "plain-target_kl=0.5-seed=2"}
+    sweep(own(), output_dir=out, only=["better-*seed=1", "plain-target_kl=0.5-seed=2"])
+    assert {folder.name for folder in (tmp_path / "out" / "cells").iterdir()} == ours
+    assert {row["cell"] for row in rows_of(tmp_path / "out") if not row["arm"].startswith("base")} == ours
+    sweep(own(), output_dir=out, only=["plain-*"], dry_run=True)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if "target_kl=" in line]
+    assert {line[0] for line in lines if line[-1] == "finished"} == ours
+
+
+def test_a_pattern_that_no_cell_has(own, tmp_path, capsys):
+    assert main(["sweep", "--config", str(own()), "--output_dir", str(tmp_path / "out"), "--only", "beter*"]) == 2
+    assert "only: no cell is called 'beter*'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_cell_has_one_process(own, tmp_path):
+    out = tmp_path / "out"
+    with at_work(out / "cells" / "plain-target_kl=0.5-seed=1"):
+        with pytest.raises(InputError, match=r"another infalign process .* is at work in .*plain-target_kl=0\.5-seed=1"):
+            sweep(own(), output_dir=str(out), only=["plain-target_kl=0.5*"])
+    assert not (out / "cells" / "plain-target_kl=0.5-seed=2").exists()
 
 
 # ---- trained for N, decoded with another; what a key does ----

@@ -25,6 +25,7 @@ cells of those arms are its parents. Arms of one `family` are candidates of a se
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import itertools
 import re
 from collections.abc import Mapping, Sequence
@@ -33,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from infalign.runtime.artifacts import fingerprint
-from infalign.runtime.config import check, field_hints, flag_value, read_yaml
+from infalign.runtime.config import check, field_hints, flag_value, nearest, read_yaml
 from infalign.runtime.launch import FLAGS as LAUNCH_FLAGS
 from infalign.stages.recipe import REPORTING, Recipe, find_recipe, key, load_recipe, settle_paths, settled_output
 from infalign.stages.sweep.combined import COMBINES, combination_problems, in_order, parents_of
@@ -81,6 +82,9 @@ class Sweep:
     validation_share: float = key(0.5, "of the test prompts, on which a family's best arm is chosen", "sweep")
     gap_samples: int = key(
         2, "of the mixture on each test prompt, for the gap between it and a merge; 0: none", "sweep"
+    )
+    only: list[str] = key(
+        [], "make only the cells with such names, e.g. 'raw-*' '*seed=1'; the others may run elsewhere", "sweep"
     )
     keep_policies: bool = key(True, "false: a cell's weights are deleted when they are of no more use", "sweep")
     output_dir: str = key("", "where everything is written; a relative path starts at the working directory", "sweep")
@@ -259,6 +263,19 @@ def cells_of(sweep: Sweep) -> list[Cell]:
         raise InputError(f"reference {sweep.reference!r} is none of the arms: {', '.join(arms)}")
     _refuse_twins(cells)
     return _under_all_decoders(cells)
+
+
+def chosen(sweep: Sweep, cells: Sequence[Cell]) -> set[str]:
+    """The names of the cells that this process makes.
+
+    Raises:
+        InputError: a pattern of `only` fits none.
+    """
+    names = [cell.name for cell in cells]
+    for pattern in sweep.only:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            raise InputError(f"only: no cell is called {pattern!r}{nearest(pattern, names)} (--dry_run lists them)")
+    return {name for name in names if not sweep.only or any(fnmatch.fnmatchcase(name, one) for one in sweep.only)}
 
 
 def _with_parents(cell: Cell, earlier: Sequence[Cell]) -> Cell:

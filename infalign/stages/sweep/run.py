@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,15 @@ from infalign.evaluation.transfer import transfers
 from infalign.report.combined_page import combined_tables
 from infalign.report.sweep_page import compared_tables, headline, remarks, report_sweep
 from infalign.report.table import ABSENT, Table, number, plain_text
-from infalign.runtime.artifacts import differences, fingerprint, sweep_temporaries, without_nan, write_json, write_whole
+from infalign.runtime.artifacts import (
+    at_work,
+    differences,
+    fingerprint,
+    sweep_temporaries,
+    without_nan,
+    write_json,
+    write_whole,
+)
 from infalign.runtime.console import clock, notice, say
 from infalign.runtime.distributed import any_rank, barrier, is_main, together
 from infalign.runtime.imports import file_digest
@@ -46,7 +55,7 @@ from infalign.stages.sweep.cells import (
     remove_cell,
 )
 from infalign.stages.sweep.gap import GAP_SAMPLES
-from infalign.stages.sweep.recipe import Cell, Sweep, cells_of, load_sweep, unreachable
+from infalign.stages.sweep.recipe import Cell, Sweep, cells_of, chosen, load_sweep, unreachable
 from infalign.stages.sweep.sources import TEXTS, Sources
 from infalign.theory.procedures import Procedure
 from infalign.types import InputError, TrainingError
@@ -72,10 +81,11 @@ def sweep(config: Sweep | Mapping[str, Any] | str | Path, *, dry_run: bool = Fal
     settings = config if isinstance(config, Sweep) else load_sweep(config, flags)
     require(settings, "output_dir")  # pyright: ignore[reportArgumentType] - any recipe with such a key
     cells = cells_of(settings)
+    ours = chosen(settings, cells)
     for line in unreachable(settings):
         notice(line)
     if dry_run:
-        _dry_run(settings, cells)
+        _dry_run(settings, cells, ours)
         return None
     own = _own_cell(settings)
     folders = [settings.output / "cells" / cell.name for cell in cells]
@@ -83,24 +93,33 @@ def sweep(config: Sweep | Mapping[str, Any] | str | Path, *, dry_run: bool = Fal
         _check_output(settings.output)
         if own is None:
             _check_cells(cells)
-        held = [read_cell(folder, cell, settings.overwrite) for cell, folder in zip(cells, folders, strict=True)]
         sources = Sources(cells, own)
-        found = [_fresh(one, cell, settings, sources) for one, cell in zip(held, cells, strict=True)]
-        if settings.overwrite:
+        found: list[CellResult | None] = []
+        for cell, folder in zip(cells, folders, strict=True):
+            if cell.name in ours:
+                found.append(_fresh(read_cell(folder, cell, settings.overwrite), cell, settings, sources))
+            else:
+                found.append(_of_another(cell, folder))
+        if settings.overwrite and not settings.only:
             found = _without_lost_parents(settings, cells, found)
-    if is_main():
+    if is_main() and not settings.only:
         sweep_temporaries(settings.output)
     done = {cell.name: one for cell, one in zip(cells, found, strict=True) if one is not None}
-    say(f"infalign: a sweep of {len(cells)} cells, {len(done)} of them finished, output in {settings.output}")
+    whose = f", {len(ours)} for this process" if settings.only else ""
+    say(f"infalign: a sweep of {len(cells)} cells{whose}, {len(done)} finished, output in {settings.output}")
     start, made, written = time.monotonic(), 0, -math.inf
     for place, (cell, folder) in enumerate(zip(cells, folders, strict=True)):
-        if cell.name in done:
+        if cell.name in done or cell.name not in ours:
             continue
-        done[cell.name] = make_cell(cell, folder, folders[:place], own, settings.gap_samples)
+        with at_work(folder) if is_main() else contextlib.nullcontext():
+            done[cell.name] = make_cell(cell, folder, folders[:place], own, settings.gap_samples)
+        for other, where in zip(cells, folders, strict=True):
+            if other.name not in ours and (of_another := _of_another(other, where)) is not None:
+                done[other.name] = of_another
         if not settings.keep_policies:
             _drop_finished(cells, done, settings.output / "cells")
         made += 1
-        left = len(cells) - len(done)
+        left = len(ours - set(done))
         say(f"[{len(done)}/{len(cells)}] {_line(done[cell.name])}{_time_left(start, made, left)}")
         for note in done[cell.name].notes:
             say(f"    {note}")
@@ -110,7 +129,7 @@ def sweep(config: Sweep | Mapping[str, Any] | str | Path, *, dry_run: bool = Fal
         written = time.monotonic() if whole else written
     result = _written(settings, cells, done, True)
     _tell(settings, result)
-    failed = [cell for cell in result.cells if not cell.finished]
+    failed = [cell for cell in result.cells if not cell.finished and cell.name in ours]
     if failed:
         raise TrainingError(
             f"{len(failed)} of {len(cells)} cells failed (first: {failed[0].name}: {failed[0].error}): their logs are "
@@ -122,6 +141,12 @@ def sweep(config: Sweep | Mapping[str, Any] | str | Path, *, dry_run: bool = Fal
 def sweep_verb(recipe: Sweep, *, dry_run: bool = False) -> None:
     """`sweep` as the command line calls it."""
     sweep(recipe, dry_run=dry_run)
+
+
+def _of_another(cell: Cell, folder: Path) -> CellResult | None:
+    """What another process of this sweep has finished."""
+    held = look(folder, cell)
+    return held.result if held.whole else None
 
 
 def _drop_finished(cells: Sequence[Cell], done: Mapping[str, CellResult], folder: Path) -> None:
@@ -356,7 +381,7 @@ def _tell(settings: Sweep, result: SweepResult) -> None:
     say(f"\ntable: {settings.output / 'sweep.csv'}\nreport: {settings.output / 'report' / 'index.html'}")
 
 
-def _dry_run(settings: Sweep, cells: Sequence[Cell]) -> None:
+def _dry_run(settings: Sweep, cells: Sequence[Cell], ours: Set[str]) -> None:
     """Check every cell, and say what it would cost."""
     own = _own_cell(settings)
     if own is None:
@@ -372,6 +397,9 @@ def _dry_run(settings: Sweep, cells: Sequence[Cell]) -> None:
     for cell in cells:
         folder = settings.output / "cells" / cell.name
         held = look(folder, cell)
+        if cell.name not in ours:
+            rows.append((cell.name, ABSENT, "finished" if held.whole else "elsewhere"))
+            continue
         if not settings.overwrite:  # which replaces what has changed
             refuse_changed(folder, held)
             _fresh(held, cell, settings, sources)
