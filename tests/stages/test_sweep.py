@@ -587,9 +587,12 @@ def test_a_pattern_that_no_cell_has(own, tmp_path, capsys):
 
 def test_a_cell_has_one_process(own, tmp_path):
     out = tmp_path / "out"
-    with at_work(out / "cells" / "plain-target_kl=0.5-seed=1"):
-        with pytest.raises(InputError, match=r"another infalign process .* is at work in .*plain-target_kl=0\.5-seed=1"):
-            sweep(own(), output_dir=str(out), only=["plain-target_kl=0.5*"])
+    busy = "plain-target_kl=0.5-seed=1"
+    with (
+        at_work(out / "cells" / busy),
+        pytest.raises(InputError, match=f"another infalign process .* is at work in .*{busy}"),
+    ):
+        sweep(own(), output_dir=str(out), only=["plain-target_kl=0.5*"])
     assert not (out / "cells" / "plain-target_kl=0.5-seed=2").exists()
 
 
