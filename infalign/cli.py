@@ -155,6 +155,17 @@ VERBS = {
         writes=True,
         usage="--config MERGE.yaml --output_dir FOLDER [--KEY VALUE ...]",
     ),
+    "forget": Verb(
+        "unlearn tasks by randomised fine-tuning, and measure what really went",
+        "forget.run:forget_verb",
+        recipe="forget.recipe:ForgetRecipe",
+        read="forget.recipe:load_forget_recipe",
+        options={"dry_run": "check everything, and list the models; write nothing"},
+        tell="forget.run:tell",
+        launches=True,
+        writes=True,
+        usage="--config FORGET.yaml [--KEY VALUE ...]",
+    ),
     "theory": Verb(
         "every transform against the optimum for a procedure; loads no model",
         "theory:theory_verb",

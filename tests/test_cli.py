@@ -44,6 +44,7 @@ def test_every_verb_has_help(verb, capsys):
         "compare": "--policy",
         "sweep": "--compare_at",
         "merge": "--base_model",
+        "forget": "--forget_examples",
     }.get(verb, "--num_calibration_samples")
     assert VERBS[verb].help in out and own in out
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from trl import ModelConfig, RewardConfig, get_peft_config, get_quantization_config
+from trl import ModelConfig, RewardConfig, SFTConfig, get_peft_config, get_quantization_config
 
 from infalign.runtime.config import field_hints
 from infalign.training.config import CTRLConfig
@@ -23,6 +23,11 @@ def training_hints() -> dict[str, Any]:
 def reward_training_hints() -> dict[str, Any]:
     """Every field of TRL's `RewardConfig` and `ModelConfig` with its type."""
     return field_hints(RewardConfig, ModelConfig) | _AS_TRL_READS
+
+
+def supervised_training_hints() -> dict[str, Any]:
+    """Every field of TRL's `SFTConfig` and `ModelConfig` with its type."""
+    return field_hints(SFTConfig, ModelConfig) | _AS_TRL_READS
 
 
 def split_training(values: dict[str, Any], config: type = CTRLConfig) -> tuple[dict[str, Any], dict[str, Any]]:
