@@ -6,7 +6,6 @@ Arrays are over I questions or T tasks. Accuracies lie in [0, 1], chance is 1/2.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,10 +18,11 @@ from infalign.evaluation.winrate import bootstrap_interval
 
 Array = NDArray[np.float64]
 
-RETAINED, PARTLY, FORGOTTEN, UNLEARNED = "retained", "partly forgotten", "forgotten", "never learned"
+RETAINED, PARTLY, FORGOTTEN = "retained", "partly forgotten", "forgotten"
+UNLEARNED, UNCLEAR = "never learned", "unclear"
 RESAMPLES = 2000
 SLACK = 0.05
-"""Accuracies that differ by less count as about equal."""
+"""A smaller loss of accuracy counts as none."""
 
 
 def accuracy(correct_I: Array, confidence: float = 0.95) -> Accuracy:
@@ -67,28 +67,22 @@ def forget_ratio(tuned_I: Array, forgotten_I: Array, confidence: float = 0.95, s
     return Ratio(value, float(low), float(high))
 
 
-def behaviour(base_I: Array, tuned_I: Array, forgotten_I: Array) -> str:
-    """Which of the seed's three behaviours a task shows (arXiv:2409.02228, section 4), or that it was never learned.
+def behaviour(base_I: Array, tuned_I: Array, forgotten_I: Array, confidence: float = 0.95) -> str:
+    """Which of the seed's three behaviours a task shows (arXiv:2409.02228, section 4), or why none can be named.
 
-    "retained": about as accurate as fine-tuned; "partly forgotten": less, but above the model before fine-tuning;
-    "forgotten": at or below that model, or at chance. Two accuracies are about equal where the interval of their
-    difference over the same questions includes 0 or where they differ by less than `SLACK`.
+    "retained": about as accurate as fine-tuned (less than `SLACK` lost); "partly forgotten": less, but still above the
+    model before fine-tuning and above chance; "forgotten": neither. "never learned": the fine-tuned model is not above
+    chance. "unclear": more is lost than `SLACK`, and the interval of the loss over the same questions includes 0.
     """
-    if accuracy(tuned_I).low <= 0.5:
+    if accuracy(tuned_I, confidence).low <= 0.5:
         return UNLEARNED
-    if _about_equal(tuned_I, forgotten_I) or forgotten_I.mean() >= tuned_I.mean():
+    lost_I = tuned_I - forgotten_I
+    if lost_I.mean() < SLACK:
         return RETAINED
-    above_chance = accuracy(forgotten_I).low > 0.5
-    above_base = forgotten_I.mean() > base_I.mean() and not _about_equal(forgotten_I, base_I)
-    return PARTLY if above_base and above_chance else FORGOTTEN
-
-
-def _about_equal(first_I: Array, second_I: Array) -> bool:
-    gap = first_I - second_I
-    if abs(float(gap.mean())) < SLACK:
-        return True
-    low, high = bootstrap_interval(gap)
-    return bool(low <= 0.0 <= high)
+    if bootstrap_interval(lost_I, confidence)[0] <= 0.0:
+        return UNCLEAR
+    above_base = bootstrap_interval(forgotten_I - base_I, confidence)[0] > 0.0
+    return PARTLY if above_base and accuracy(forgotten_I, confidence).low > 0.5 else FORGOTTEN
 
 
 # ---- the cross-task matrix ----
@@ -162,13 +156,3 @@ def difficulty(base_I: Array) -> float:
 def confidence_of(p_I: Array) -> float:
     """Mean probability of the answer that a model prefers, between 1/2 and 1."""
     return float(np.maximum(p_I, 1.0 - p_I).mean())
-
-
-def named_behaviours(found: Mapping[str, str], order: Sequence[str] = (RETAINED, PARTLY, FORGOTTEN, UNLEARNED)) -> str:
-    """Tasks by behaviour, in words.
-
-    >>> named_behaviours({"a": "forgotten", "b": "retained", "c": "forgotten"})
-    'retained: b; forgotten: a, c'
-    """
-    groups = {kind: [task for task, one in found.items() if one == kind] for kind in order}
-    return "; ".join(f"{kind}: {', '.join(tasks)}" for kind, tasks in groups.items() if tasks)

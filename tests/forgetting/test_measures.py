@@ -19,7 +19,6 @@ from infalign.forgetting.measures import (
     difficulty,
     forget_gap,
     forget_ratio,
-    named_behaviours,
     pass_at,
 )
 
@@ -77,8 +76,9 @@ def test_behaviours(base, tuned, forgotten, named):
     assert behaviour(*rows) == named
 
 
-def test_behaviours_in_words():
-    assert named_behaviours({"a": "never learned"}) == "never learned: a"
+def test_a_loss_that_few_questions_cannot_show_is_unclear():
+    rows = [np.random.default_rng(1).permutation(answers(right, 20)) for right in (10, 18, 16)]
+    assert behaviour(*rows) == "unclear"
 
 
 def test_rows_that_are_alike_stand_together():

@@ -130,7 +130,7 @@ def _forgotten(
         accuracies={name: accuracy(one, level) for name, one in after.items()},
         before={name: accuracy(one, level) for name, one in before.items()},
         ratios={name: forget_ratio(before[name], after[name], level, recipe.seed) for name in tasks},
-        behaviours={name: behaviour(first[name], before[name], after[name]) for name in tasks},
+        behaviours={name: behaviour(first[name], before[name], after[name], level) for name in tasks},
         gap=forget_gap(float(after[node.task].mean())),
         best_of={str(n): best_of(p_after, verifier, n) for n in sizes},
         pass_at={str(n): pass_at(p_after, n) for n in sizes},

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import os
@@ -153,6 +154,8 @@ class Models:
                 self.tokenizer.save_pretrained(temporary)
                 write_manifest(temporary, KIND, parts, base=self.recipe.model_name_or_path, steps=steps)
             shutil.rmtree(work)
+            with contextlib.suppress(OSError):  # others are at work there
+                work.parent.rmdir()
         barrier()
 
     def _merged(self, parent: str, adapter: Path) -> Any:
