@@ -97,7 +97,8 @@ def _headline(found: Sequence[Forgotten]) -> str:
     kept = [one.task for one in learned if one.behaviours[one.task] == "retained"]
     if not learned:
         return "No task was learned, so none could be forgotten: fine-tune for longer, or on more questions."
-    text = f"{len(gone)} of {len(learned)} tasks were forgotten{_named(gone)}"
+    tasks = "task was" if len(learned) == 1 else "tasks were"
+    text = f"{len(gone)} of {len(learned)} {tasks} forgotten{_named(gone)}"
     return f"{text}; {len(kept)} {'was' if len(kept) == 1 else 'were'} retained in full{_named(kept)}."
 
 
@@ -258,10 +259,11 @@ def depth_table(result: ForgetResult) -> Table:
 
 
 def _labels(one: Forgotten, source: str) -> str:
-    if not any(point.source == source for point in one.relearned):
+    tried = [point.examples for point in one.relearned if point.source == source]
+    if not tried or one.accuracies[one.task].mean >= one.before[one.task].mean:
         return ABSENT
     least = _comes_back(one, source)
-    return f"{least} labels" if least is not None else "none tried"
+    return f"{least} labels" if least is not None else f"not with {max(tried)}"
 
 
 def answers_table(result: ForgetResult) -> Table:
