@@ -314,6 +314,38 @@ def test_without_weights_the_measurements_stay(folder, tmp_path):
     assert found is not None and again is not None and again.forgotten == found.forgotten
 
 
+def test_win_rates_under_a_general_recipe(folder, tmp_path, capsys):
+    """Forgotten against fine-tuned on other prompts, decoded: what `infalign evaluate` measures of these two models."""
+    (tmp_path / "r.py").write_text("def reward(prompts, completions):\n    return [len(set(c)) for c in completions]\n")
+    write_rows(tmp_path / "prompts.jsonl", [{"prompt": f"the {a} sat on {c}"} for a in ANIMALS for c in COLORS])
+    general = {
+        "model_name_or_path": "replaced",
+        "dataset_name": "prompts.jsonl",
+        "reward": "r.py:reward",
+        "n": 2,
+        "target_kl": 1.0,
+        "num_test_prompts": 6,
+        "max_completion_length": 5,
+        "eval_samples": 4,
+        "eval_n": [2],
+        "output_dir": "replaced",
+    }
+    (tmp_path / "general.yaml").write_text(yaml.safe_dump(general))
+    quick = {"relearn_examples": [], "probes": False, "open_answers": 0, "quantized": False}
+    recipe = recipe_of(folder, output_dir=str(tmp_path / "out"), general=str(tmp_path / "general.yaml"), **quick)
+    found = forget(recipe)
+    assert found is not None
+    won = found.forgotten[0].wins["BestOfN(2)"]
+    files = list((tmp_path / "out" / "general").rglob("evaluation.json"))
+    rows = read_json(files[0], "")["win_rates"]
+    assert won.count == 6 and len(files) == 1
+    assert won.mean == next(row["mean"] for row in rows if row["label"] == "BestOfN(2)")
+    capsys.readouterr()
+    again = forget(recipe)
+    assert again is not None and again.forgotten == found.forgotten and "sampling" not in capsys.readouterr().out
+    assert "win rate, BestOfN(2)" in (tmp_path / "out" / "report" / "index.html").read_text()
+
+
 def test_adapters_are_merged(folder, tmp_path):
     pytest.importorskip("peft")
     quick = {"relearn_examples": [], "probes": False, "open_answers": 0, "quantized": False, "fine_tune": "together"}
