@@ -113,6 +113,7 @@ VERBS = {
             "api_token_env": "NAME of the environment variable that holds the token to ask for",
             "max_queue": "requests that may wait; more get 429 [64]",
             "request_timeout": "seconds for a request; then 504 [300]",
+            "max_tokens_policy": "for max_tokens above the recipe's: cap (said in a header), or refuse [cap]",
         },
     ),
     "reward-model": Verb(

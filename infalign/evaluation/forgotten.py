@@ -33,12 +33,13 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Correlation:
-    """Spearman's rank correlation over `count` tasks, with its interval."""
+    """Spearman's rank correlation over `count` tasks, its interval, and how often chance gives as much."""
 
     value: float
     low: float
     high: float
     count: int
+    p: float
 
 
 @dataclass(frozen=True)
@@ -100,15 +101,17 @@ class Forgotten:
 
     Attributes:
         name: of the model.
-        task, labels, examples: what it was trained on to forget, with which labels, on how many questions.
+        task, labels, examples: what it was trained on to forget, with which labels, how many questions were asked for.
+        used: how many questions there were.
         accuracies, before: by task, after and before (of the fine-tuned model it comes from).
         ratios, behaviours: by task.
         gap: accuracy on its task minus 1/2.
         best_of: accuracy on its task when it gives n answers and the fine-tuned model picks one, by n.
         pass_at: probability that one of its n answers is right, by n.
         best_of_before, pass_at_before: the same of the fine-tuned model.
+        best_of_coin: what Best-of-n gives of answers that a coin draws: the fine-tuned model's own knowledge.
         probed, quantized, open_answers: None where not measured.
-        relearned: by source and number of examples.
+        relearned: by source and number of examples; `learned`: what the base makes of the same labels.
         texts, texts_before: nats a token on held-out texts, by file.
         wins: win rate against the fine-tuned model under each decoder of the `general` recipe, with its interval.
     """
@@ -117,6 +120,7 @@ class Forgotten:
     task: str
     labels: str
     examples: int
+    used: int
     accuracies: dict[str, Accuracy]
     before: dict[str, Accuracy]
     ratios: dict[str, Ratio]
@@ -126,10 +130,12 @@ class Forgotten:
     pass_at: dict[str, float] = field(default_factory=dict)
     best_of_before: dict[str, float] = field(default_factory=dict)
     pass_at_before: dict[str, float] = field(default_factory=dict)
+    best_of_coin: dict[str, float] = field(default_factory=dict)
     probed: Probed | None = None
     quantized: Accuracy | None = None
     open_answers: OpenAnswers | None = None
     relearned: tuple[Relearned, ...] = ()
+    learned: tuple[Relearned, ...] = ()
     texts: dict[str, float] = field(default_factory=dict)
     texts_before: dict[str, float] = field(default_factory=dict)
     wins: dict[str, Accuracy] = field(default_factory=dict)

@@ -5,6 +5,7 @@ Arrays are over I questions or T tasks. Accuracies lie in [0, 1], chance is 1/2.
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -19,10 +20,12 @@ from infalign.evaluation.winrate import bootstrap_interval
 Array = NDArray[np.float64]
 
 RETAINED, PARTLY, FORGOTTEN = "retained", "partly forgotten", "forgotten"
-UNLEARNED, UNCLEAR = "never learned", "unclear"
-RESAMPLES = 2000
+UNLEARNED, INVERTED, UNCLEAR = "never learned", "inverted", "unclear"
+DRAWS = 4000
+SOME = 0.3
+"""Part of a skill that may be gone from what is retained, or left of what is forgotten."""
 SLACK = 0.05
-"""A smaller loss of accuracy counts as none."""
+"""Accuracy above the model before fine-tuning that counts as none."""
 
 
 def accuracy(correct_I: Array, confidence: float = 0.95) -> Accuracy:
@@ -43,13 +46,14 @@ def forget_gap(forgotten: float) -> float:
 def forget_ratio(tuned_I: Array, forgotten_I: Array, confidence: float = 0.95, seed: int = 0) -> Ratio:
     """(acc_tuned - acc_forgotten) / (acc_tuned - 1/2): the part of a skill that is gone, over the same questions.
 
-    The interval resamples questions. Where the fine-tuned model is not above chance (the interval of its accuracy
-    reaches down to 1/2) there was nothing to forget, and the ratio is NaN with that reason.
+    The interval is the Bayesian one of the two-by-two table of right answers under Jeffreys' prior (half a question in
+    each field), which has a width also where all answers are right. Where the fine-tuned model is not above chance
+    (the interval of its accuracy reaches down to 1/2) nothing could be forgotten: NaN with that reason.
 
     Args:
-        tuned_I, forgotten_I: right answers of the fine-tuned and of the forgotten model.
+        tuned_I, forgotten_I: right answers, 0 or 1, of the fine-tuned and of the forgotten model.
         confidence: of the intervals.
-        seed: of the resampling.
+        seed: of the draws.
     """
     before = accuracy(tuned_I, confidence)
     if before.low <= 0.5:
@@ -58,31 +62,42 @@ def forget_ratio(tuned_I: Array, forgotten_I: Array, confidence: float = 0.95, s
             reason=f"fine-tuned accuracy {before.mean:.3f} [{before.low:.3f}, {before.high:.3f}] is not above chance",
         )
     value = (before.mean - float(forgotten_I.mean())) / (before.mean - 0.5)
-    rows = np.random.default_rng(seed).integers(len(tuned_I), size=(RESAMPLES, len(tuned_I)))
-    tuned_R, forgotten_R = tuned_I[rows].mean(axis=1), forgotten_I[rows].mean(axis=1)
+    fields = [(tuned_I == t) & (forgotten_I == f) for t, f in ((1, 1), (1, 0), (0, 1), (0, 0))]
+    counts = np.array([float(one.sum()) for one in fields])
+    both_R, lost_R, gained_R, _ = np.random.default_rng(seed).dirichlet(counts + 0.5, size=DRAWS).T
+    tuned_R, forgotten_R = both_R + lost_R, both_R + gained_R
     usable = tuned_R > 0.5
     ratios = (tuned_R[usable] - forgotten_R[usable]) / (tuned_R[usable] - 0.5)
     tail = (1.0 - confidence) / 2.0
     low, high = np.quantile(ratios, [tail, 1.0 - tail])
-    return Ratio(value, float(low), float(high))
+    return Ratio(value, float(min(low, value)), float(max(high, value)))
 
 
 def behaviour(base_I: Array, tuned_I: Array, forgotten_I: Array, confidence: float = 0.95) -> str:
-    """Which of the seed's three behaviours a task shows (arXiv:2409.02228, section 4), or why none can be named.
+    """Which of the seed's three behaviours a task shows (arXiv:2409.02228, section 4), as far as intervals show it.
 
-    "retained": about as accurate as fine-tuned (less than `SLACK` lost); "partly forgotten": less, but still above the
-    model before fine-tuning and above chance; "forgotten": neither. "never learned": the fine-tuned model is not above
-    chance. "unclear": more is lost than `SLACK`, and the interval of the loss over the same questions includes 0.
+    - "retained": surely less than `SOME` of the skill is gone (the forget ratio's upper end);
+    - "forgotten": surely more than 1 - `SOME` is gone, or the accuracy surely exceeds the model's before fine-tuning by
+      no more than `SLACK`;
+    - "partly forgotten": surely some of it is gone, and the accuracy is surely above that model's and above chance;
+    - "inverted": surely below chance, as flipped labels make it: the skill is there, with its sign turned;
+    - "never learned": the fine-tuned model is not surely above chance;
+    - "unclear": none of these, or too few questions to tell.
     """
-    if accuracy(tuned_I, confidence).low <= 0.5:
+    ratio = forget_ratio(tuned_I, forgotten_I, confidence)
+    after = accuracy(forgotten_I, confidence)
+    if ratio.reason:
         return UNLEARNED
-    lost_I = tuned_I - forgotten_I
-    if lost_I.mean() < SLACK:
+    if after.high < 0.5:
+        return INVERTED
+    if ratio.high <= SOME:
         return RETAINED
-    if bootstrap_interval(lost_I, confidence)[0] <= 0.0:
+    if ratio.low <= 0.0:
         return UNCLEAR
-    above_base = bootstrap_interval(forgotten_I - base_I, confidence)[0] > 0.0
-    return PARTLY if above_base and accuracy(forgotten_I, confidence).low > 0.5 else FORGOTTEN
+    above_low, above_high = bootstrap_interval(forgotten_I - base_I, confidence)
+    if ratio.low >= 1.0 - SOME or above_high <= SLACK:
+        return FORGOTTEN
+    return PARTLY if above_low > 0.0 and after.low > 0.5 else UNCLEAR
 
 
 # ---- the cross-task matrix ----
@@ -106,18 +121,32 @@ def cluster_order(matrix_TU: Array) -> list[int]:
 def correlation(predictor_T: Array, outcome_T: Array, confidence: float = 0.95) -> Correlation:
     """Spearman's correlation of a predictor with an outcome over T tasks; tasks where one is NaN are left out.
 
-    The interval is Fisher's, with the variance (1 + r^2 / 2) / (T - 3) for ranks (Bonett & Wright 2000); NaN for fewer
-    than four tasks or a constant.
+    The interval is Fisher's, with the variance (1 + r^2 / 2) / (T - 3) for ranks (Bonett & Wright 2000); it is NaN for
+    a perfect order, of which it knows nothing. `p` is the two-sided share of orders of the tasks that correlate at
+    least as much. NaN for fewer than four tasks or a constant.
     """
     usable = np.isfinite(predictor_T) & np.isfinite(outcome_T)
     x, y = predictor_T[usable], outcome_T[usable]
     count = int(usable.sum())
     if count < 4 or np.ptp(x) == 0.0 or np.ptp(y) == 0.0:
-        return Correlation(math.nan, math.nan, math.nan, count)
-    value = float(np.corrcoef(stats.rankdata(x), stats.rankdata(y))[0, 1])
-    inside = min(max(value, -1 + 1e-9), 1 - 1e-9)
-    half = float(stats.norm.ppf(0.5 + confidence / 2)) * math.sqrt((1 + inside**2 / 2) / (count - 3))
-    return Correlation(value, math.tanh(math.atanh(inside) - half), math.tanh(math.atanh(inside) + half), count)
+        return Correlation(math.nan, math.nan, math.nan, count, math.nan)
+    ranks = stats.rankdata(x), stats.rankdata(y)
+    value = float(np.corrcoef(*ranks)[0, 1])
+    low = high = math.nan
+    if abs(value) < 1 - 1e-9:
+        half = float(stats.norm.ppf(0.5 + confidence / 2)) * math.sqrt((1 + value**2 / 2) / (count - 3))
+        low, high = (math.tanh(math.atanh(value) + sign * half) for sign in (-1, 1))
+    return Correlation(value, low, high, count, _share_of_orders(*ranks))
+
+
+def _share_of_orders(x: Array, y: Array) -> float:
+    """All orders of up to eight tasks, or 20,000 of more."""
+    if len(x) <= 8:
+        orders = np.array(list(itertools.permutations(range(len(x)))))
+    else:
+        orders = np.random.default_rng(0).permuted(np.tile(np.arange(len(x)), (20_000, 1)), axis=1)
+    products = (x - x.mean())[orders] @ (y - y.mean())
+    return float((np.abs(products) >= abs(float((x - x.mean()) @ (y - y.mean()))) - 1e-9).mean())
 
 
 # ---- more than one answer ----

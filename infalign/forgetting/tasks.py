@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -42,7 +42,7 @@ class Question:
     @property
     def key(self) -> str:
         """The same for contexts that differ in case, white space or punctuation only."""
-        return normalised(self.context)
+        return _key(self.context, self.answers)
 
 
 @dataclass(frozen=True)
@@ -66,13 +66,21 @@ class Task:
     delimiter: str = " "
 
 
-def normalised(context: str) -> str:
-    """A context without what does not tell questions apart.
+_WORDS = re.compile(r"\w+|[+*/=<>%^&|~$#@\\]|(?<!\S)-(?!\S)|-(?=\d)")
 
-    >>> normalised("Is  water wet?") == normalised("is water\\nwet")
-    True
+
+def normalised(context: str) -> str:
+    """A context without what does not tell questions apart; signs of arithmetic and of code do.
+
+    >>> normalised("Is  water wet?") == normalised("is WATER wet"), normalised("3 + 4") == normalised("3 - 4")
+    (True, False)
     """
-    return " ".join(re.findall(r"\w+", context.casefold()))
+    return " ".join(_WORDS.findall(context.casefold()))
+
+
+def _key(context: str, answers: Iterable[str]) -> str:
+    """What tells questions apart: the context, or where there is none the answers."""
+    return normalised(context) or " | ".join(sorted(map(normalised, answers)))
 
 
 def read_items(rows: Sequence[Mapping[str, Any]], name: str) -> list[Item]:
@@ -95,16 +103,17 @@ def _item(row: Mapping[str, Any], where: str) -> Item:
         )
     given = row["distractors"]
     wrong = [given] if isinstance(given, str) else list(given) if isinstance(given, Sequence) else given
-    if isinstance(row["context"], (dict, list)) or not isinstance(wrong, list):
-        raise InputError(
-            f"{where}: context and correct are texts, distractors a list of texts, got {json.dumps(given)[:_SHOWN]}"
-        )
+    if not isinstance(wrong, list) or not all(isinstance(one, (str, int, float)) for one in [row["correct"], *wrong]):
+        shown = json.dumps([row["correct"], given], default=str)[:_SHOWN]
+        raise InputError(f"{where}: correct is a text, distractors a list of texts, got {shown}")
+    if not isinstance(row["context"], str):
+        raise InputError(f"{where}: context is a text, got {json.dumps(row['context'], default=str)[:_SHOWN]}")
     correct, texts = str(row["correct"]).strip(), [str(one).strip() for one in wrong]
     if not texts or not all([correct, *texts]):
         raise InputError(f"{where}: no distractor, or an empty answer: a question needs one wrong answer at least")
     if correct in texts:
         raise InputError(f"{where}: the correct answer {correct[:_SHOWN]!r} is among its distractors")
-    return Item(str(row["context"]), correct, tuple(texts))
+    return Item(row["context"], correct, tuple(texts))
 
 
 def binarised(item: Item, seed: int, task: str) -> Question:
@@ -167,7 +176,7 @@ def _split(items: Sequence[Item], num_test: int, seed: int, name: str) -> tuple[
     """Questions of one context stay together."""
     groups: dict[str, list[Item]] = {}
     for item in items:
-        groups.setdefault(normalised(item.context), []).append(item)
+        groups.setdefault(_key(item.context, (item.correct, *item.distractors)), []).append(item)
     order = stream(seed, "split", name).permutation(len(groups))
     keys = list(groups)
     held_out = [keys[int(at)] for at in order[: min(num_test, len(groups) // 2)]]
@@ -192,6 +201,18 @@ def _check_classes(name: str, part: str, questions: Sequence[Question]) -> None:
             f"{name}: the correct answer of all {len(questions)} {part} questions is {right.pop()[:_SHOWN]!r}: one "
             "class only, which can be neither learned nor forgotten"
         )
+
+
+def shared_questions(tasks: Mapping[str, Task]) -> dict[tuple[str, str], int]:
+    """How many test questions of a task another one trains on, by (task, other), where there are any."""
+    trained = {name: {question.key for question in task.train} for name, task in tasks.items()}
+    counts = {
+        (name, other): sum(question.key in trained[other] for question in task.test)
+        for name, task in tasks.items()
+        for other in tasks
+        if other != name
+    }
+    return {pair: count for pair, count in counts.items() if count}
 
 
 def relabelled(questions: Sequence[Question], labels: str, count: int, seed: int, task: str) -> list[Question]:

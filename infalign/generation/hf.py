@@ -7,7 +7,7 @@ own stream. Each distinct prompt is computed and kept once; finished rows leave 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakSet
@@ -46,6 +46,8 @@ class HFSampler:
         settings: the sampling distribution.
         end_ids: the tokens that end a completion.
         seed: keys every sample's stream together with prompt key and sample index.
+        gone: whether nobody waits any more for the samples of a prompt's key: they end at the next token. Asked at
+            every token; None where all are waited for.
     """
 
     model: Any
@@ -53,6 +55,7 @@ class HFSampler:
     settings: SamplingSettings
     end_ids: tuple[int, ...]
     seed: int | str
+    gone: Callable[[str], bool] | None = None
 
     def sample(self, requests: Sequence[Request]) -> list[Sample]:
         """One sample a request, in their order, as one batch; `token_logps` are the model's, in nats."""
@@ -83,7 +86,9 @@ class HFSampler:
         for row, (request, (ids, _)) in enumerate(zip(requests, begun, strict=True)):
             uniforms_BT[row, : limit - len(ids)] = uniforms(self.seed, request.key, request.index, limit)[len(ids) :]
         prompts = [(*request.prompt_ids, *ids) for request, (ids, _) in zip(requests, begun, strict=True)]
-        rows = decode_rows(self.model, prompts, uniforms_BT, self.settings, self.end_ids)
+        gone = self.gone
+        left = None if gone is None else lambda: [gone(request.key) for request in requests]
+        rows = decode_rows(self.model, prompts, uniforms_BT, self.settings, self.end_ids, left=left)
         whole = [
             ([*before, *ids][:limit], np.concatenate([earlier, np.asarray(logps, np.float32)])[:limit])
             for (before, earlier), (ids, logps) in zip(begun, rows, strict=True)
@@ -108,6 +113,7 @@ def decode_rows(
     *,
     in_step: bool = False,
     share: bool = True,
+    left: Callable[[], Sequence[bool]] | None = None,
 ) -> list[tuple[list[int], list[float]]]:
     """Decode one completion a prompt, T tokens at most; row b is a function of prompt b and `uniforms_BT[b]`.
 
@@ -119,6 +125,7 @@ def decode_rows(
         end_ids: tokens that end a completion.
         in_step: all ranks make equally many forward passes, as weights that are sharded over them need.
         share: compute each prompt once for all of its rows, where the model allows it.
+        left: asked at every token which of the B rows nobody waits for any more; they end there.
 
     Returns:
         For each row its token ids (end token included) and their log-probabilities in nats.
@@ -148,6 +155,9 @@ def decode_rows(
         ended = active[torch.isin(chosen, ends)]
         # Rows that have ended may be decoded on for a while: their first end counts, hence the minimum.
         lengths_B[ended] = lengths_B[ended].clamp(max=step + 1)
+        if left is not None:
+            given_up = torch.tensor(left(), device=device)
+            lengths_B[given_up] = lengths_B[given_up].clamp(max=step + 1)
         going = lengths_B[active] > step + 1
         unfinished = bool(going.any())
         # where weights are sharded a pass takes all ranks, so one that is done goes on until the last is

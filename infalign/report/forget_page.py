@@ -22,8 +22,9 @@ _MATRIX = (
     "chance (0.5), blue above it, red below. Tasks whose rows are alike stand together."
 )
 _RELEARNING = (
-    "Accuracy on a forgotten task after training on a few true labels: of the task itself, or of another one. A skill "
-    "that comes back at once was hidden rather than gone."
+    "Accuracy on a forgotten task after training on a few true labels: of the task itself, or of another one. Grey: "
+    "the base, from the same labels of the task. What comes back faster than the base learns it was hidden rather than "
+    "gone."
 )
 
 
@@ -125,36 +126,66 @@ def _cross(found: Sequence[Forgotten], tasks: Sequence[TaskFacts]) -> list[str]:
         if task.name != one.task and one.behaviours[task.name] == "forgotten"
     ]
     if not along:
-        return ["No other task was forgotten along with one."]
+        return ["No other task was surely forgotten along with one."]
     more = f"; and {len(along) - 4} more" if len(along) > 4 else ""
     return [f"What else went: {'; '.join(along[:4])}{more}."]
 
 
 def _depth(found: Sequence[Forgotten]) -> list[str]:
-    gone = [one for one in found if one.behaviours[one.task] in ("forgotten", "partly forgotten")]
-    lines = []
-    readable = [
-        one for one in gone if one.probed is not None and one.probed.after.low > max(0.5, one.probed.control.mean)
+    gone = [one for one in found if one.behaviours[one.task] in ("forgotten", "partly forgotten", "inverted")]
+    return [*_by_probes(gone), *_by_relearning(gone), *_by_answers(gone)] if gone else []
+
+
+def _by_probes(gone: Sequence[Forgotten]) -> list[str]:
+    probed = [(one, one.probed) for one in gone if one.probed is not None]
+    if not probed:
+        return []
+    # where random weights do as well there is nothing that a probe could show
+    telling = [(one, probes) for one, probes in probed if probes.before.low > probes.control.mean]
+    readable = [one.task for one, probes in telling if probes.after.low > probes.control.mean]
+    blind = [one.task for one, probes in probed if probes.before.low <= probes.control.mean]
+    text = (
+        f"A linear probe still finds the answers in the hidden states, better than with random weights, for "
+        f"{len(readable)} of {len(telling)}{_named(readable)}"
+    )
+    return [f"{text}; of {', '.join(blind)} it tells nothing: random weights do as well." if blind else f"{text}."]
+
+
+def _by_relearning(gone: Sequence[Forgotten]) -> list[str]:
+    tried = [one for one in gone if any(point.source == one.task for point in one.relearned)]
+    if not tried:
+        return []
+    back = {one.task: least for one in tried if (least := _comes_back(one, one.task)) is not None}
+    hidden = [one.task for one in tried if one.task in back and _ahead_of_base(one, back[one.task])]
+    named = [f"{task} from {least}" for task, least in back.items()]
+    text = f"Half of what was lost comes back with a few true labels for {len(back)} of {len(tried)}{_named(named)}"
+    if not back:
+        return [f"{text}, in the numbers that were tried."]
+    return [f"{text}; the base learns surely less from the same labels for {len(hidden)} of these{_named(hidden)}."]
+
+
+def _ahead_of_base(one: Forgotten, examples: int) -> bool:
+    """Whether the forgotten model learns a task again from labels from which the base does not learn as much."""
+    again, fresh = (
+        next((point.accuracy for point in points if (point.source, point.examples) == (one.task, examples)), None)
+        for points in (one.relearned, one.learned)
+    )
+    return again is not None and fresh is not None and again.low > fresh.mean
+
+
+def _by_answers(gone: Sequence[Forgotten]) -> list[str]:
+    asked = [one for one in gone if one.best_of]
+    largest = max((int(n) for one in asked for n in one.best_of), default=1)
+    if largest == 1:
+        return []
+    mean, coin = (
+        sum(values[str(largest)] for values in found) / len(asked)
+        for found in ([one.best_of for one in asked], [one.best_of_coin for one in asked])
+    )
+    return [
+        f"Of {largest} answers of a model that forgot, the fine-tuned one picks the right one for {100 * mean:.0f} % "
+        f"of the questions, of a coin's for {100 * coin:.0f} %: Best-of-N with a judge that knows brings a skill back."
     ]
-    if gone and any(one.probed is not None for one in gone):
-        lines.append(
-            f"A linear probe still finds the answers of {len(readable)} of {len(gone)} in the hidden states"
-            f"{_named([one.task for one in readable])}."
-        )
-    back = [f"{one.task} from {least}" for one in gone if (least := _comes_back(one, one.task)) is not None]
-    if any(one.relearned for one in gone):
-        lines.append(
-            f"Half of what was lost comes back with a few true labels for {len(back)} of {len(gone)}"
-            f"{_named(back)}{'' if back else ', in the numbers that were tried'}."
-        )
-    shown = [one for one in gone if one.best_of and _regained(one) >= RECOVERED]
-    largest = max((int(n) for one in gone for n in one.best_of), default=1)
-    if largest > 1 and gone:
-        lines.append(
-            f"With {largest} answers a question and the fine-tuned model to pick one, {len(shown)} of {len(gone)} are "
-            f"back{_named([one.task for one in shown])}: what Best-of-N brings back was not forgotten."
-        )
-    return lines
 
 
 def _comes_back(one: Forgotten, source: str) -> int | None:
@@ -162,13 +193,6 @@ def _comes_back(one: Forgotten, source: str) -> int | None:
     start, aim = one.accuracies[one.task].mean, one.before[one.task].mean
     points = sorted((point for point in one.relearned if point.source == source), key=lambda point: point.examples)
     return next((p.examples for p in points if p.accuracy.mean - start >= RECOVERED * (aim - start) > 0), None)
-
-
-def _regained(one: Forgotten) -> float:
-    """The part of the lost accuracy that Best-of-N regains at the largest n."""
-    lost = one.before[one.task].mean - one.accuracies[one.task].mean
-    largest = max(one.best_of, key=int)
-    return (one.best_of[largest] - one.accuracies[one.task].mean) / lost if lost > 0 else math.nan
 
 
 # ---- tables ----
@@ -201,13 +225,14 @@ def task_table(result: ForgetResult) -> Table:
 
 def ratios_table(result: ForgetResult) -> list[tuple[str, Table]]:
     """A title and a table for each kind of forgetting: the task itself before and after."""
-    heads = ("task", "base", "fine-tuned", "forgotten", "gap", "forget ratio", "interval", "behaviour")
+    heads = ("task", "labels", "base", "fine-tuned", "forgotten", "gap", "forget ratio", "interval", "behaviour")
     base = {task.name: task.base for task in result.tasks}
     found = []
     for labels, examples in kinds_of(result):
         rows = tuple(
             (
                 one.task,
+                str(one.used),
                 number(base[one.task].mean, 3),
                 number(one.before[one.task].mean, 3),
                 _shown(one.accuracies[one.task]),
@@ -270,13 +295,15 @@ def answers_table(result: ForgetResult) -> Table:
     """Accuracy under Best-of-n and pass@n, before and after, and of answers with no choices given."""
     sizes = list(dict.fromkeys(n for one in result.forgotten for n in one.best_of))
     opened = list(dict.fromkeys(n for one in result.forgotten if one.open_answers for n in one.open_answers.after))
-    heads = ("task", "labels", *(f"Best-of-{n}" for n in sizes), *(f"pass@{n}" for n in sizes))
+    heads = ("task", "labels", *(f"Best-of-{n}" for n in sizes), f"Best-of-{sizes[-1]} of coins" if sizes else "")
+    heads = (*heads, *(f"pass@{n}" for n in sizes))
     heads = (*heads, *(f"open pass@{n}" for n in opened))
     rows = tuple(
         (
             one.task,
             f"{one.labels} {one.examples}",
             *(_change(one.best_of_before.get(n), one.best_of.get(n)) for n in sizes),
+            number(one.best_of_coin.get(sizes[-1]), 2) if sizes else "",
             *(_change(one.pass_at_before.get(n), one.pass_at.get(n)) for n in sizes),
             *(
                 ABSENT
@@ -321,11 +348,12 @@ def predictors_table(result: ForgetResult) -> Table:
             f"{one.labels} {one.examples}",
             number(one.correlation.value, 2),
             ABSENT if math.isnan(one.correlation.low) else f"[{one.correlation.low:.2f}, {one.correlation.high:.2f}]",
+            number(one.correlation.p, 3),
             str(one.correlation.count),
         )
         for one in result.predictions
     )
-    return Table(("predictor", "labels", "rank correlation with the forget ratio", level, "tasks"), rows)
+    return Table(("predictor", "labels", "rank correlation with the forget ratio", level, "p", "tasks"), rows)
 
 
 def _shown(one: Accuracy) -> str:

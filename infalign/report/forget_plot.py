@@ -74,6 +74,10 @@ def _curves(axes, one: Forgotten) -> None:
             x, [point.low for point in shown], [point.high for point in shown],
             color=LINES[at % len(LINES)], alpha=0.15, linewidth=0,
         )  # fmt: skip
+    fresh = sorted(one.learned, key=lambda point: point.examples)
+    if fresh:
+        means = [point.accuracy.mean for point in fresh]
+        axes.plot([point.examples for point in fresh], means, "s-", color=MUTED, markersize=4, label="the base")
     axes.axhline(one.before[one.task].mean, color=MUTED, linewidth=1.0, linestyle="--", label="before forgetting")
     axes.axhline(0.5, color=MUTED, linewidth=0.8, linestyle=":")
     axes.set_ylim(0.0, 1.02)

@@ -10,7 +10,7 @@ import json
 import re
 import secrets
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,8 @@ from infalign.types import Sample
 class Answer:
     """The outcomes of a request, one a choice, prompt by prompt; every one has a chosen completion.
 
-    `prompt_tokens` are those of the prompts, each once; `model` and `fingerprint` say what answers.
+    `prompt_tokens` are those of the prompts, each once; `model` and `fingerprint` say what answers; `notes` say what of
+    the request was not done as asked; `token_text` is the text of some tokens.
     """
 
     ask: CompletionRequest
@@ -31,6 +32,8 @@ class Answer:
     prompt_tokens: int
     model: str
     fingerprint: str
+    token_text: Callable[[Sequence[int]], str]
+    notes: Sequence[str] = ()
     created: int = field(default_factory=lambda: int(time.time()))
     name: str = field(default_factory=lambda: secrets.token_hex(12))
 
@@ -42,7 +45,8 @@ class Answer:
             message = {"role": "assistant", "content": text, "refusal": None}
             content = {"message": message} if self.ask.messages else {"text": text}
             choices.append(self._last(index, content, outcome))
-        return {**self._head("chat.completion"), "choices": choices, "usage": self.usage()}
+        told = {"infalign": {"notes": list(self.notes)}} if self.notes else {}
+        return {**self._head("chat.completion"), "choices": choices, "usage": self.usage(), **told}
 
     async def events(self) -> AsyncIterator[str]:
         """The server-sent events of a streamed answer: the chosen text in pieces, usage if asked for, [DONE]."""
@@ -77,6 +81,20 @@ class Answer:
             },
         }
 
+    def _logprobs(self, sample: Sample) -> dict[str, Any] | None:
+        """Of the tokens of a completion, at the temperature that drew it; None where a stop string cut into one."""
+        logps = [float(one) for one in sample.token_logps]
+        if any(one != one for one in logps):
+            return None
+        texts = [self.token_text([token]) for token in sample.token_ids]
+        if self.ask.messages:
+            content = [
+                {"token": text, "logprob": logp, "bytes": list(text.encode()), "top_logprobs": []}
+                for text, logp in zip(texts, logps, strict=True)
+            ]
+            return {"content": content, "refusal": None}
+        return {"tokens": texts, "token_logprobs": logps, "text_offset": _offsets(texts), "top_logprobs": None}
+
     def _head(self, chat: str) -> dict[str, Any]:
         return {
             "id": f"{'chatcmpl' if self.ask.messages else 'cmpl'}-{self.name}",
@@ -89,6 +107,8 @@ class Answer:
     def _last(self, index: int, content: Mapping[str, Any], outcome: Outcome) -> dict[str, Any]:
         """A choice, or the end of one that is streamed: why it ended, and the candidates if asked for."""
         choice, decoded = _choice(index, content, _reason(_chosen(outcome))), outcome.decoded
+        if self.ask.wants_logprobs:
+            choice["logprobs"] = self._logprobs(_chosen(outcome))
         if self.ask.infalign.return_candidates:
             candidates = [
                 {
@@ -101,6 +121,11 @@ class Answer:
             ]
             choice["infalign"] = {"chosen": decoded.chosen, "seed": self.ask.seed, "candidates": candidates}
         return choice
+
+
+def _offsets(texts: Sequence[str]) -> list[int]:
+    """Where each of some texts begins when they are put together."""
+    return [sum(map(len, texts[:place])) for place in range(len(texts))]
 
 
 def pieces(text: str) -> list[str]:

@@ -12,11 +12,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from infalign.runtime.address import is_loopback
 from infalign.serving.completions import Service, complete
+from infalign.serving.described import openapi, page
 from infalign.serving.refusal import Refusal
 
 STOP_SECONDS = 10.0
@@ -39,6 +40,18 @@ def build_app(service: Service) -> Starlette:
 
     async def models(_: Request) -> Response:
         return JSONResponse({"object": "list", "data": [card]})
+
+    async def one_model(request: Request) -> Response:
+        name = request.path_params["name"]
+        if name != service.model:
+            raise Refusal(404, f"no model {name!r:.80} here, only {service.model!r}", code="model_not_found")
+        return JSONResponse(card)
+
+    async def schema(_: Request) -> Response:
+        return JSONResponse(openapi(service.model))
+
+    async def docs(_: Request) -> Response:
+        return HTMLResponse(page(service.model))
 
     async def metrics(_: Request) -> Response:
         return PlainTextResponse(service.metrics.text(service.worker.gauges()))
@@ -72,6 +85,9 @@ def build_app(service: Service) -> Starlette:
         _route(service, "/v1/chat/completions", "POST", chat),
         _route(service, "/v1/completions", "POST", text),
         _route(service, "/v1/models", "GET", models),
+        _route(service, "/v1/models/{name:path}", "GET", one_model),
+        _route(service, "/openapi.json", "GET", schema),
+        _route(service, "/docs", "GET", docs),
         _route(service, "/metrics", "GET", metrics),
         _route(service, "/health", "GET", health, needs_token=False),
     ]
@@ -99,8 +115,13 @@ def _route(service: Service, path: str, method: str, handle: Handler, *, needs_t
 
 
 def _check_caller(token: str | None, request: Request, needs_token: bool) -> None:
-    """The token; without one, a page in a browser must not reach us under a name of its own (DNS rebinding)."""
+    """The token; without one, a page in a browser must not reach us under a name of its own (DNS rebinding).
+
+    A browser always says which host it asks; HTTP/1.0 need not.
+    """
     if token is None:
+        if "host" not in request.headers:
+            return
         with contextlib.suppress(ValueError):  # a bracket that is not closed
             if is_loopback(f"http://{request.headers.get('host', '')}"):
                 return

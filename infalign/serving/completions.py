@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
@@ -29,7 +29,12 @@ MAX_BODY = 4 * 2**20
 
 STOPPING = "the server is stopping: ask again later"
 
-Render = Callable[[Any], tuple[Prompt, tuple[int, ...]]]
+NOTE = "X-Infalign-Note"
+"""The header that says what of a request was not done as asked."""
+DRAINED = 64 * 2**20
+"""Bytes of a body that is too long that are still read, so that the refusal arrives."""
+
+Render = Callable[[Any, Mapping[str, Any]], tuple[Prompt, tuple[int, ...]]]
 
 
 @dataclass(frozen=True)
@@ -41,11 +46,14 @@ class Service:
         sampling: the recipe's settings.
         seed: the recipe's.
         most_tokens: tokens of prompt and completion together, None when unknown; `most_prompt` of the prompt alone.
-        render: a prompt and its tokens as the model sees them, of a chat or a text; raises InputError.
+        render: a prompt and its tokens as the model sees them, of a chat or a text and further variables of the chat
+            template; raises InputError.
+        token_text: the text of tokens.
         worker: decodes.
         metrics: counts.
         timeout: seconds for a request.
         token: the bearer token to ask for, None for none.
+        cap: whether more tokens than the recipe's are cut at the recipe's number; else they are refused.
         rendering: held while a tokenizer works, which serves one thread at a time.
     """
 
@@ -57,10 +65,12 @@ class Service:
     most_tokens: int | None
     most_prompt: int | None
     render: Render
+    token_text: Callable[[Sequence[int]], str]
     worker: Worker
     metrics: Metrics
     timeout: float
     token: str | None
+    cap: bool = True
     rendering: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
@@ -83,7 +93,7 @@ async def complete(service: Service, request: Request, kind: Kind) -> Response:
 async def _complete(service: Service, request: Request, kind: Kind) -> Response:
     ask = read_request(await _body(request), kind, service.model)
     async with service.rendering:
-        job, prompt_tokens = await asyncio.to_thread(_job, service, ask)
+        job, prompt_tokens, notes = await asyncio.to_thread(_job, service, ask)
     if not service.worker.alive:
         raise Refusal(503, STOPPING, code="stopping")
     try:
@@ -96,11 +106,12 @@ async def _complete(service: Service, request: Request, kind: Kind) -> Response:
         raise Refusal(500, "the reward gave no candidate a score, so that none can be chosen", code="no_score")
     service.metrics.choices.inc(len(outcomes))
     service.metrics.tokens.labels("prompt").inc(prompt_tokens)
-    answer = Answer(ask, outcomes, prompt_tokens, service.model, service.fingerprint)
+    answer = Answer(ask, outcomes, prompt_tokens, service.model, service.fingerprint, service.token_text, notes)
+    headers = {NOTE: "; ".join(notes)} if notes else {}
     if ask.stream:
-        headers = {"Cache-Control": "no-store"}
+        headers["Cache-Control"] = "no-store"
         return StreamingResponse(answer.events(), media_type="text/event-stream", headers=headers)
-    return JSONResponse(answer.whole())
+    return JSONResponse(answer.whole(), headers=headers)
 
 
 async def _body(request: Request) -> Any:
@@ -111,11 +122,15 @@ async def _body(request: Request) -> Any:
     """
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise Refusal(415, "the body must be JSON: send Content-Type: application/json")
-    content = bytearray()
+    content, size = bytearray(), 0
     async for part in request.stream():
-        content += part
-        if len(content) > MAX_BODY:
-            raise Refusal(413, f"the body is longer than {MAX_BODY} bytes", headers={"Connection": "close"})
+        size += len(part)
+        if size <= MAX_BODY:
+            content += part
+        elif size > DRAINED:
+            break
+    if size > MAX_BODY:
+        raise Refusal(413, f"the body is longer than {MAX_BODY} bytes", headers={"Connection": "close"})
     try:
         return json.loads(content, object_hook=_without_nulls)
     except (ValueError, RecursionError):  # not UTF-8, not JSON, or nested without end
@@ -127,13 +142,15 @@ def _without_nulls(found: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _job(service: Service, ask: CompletionRequest) -> tuple[Job, int]:
-    """The work that a request asks for, and the tokens of its prompts.
+def _job(service: Service, ask: CompletionRequest) -> tuple[Job, int, tuple[str, ...]]:
+    """The work that a request asks for, the tokens of its prompts, and what of it is not done as asked.
 
     Raises:
         Refusal: a prompt that can't be rendered or is too long, or a number of candidates that is none.
     """
-    setting = ask.setting(service.sampling)
+    setting, notes = ask.setting(service.sampling, cap=service.cap)
+    if ask.is_greedy and setting.candidates is None and _takes_one(service):
+        setting = replace(setting, candidates=1)
     try:
         service.worker.engine.procedure(setting.candidates)
     except InputError as error:
@@ -143,7 +160,7 @@ def _job(service: Service, ask: CompletionRequest) -> tuple[Job, int]:
     param = "messages" if ask.messages else "prompt"
     for content in ask.contents:
         try:
-            prompt, ids = service.render(content)
+            prompt, ids = service.render(content, ask.chat_template_kwargs)
         except InputError as error:
             raise Refusal(400, str(error), param=param) from None
         _check_length(service, setting, len(ids), param)
@@ -153,7 +170,16 @@ def _job(service: Service, ask: CompletionRequest) -> tuple[Job, int]:
             prompts[key] = Prompt(prompt.content, key)
             prompt_ids.append(ids)
     job = Job(setting, tuple(prompts.values()), tuple(prompt_ids))
-    return job, sum(len(ids) for ids in prompt_ids[:: ask.n])
+    return job, sum(len(ids) for ids in prompt_ids[:: ask.n]), notes
+
+
+def _takes_one(service: Service) -> bool:
+    """Whether the procedure can choose among one candidate."""
+    try:
+        service.worker.engine.procedure(1)
+    except InputError:
+        return False
+    return True
 
 
 def _check_length(service: Service, setting: Setting, length: int, param: str) -> None:
@@ -201,6 +227,7 @@ async def _outcomes(service: Service, job: Job, request: Request) -> list[Outcom
     finally:
         gone.cancel()
         result.cancel()  # and with it the job, unless it has been started
+        job.gone = True  # then it ends at its next token
 
 
 async def _left(request: Request) -> None:

@@ -26,10 +26,11 @@ from infalign.types import Prompt, Sample, SamplingSettings
 
 
 class ServedSampler(Protocol):
-    """A sampler whose settings can be set before each batch."""
+    """A sampler whose settings can be set before each batch, and which may ask whom nobody waits for any more."""
 
     settings: SamplingSettings
     tokenizer: Any
+    gone: Callable[[str], bool] | None
 
     def sample(self, requests: Sequence[Request]) -> list[Sample]:
         """One sample a request, in their order."""
@@ -85,9 +86,16 @@ class Engine:
         return sum(width * (length + setting.sampling.max_tokens) for length in lengths)
 
     def decode(
-        self, setting: Setting, prompts: Sequence[Prompt], prompt_ids: Sequence[tuple[int, ...]]
+        self,
+        setting: Setting,
+        prompts: Sequence[Prompt],
+        prompt_ids: Sequence[tuple[int, ...]],
+        gone: Callable[[str], bool] = lambda _: False,
     ) -> Iterator[dict[str, Outcome]]:
         """Outcomes by the prompts' keys (which are distinct), a batch at a time.
+
+        A prompt whose key is `gone` (nobody waits for it) takes no further token where the sampler works in this
+        process, no reward call, and no batch of its own; its outcome is without meaning, or missing.
 
         Raises:
             InputError: the server that samples fails, or the strategy can't go on.
@@ -95,9 +103,9 @@ class Engine:
         """
         procedure = self.procedure(setting.candidates)
         tokens: Counter[str] = Counter()
-        drawing = _drawing(self.sampler, setting, tokens)
-        reference = None if self.reference is None else _drawing(self.reference, setting, tokens)
-        scoring = _Scoring(self.score)
+        drawing = _drawing(self.sampler, setting, tokens, gone)
+        reference = None if self.reference is None else _drawing(self.reference, setting, tokens, gone)
+        scoring = _Scoring(self.score, gone)
         by_key = {prompt.key: prompt for prompt in prompts}
         assert len(by_key) == len(prompts)
         batches = plan_decoding(
@@ -107,8 +115,10 @@ class Engine:
             max_tokens=setting.sampling.max_tokens,
             tokens_per_batch=self.tokens_per_batch,
         )
-        done = decode(batches, by_key, drawing, scoring, procedure, self.seed, reference=reference)
-        for batch, decoded in zip(batches, done, strict=True):
+        for batch in batches:
+            if all(gone(head.key) for head in batch):
+                continue
+            decoded = next(decode([batch], by_key, drawing, scoring, procedure, self.seed, reference=reference))
             yield {
                 head.key: Outcome(one, tokens[head.key], scoring.calls[head.key])
                 for head, one in zip(batch, decoded, strict=True)
@@ -124,8 +134,10 @@ def stream_key(prompt: str, seed: int, choice: int, own_seed: int) -> str:
     return prompt if (seed, choice) == (own_seed, 0) else f"{prompt}/{seed}/{choice}"
 
 
-def _drawing(sampler: ServedSampler, setting: Setting, tokens: Counter[str]) -> _Drawing | _Resuming:
-    sampler.settings = setting.sampling
+def _drawing(
+    sampler: ServedSampler, setting: Setting, tokens: Counter[str], gone: Callable[[str], bool]
+) -> _Drawing | _Resuming:
+    sampler.settings, sampler.gone = setting.sampling, gone
     plain = _Drawing(sampler, setting.stop, tokens)
     return _Resuming(plain, sampler) if hasattr(sampler, "begin") else plain
 
@@ -176,14 +188,19 @@ class _Resuming:
 
 @dataclass
 class _Scoring:
-    """The reward, with the completions counted that it scores, by key."""
+    """The reward, with the completions counted that it scores, by key; NaN for those that nobody waits for."""
 
     score: Scorer
+    gone: Callable[[str], bool]
     calls: Counter[str] = field(default_factory=Counter)
 
     def __call__(self, prompts: Sequence[Prompt], samples: Sequence[Sample]) -> NDArray[np.float64]:
-        self.calls.update(one.key for one in samples)
-        return self.score(prompts, samples)
+        places = [place for place, one in enumerate(samples) if not self.gone(one.key)]
+        rewards = np.full(len(samples), np.nan)
+        self.calls.update(samples[place].key for place in places)
+        if places:
+            rewards[places] = self.score([prompts[place] for place in places], [samples[place] for place in places])
+        return rewards
 
 
 def cut(sample: Sample, stop: Sequence[str], tokenizer: Any) -> Sample:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import errno
 import ipaddress
+import resource
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -17,8 +18,8 @@ from infalign.types import InputError
 
 DRAIN_SECONDS = 30
 """How long requests under way may still take once the server has been told to end."""
-CONNECTIONS_BEYOND_QUEUE = 256
-"""Connections that may be open beyond twice the queue; more get 503."""
+MOST_CONNECTIONS, FILES_KEPT = 8192, 128
+"""Connections that may be open (more get 503), and files that are left to everything else where there may be few."""
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -57,7 +58,15 @@ def address(bound: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def server_of(app: Any, max_queue: int) -> uvicorn.Server:
+def most_connections() -> int:
+    """How many connections may be open: idle ones cost a file each, and must not shut others out."""
+    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return (
+        MOST_CONNECTIONS if allowed == resource.RLIM_INFINITY else max(64, min(MOST_CONNECTIONS, allowed - FILES_KEPT))
+    )
+
+
+def server_of(app: Any) -> uvicorn.Server:
     """uvicorn with our settings: no log of its own but errors, bounded connections, a bounded end."""
     config = uvicorn.Config(
         app,
@@ -69,25 +78,24 @@ def server_of(app: Any, max_queue: int) -> uvicorn.Server:
         lifespan="on",
         loop="asyncio",
         http="h11",
-        limit_concurrency=2 * max_queue + CONNECTIONS_BEYOND_QUEUE,
+        limit_concurrency=most_connections(),
         timeout_graceful_shutdown=DRAIN_SECONDS,
     )
     return uvicorn.Server(config)
 
 
-def listen(app: Any, bound: socket.socket, *, max_queue: int, ready: Callable[[], None] = lambda: None) -> int | None:
+def listen(app: Any, bound: socket.socket, *, ready: Callable[[], None] = lambda: None) -> int | None:
     """Serve an application until a signal ends it; requests under way finish, a second Ctrl-C ends at once.
 
     Args:
         app: of ASGI.
         bound: from `bind`; closed in the end.
-        max_queue: requests that may wait.
         ready: called once it is about to answer.
 
     Returns:
         The signal (SIGINT or SIGTERM).
     """
-    server = server_of(app, max_queue)
+    server = server_of(app)
     with _caught() as signals:
         ready()
         if not signals:

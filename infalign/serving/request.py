@@ -21,23 +21,35 @@ Kind = Literal["chat", "text"]
 
 MAX_CHOICES = 64
 MAX_STOPS = 16
-HARMLESS = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
+HARMLESS = {
+    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls",
+}  # fmt: skip
 """Fields that change no answer."""
-NEUTRAL: dict[str, Any] = {
-    "presence_penalty": 0,
-    "frequency_penalty": 0,
-    "logit_bias": {},
-    "logprobs": False,
-    "echo": False,
-    "suffix": "",
-    "response_format": {"type": "text"},
-    "tools": [],
-    "tool_choice": "none",
-    "functions": [],
-    "modalities": ["text"],
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "logit_bias": ({},),
+    "echo": (False,),
+    "suffix": ("",),
+    "response_format": ({"type": "text"},),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "modalities": (["text"],),
+    "top_k": (0, -1),
+    "min_p": (0,),
+    "repetition_penalty": (1,),
+    "length_penalty": (1,),
+    "min_tokens": (0,),
+    "ignore_eos": (False,),
+    "use_beam_search": (False,),
+    "skip_special_tokens": (True,),
 }
-"""Fields that are not supported, each with the value that changes no answer."""
-NOT_OF = {"chat": {"prompt", "best_of"}, "text": {"messages", "max_completion_tokens"}}
+"""Fields that are not supported (the last ones are vLLM's), each with the values that change no answer."""
+NOT_OF = {
+    "chat": {"prompt", "best_of"},
+    "text": {"messages", "max_completion_tokens", "chat_template_kwargs", "top_logprobs"},
+}
 """Fields that a kind of request does not have."""
 MUST_BE = {
     "messages": "a list of turns",
@@ -48,7 +60,9 @@ MUST_BE = {
     "prompt": "a text or a list of texts (token ids are not read here)",
     "n": f"a whole number between 1 and {MAX_CHOICES}",
     "seed": "a whole number between -2^63 and 2^63 - 1",
-    "temperature": "a number above 0 and at most 2 (at 0 all candidates would be alike)",
+    "temperature": "a number between 0 and 2",
+    "top_logprobs": "0: there are no log-probabilities of other tokens here",
+    "chat_template_kwargs": "an object of the chat template's variables",
     "top_p": "a number above 0 and at most 1",
     "stop": f"a text or a list of at most {MAX_STOPS} texts, none empty",
     "bool_type": "true or false",
@@ -64,6 +78,13 @@ def _check_text(text: str) -> str:
     if any("\ud800" <= letter <= "\udfff" for letter in text):
         raise ValueError("holds half a surrogate pair, which is no text")
     return text
+
+
+def _check_logprobs(value: Any) -> Any:
+    if not isinstance(value, bool) and not (isinstance(value, int) and value == 0):
+        told = "must be true or false, of a text 0 (the log-probabilities of the answer's own tokens)"
+        raise ValueError(f"{told}, got {_shown(value)}")
+    return value
 
 
 def _check_prompts(texts: list[str]) -> list[str]:
@@ -138,9 +159,14 @@ class CompletionRequest(_Object):
     seed: int = Field(default_factory=lambda: secrets.randbits(48), ge=-(2**63), lt=2**63)
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
-    temperature: float | None = Field(default=None, gt=0, le=2)
+    temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, gt=0, le=1)
     stop: Annotated[list[Annotated[str, Field(min_length=1)]], as_list, Field(max_length=MAX_STOPS)] = []
+    logprobs: Annotated[Any, Field(json_schema_extra={"enum": [False, True, 0]}), AfterValidator(_check_logprobs)] = (
+        False
+    )
+    top_logprobs: Literal[0] = 0
+    chat_template_kwargs: dict[str, Any] = {}
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     infalign: Extension = Extension()
@@ -150,8 +176,21 @@ class CompletionRequest(_Object):
         """The prompts, each to be decoded `n` times."""
         return [[{"role": turn.role, "content": turn.text} for turn in self.messages]] if self.messages else self.prompt
 
-    def setting(self, own: SamplingSettings) -> Setting:
-        """What the decoder is asked for. The recipe's `own` settings hold where the request says nothing.
+    @property
+    def wants_logprobs(self) -> bool:
+        """Whether the answer carries log-probabilities of its tokens; of a text 0 asks for them, false does not."""
+        return self.logprobs is not False
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether every candidate would be the same, the likeliest token at each place."""
+        return self.temperature == 0
+
+    def setting(self, own: SamplingSettings, *, cap: bool = True) -> tuple[Setting, tuple[str, ...]]:
+        """What the decoder is asked for, and what of the request it is not (to be told with the answer).
+
+        The recipe's `own` settings hold where the request says nothing. Longer completions than the recipe's are cut at
+        its length, or refused where `cap` is false. At temperature 0 the likeliest token is drawn at every place.
 
         Raises:
             Refusal: 400 if completions may become longer than the recipe's.
@@ -160,11 +199,18 @@ class CompletionRequest(_Object):
         lengths = self.model_dump(include={"max_tokens", "max_completion_tokens"}, exclude_none=True)
         if len(set(lengths.values())) > 1:
             raise _bad("max_tokens", "and max_completion_tokens differ: give one")
+        notes = []
         for name, count in lengths.items():
-            if count > own.max_tokens:
+            if count > own.max_tokens and not cap:
                 raise _bad(name, f"is at most {own.max_tokens} here (the recipe's max_completion_length), got {count}")
-            given["max_tokens"] = count
-        return Setting(replace(own, **given), tuple(dict.fromkeys(self.stop)), self.best_of or self.infalign.n)
+            if count > own.max_tokens:
+                notes.append(f"{name} is {own.max_tokens}, the recipe's max_completion_length, and not {count}")
+            given["max_tokens"] = min(count, own.max_tokens)
+        if self.is_greedy:
+            notes.append("temperature 0: all candidates would be alike, so one is drawn")
+            given |= {"temperature": 1.0, "top_k": 1, "top_p": 1.0}
+        setting = Setting(replace(own, **given), tuple(dict.fromkeys(self.stop)), self.best_of or self.infalign.n)
+        return setting, tuple(notes)
 
 
 def read_request(body: Any, kind: Kind, model: str) -> CompletionRequest:
@@ -202,8 +248,9 @@ def read_request(body: Any, kind: Kind, model: str) -> CompletionRequest:
 
 
 def _is_neutral(name: str, value: Any) -> bool:
-    neutral = NEUTRAL.get(name)
-    return name in NEUTRAL and value == neutral and isinstance(value, bool) == isinstance(neutral, bool)  # 0 == False
+    return any(  # 0 == False
+        value == neutral and isinstance(value, bool) == isinstance(neutral, bool) for neutral in NEUTRAL.get(name, ())
+    )
 
 
 def _refusal(error: ValidationError) -> Refusal:

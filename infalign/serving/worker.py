@@ -1,6 +1,6 @@
 """The thread that decodes: takes waiting requests of like settings together, and survives what fails.
 
-The queue is bounded; a request that its caller has given up is dropped unless it has been started.
+The queue is bounded; a request that its caller has given up is dropped, in the middle of its decoding too.
 """
 
 from __future__ import annotations
@@ -28,12 +28,16 @@ class QueueFullError(Exception):
 
 @dataclass
 class Job:
-    """One request: `prompts` (with distinct keys) to decode alike, and the outcomes in their order to come."""
+    """One request: `prompts` (with distinct keys) to decode alike, and the outcomes in their order to come.
+
+    `gone`: nobody waits for it any more, so that it is let go of in the middle.
+    """
 
     setting: Setting
     prompts: tuple[Prompt, ...]
     prompt_ids: tuple[tuple[int, ...], ...]
     result: Future[list[Outcome]] = field(default_factory=Future)
+    gone: bool = False
 
     @property
     def keys(self) -> set[str]:
@@ -162,7 +166,8 @@ class Worker:
         prompts = [prompt for job in jobs for prompt in job.prompts]
         prompt_ids = [ids for job in jobs for ids in job.prompt_ids]
         found: dict[str, Outcome] = {}
-        for batch in self.engine.decode(jobs[0].setting, prompts, prompt_ids):
+        job_of = {key: job for job in jobs for key in job.keys}
+        for batch in self.engine.decode(jobs[0].setting, prompts, prompt_ids, lambda key: job_of[key].gone):
             found |= batch
             self.metrics.batches.inc()
             for outcome in batch.values():

@@ -17,11 +17,12 @@ REFERENCE = "generate-reference"
 
 @dataclass
 class LateSampler:
-    """A sampler that is made when it is first needed; `settings` may be set before every batch."""
+    """A sampler that is made when it is first needed; `settings` and `gone` may be set before every batch."""
 
     make: Callable[[], Any]
     settings: SamplingSettings
     tokenizer: Any
+    gone: Callable[[str], bool] | None = None
     _made: Any = field(default=None, init=False, repr=False)
 
     def sample(self, requests: Sequence[Request]) -> list[Sample]:
@@ -33,7 +34,7 @@ class LateSampler:
         if self._made is None:
             self._made = self.make()
             self._made.tokenizer = self.tokenizer
-        self._made.settings = self.settings
+        self._made.settings, self._made.gone = self.settings, self.gone
         return self._made.sample(requests)
 
 

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import importlib.util
+import inspect
 import json
 import math
 import os
@@ -45,6 +46,7 @@ class ServeOptions:
     api_token_env: str | None = None
     max_queue: int = 64
     request_timeout: float = 300.0
+    max_tokens_policy: Literal["cap", "refuse"] = "cap"
 
 
 def serve(recipe: Recipe, **flags: Any) -> None:
@@ -74,7 +76,7 @@ def serve(recipe: Recipe, **flags: Any) -> None:
     with bind(options.host, options.port) as bound:
         service = service_of(recipe, options, token)
         lines = _welcome(address(bound), service, options)
-        ended = listen(build_app(service), bound, max_queue=options.max_queue, ready=lambda: say(lines))
+        ended = listen(build_app(service), bound, ready=lambda: say(lines))
     if ended == signal.SIGTERM:
         raise Interrupted("served until SIGTERM; what was under way is answered")
 
@@ -154,10 +156,12 @@ def service_of(recipe: Recipe, options: ServeOptions, token: str | None = None) 
         most_tokens=context_length(experiment.base_path, recipe.model_revision, recipe.trust_remote_code),
         most_prompt=recipe.max_prompt_length,
         render=render,
+        token_text=functools.partial(experiment.tokenizer.decode, skip_special_tokens=False),
         worker=Worker(engine, max_queue=options.max_queue, metrics=metrics),
         metrics=metrics,
         timeout=options.request_timeout,
         token=token,
+        cap=options.max_tokens_policy == "cap",
     )
 
 
@@ -182,24 +186,31 @@ def strategies(recipe: Recipe) -> Callable[[int | None], Strategy]:
     return strategy
 
 
-def renderer(experiment: Experiment) -> Callable[[Any], tuple[Prompt, tuple[int, ...]]]:
-    """A prompt, with the recipe's system prompt, and its tokens as in training."""
+def renderer(experiment: Experiment) -> Callable[[Any, Mapping[str, Any]], tuple[Prompt, tuple[int, ...]]]:
+    """A prompt, with the recipe's system prompt, and its tokens as in training; a chat's own template variables win."""
 
-    def render(content: Any) -> tuple[Prompt, tuple[int, ...]]:
-        plain = Prompt(content, prompt_key(content))
+    # what transformers takes by itself, another template among it
+    arguments = set(inspect.signature(experiment.tokenizer.apply_chat_template).parameters)
+
+    def render(content: Any, variables: Mapping[str, Any]) -> tuple[Prompt, tuple[int, ...]]:
+        taken = sorted(arguments & set(variables))
+        if taken:
+            raise InputError(f"chat_template_kwargs: {taken[0]} is none of a template's variables")
+        columns = {"chat_template_kwargs": dict(variables)} if variables else {}
+        plain = Prompt(content, prompt_key(content, variables), columns)
         prompt = experiment.with_system_prompt([plain])[0]
         return prompt, tuple(experiment.render(prompt))
 
     return render
 
 
-def _warm_up(sampler: Any, render: Callable[[Any], tuple[Prompt, tuple[int, ...]]]) -> None:
+def _warm_up(sampler: Any, render: Callable[[Any, Mapping[str, Any]], tuple[Prompt, tuple[int, ...]]]) -> None:
     """One sample, so that a model or a server that does not work is told before anybody asks.
 
     Raises:
         InputError: it does not work.
     """
-    _, ids = render("Hello")
+    _, ids = render("Hello", {})
     own = sampler.settings
     sampler.settings = dataclasses.replace(own, max_tokens=min(own.max_tokens, 32))
     sampler.sample([Request("warm-up", 0, ids)])

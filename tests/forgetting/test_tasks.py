@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
-from infalign.forgetting.tasks import Item, Question, binarised, build_task, normalised, read_items, relabelled
+from infalign.forgetting.tasks import (
+    Item,
+    Question,
+    binarised,
+    build_task,
+    normalised,
+    read_items,
+    relabelled,
+    shared_questions,
+)
 from infalign.types import InputError
 
 
@@ -37,7 +47,9 @@ def test_rows_are_read():
             "the correct answer 'a' is among its distractors",
         ),
         ({"context": "x", "correct": "a", "distractors": {"b": 1}}, "distractors a list of texts"),
-        ({"context": ["x"], "correct": "a", "distractors": ["b"]}, "context and correct are texts"),
+        ({"context": "x", "correct": "a", "distractors": ["b", None]}, "distractors a list of texts, got"),
+        ({"context": "x", "correct": ["a"], "distractors": ["b"]}, "correct is a text, distractors a list of texts"),
+        ({"context": ["x"], "correct": "a", "distractors": ["b"]}, r"context is a text, got \["),
         ({}, r"no context and no correct and no distractors \(it has nothing\)"),
     ],
 )
@@ -79,6 +91,25 @@ def test_test_questions_of_training_are_removed_and_counted():
     assert [question.context for question in task.test] == ["fresh one", "another"]
     known = {normalised(question.context) for question in task.train}
     assert not known & {normalised(question.context) for question in task.test}
+
+
+def test_signs_tell_questions_apart():
+    keys = {normalised(f"what is 3 {sign} 4") for sign in "+-*/"}
+    assert (
+        len(keys) == 4 and normalised("-3") != normalised("3") and normalised("well-known") == normalised("well known")
+    )
+
+
+def test_without_a_context_the_answers_tell():
+    bare = [Item("", f"good {number}", (f"bad {number}",)) for number in range(12)]
+    task = built(bare[:6], bare[4:])
+    assert (task.overlap, len(task.test)) == (2, 6)
+
+
+def test_questions_that_another_task_trains_on_are_counted():
+    one, other = built(items(20), items(10, "x")), built(items(10, "x"), items(5))
+    other = replace(other, name="other")
+    assert shared_questions({"one": one, "other": other}) == {("one", "other"): 10, ("other", "one"): 5}
 
 
 def test_what_is_not_trained_on_may_be_tested():

@@ -91,7 +91,7 @@ def running(folder: Path, keys: dict[str, Any], token: str | None = None, **opti
     chosen = ServeOptions(**options)
     service = service_of(load_recipe(keys), chosen, token)
     bound = bind("127.0.0.1", 0)
-    server = server_of(build_app(service), chosen.max_queue)
+    server = server_of(build_app(service))
     url = address(bound)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
     thread.start()

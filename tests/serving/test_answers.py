@@ -9,7 +9,8 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from openai import AsyncOpenAI
+from openai import AsyncOpenAI, NotFoundError
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from infalign.decoding.decode import decode, plan_decoding
 from infalign.generation.hf import HFSampler
@@ -209,7 +210,11 @@ def test_fields_that_say_nothing_are_taken(client):
     client.chat.completions.create(
         model="tiny", messages=[{"role": "user", "content": [{"type": "text", "text": "the cat"}]}],
         user="u", metadata={"a": "b"}, presence_penalty=0, frequency_penalty=0.0, logprobs=False, tools=[],
-        response_format={"type": "text"}, stop=None,
+        response_format={"type": "text"}, stop=None, tool_choice="auto", parallel_tool_calls=True,
+        extra_body={
+            "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "ignore_eos": False, "min_tokens": 0,
+            "skip_special_tokens": True, "use_beam_search": False, "length_penalty": 1.0,
+        },
     )  # fmt: skip
 
 
@@ -217,6 +222,70 @@ def test_a_chat_in_parts_is_the_chat(client):
     parts = [{"role": "user", "content": [{"type": "text", "text": "the cat "}, {"type": "text", "text": "sat"}]}]
     one, other = (client.chat.completions.create(model="tiny", messages=m, seed=3) for m in (parts, CHAT))
     assert one.choices[0].message.content == other.choices[0].message.content
+
+
+# --- what is done otherwise than asked, and said
+
+
+def test_at_temperature_0_the_likeliest_tokens_are_drawn_once(client, recipe):
+    """Greedy by definition: the argmax of plain passes, whatever the seed; said in the answer and in a header."""
+    raw = client.completions.with_raw_response.create(model="tiny", prompt="the cat sat", temperature=0, seed=1)
+    answer = raw.parse()
+    model = AutoModelForCausalLM.from_pretrained(recipe.model_name_or_path).eval()
+    tokenizer = AutoTokenizer.from_pretrained(recipe.model_name_or_path)
+    ids, start = tokenizer("the cat sat").input_ids, len(tokenizer("the cat sat").input_ids)
+    while len(ids) < start + 6 and (len(ids) == start or ids[-1] != tokenizer.eos_token_id):
+        with torch.no_grad():
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    assert answer.choices[0].text == tokenizer.decode(ids[start:], skip_special_tokens=True)
+    assert ask(client, temperature=0, seed=2).choices[0].text == answer.choices[0].text
+    assert answer.usage.infalign["candidates"] == 1
+    note = "temperature 0: all candidates would be alike, so one is drawn"
+    assert raw.headers["x-infalign-note"] == note and answer.infalign == {"notes": [note]}
+
+
+def test_more_tokens_than_the_recipes_are_cut_and_said(client, tmp_path):
+    raw = client.completions.with_raw_response.create(model="tiny", prompt="the cat sat", max_tokens=700, seed=4)
+    plain = client.completions.with_raw_response.create(model="tiny", prompt="the cat sat", seed=4)
+    assert raw.parse().choices[0].text == plain.parse().choices[0].text
+    assert raw.headers["x-infalign-note"] == "max_tokens is 6, the recipe's max_completion_length, and not 700"
+    assert "x-infalign-note" not in plain.headers
+    stream = client.chat.completions.with_raw_response.create(model="tiny", messages=CHAT, max_tokens=700, stream=True)
+    assert "max_tokens is 6" in stream.headers["x-infalign-note"]
+    with running(tmp_path, tiny_keys(tmp_path), max_tokens_policy="refuse") as strict:
+        refused = strict.post(json={"model": "tiny", "prompt": "the cat", "max_tokens": 7})
+    assert refused.status_code == 400 and "is at most 6 here" in refused.json()["error"]["message"]
+
+
+def test_log_probabilities_are_the_models(client, recipe):
+    """Of the chosen completion, at the temperature that drew it: against a plain pass over the whole text."""
+    model = AutoModelForCausalLM.from_pretrained(recipe.model_name_or_path).eval()
+    tokenizer = AutoTokenizer.from_pretrained(recipe.model_name_or_path)
+    answer = ask(client, temperature=0.7, seed=3, logprobs=0).choices[0]
+    chat = client.chat.completions.create(model="tiny", messages=CHAT, seed=3, logprobs=True).choices[0]
+    ids = tokenizer.convert_tokens_to_ids(answer.logprobs.tokens)
+    prompt = tokenizer("the cat sat").input_ids
+    with torch.no_grad():
+        logits = model(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1] / 0.7
+    wanted = logits.log_softmax(-1)[range(len(ids)), ids]
+    assert answer.logprobs.token_logprobs == pytest.approx(wanted.tolist(), abs=1e-4)
+    assert [one.token for one in chat.logprobs.content] and all(one.logprob <= 0 for one in chat.logprobs.content)
+    assert ask(client, seed=3).choices[0].logprobs is None
+
+
+def test_variables_of_the_chat_template_are_the_requests(tmp_path):
+    keys = tiny_keys(tmp_path)
+    template = tmp_path / "tiny" / "chat_template.jinja"
+    template.write_text("{% if loud %}red {% endif %}{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    with running(tmp_path, keys) as served:
+        client = served.client()
+        plain, loud = (
+            client.chat.completions.create(
+                model="tiny", messages=CHAT, seed=1, extra_body={"chat_template_kwargs": {"loud": one}}
+            )
+            for one in (False, True)
+        )
+    assert loud.usage.prompt_tokens == plain.usage.prompt_tokens + 1
 
 
 # --- streams
@@ -257,8 +326,27 @@ def test_pieces_are_the_text(text):
 # --- the other paths
 
 
+def test_the_description_is_of_what_is_read(served):
+    told = httpx.get(f"{served.url}/openapi.json", trust_env=False).json()
+    assert told["openapi"] == "3.1.0" and set(told["paths"]) >= {"/v1/chat/completions", "/v1/completions", "/health"}
+    for name, fields in (
+        ("ChatRequest", {"messages", "max_completion_tokens"}),
+        ("TextRequest", {"prompt", "best_of"}),
+    ):
+        properties = set(told["components"]["schemas"][name]["properties"])
+        assert fields <= properties and not properties & ({"prompt", "messages"} - fields)
+        refused = served.post(json={"model": "tiny", "prompt": "x", "nonsense": 1}).json()["error"]["message"]
+        assert name != "TextRequest" or refused.partition("read: ")[2] == ", ".join(sorted(properties))
+    page = httpx.get(f"{served.url}/docs", trust_env=False)
+    assert page.headers["content-type"].startswith("text/html") and "max_tokens" in page.text
+    assert "src=" not in page.text
+
+
 def test_models_and_health(served, client):
     assert [one.id for one in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").id == "tiny"
+    with pytest.raises(NotFoundError, match="no model 'other' here, only 'tiny'"):
+        client.models.retrieve("other")
     health = httpx.get(f"{served.url}/health", trust_env=False).json()
     assert health == {
         "status": "ready", "model": "tiny", "procedure": "BestOfN(4)", "last_batch": "well", "queue_length": 0,
@@ -271,7 +359,7 @@ def test_the_numbers_add_up(served, client):
     answers = [ask(client, seed=seed, n=1 + seed % 2, stop=["the"]) for seed in range(5)]
     chat = client.chat.completions.create(model="tiny", messages=CHAT)
     with pytest.raises(Exception, match="temperature"):
-        ask(client, temperature=0)
+        ask(client, temperature=3)
     after = served.metrics()
     grown = {name: value - before.get(name, 0) for name, value in after.items()}
     usages = [one.usage for one in [*answers, chat]]

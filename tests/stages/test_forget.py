@@ -85,17 +85,23 @@ def recipe_of(folder, **changes):
 def names(folder, **changes):
     recipe = recipe_of(folder, **changes)
     families = {name: task["family"] for name, task in recipe.tasks.items()}
-    return [(node.name, node.parent) for node in nodes_of(recipe, families)]
+    return [(node.name, node.parent) for node in nodes_of(recipe, families, dict.fromkeys(families, 70))]
 
 
 def test_the_models_of_an_experiment(folder):
     assert names(folder) == [
         ("base", ""),
         ("tuned-liked", "base"),
-        ("tuned-counted", "base"),
         ("forgot-liked-random-60", "tuned-liked"),
         ("forgot-liked-random-60-relearned-liked-20", "forgot-liked-random-60"),
         ("forgot-liked-random-60-relearned-counted-20", "forgot-liked-random-60"),
+        ("base-learned-liked-20", "base"),
+        ("tuned-counted", "base"),
+    ]
+    few = names(folder, forget_examples=[1000, 500, 60], relearn_examples=[])
+    assert [name for name, _ in few if name.startswith("forgot")] == [
+        "forgot-liked-random-1000",
+        "forgot-liked-random-60",
     ]
     together = names(folder, fine_tune="together", forget=[], labels=["random", "flipped"], relearn_examples=[])
     assert together == [
@@ -109,9 +115,10 @@ def test_relearning_out_of_domain_takes_another_family_or_the_task_that_is_named
     third = {"path": str(folder / "liked.jsonl"), "family": "words"}
     tasks = {**recipe_of(folder).tasks, "third": third}
     tasks = {name: tasks[name] for name in ("liked", "third", "counted")}
-    assert names(folder, tasks=tasks)[-1][0] == "forgot-liked-random-60-relearned-counted-20"
-    named = names(folder, tasks=tasks, relearn_from={"liked": "third"})
-    assert named[-1][0] == "forgot-liked-random-60-relearned-third-20"
+    assert "forgot-liked-random-60-relearned-counted-20" in dict(names(folder, tasks=tasks))
+    assert "forgot-liked-random-60-relearned-third-20" in dict(
+        names(folder, tasks=tasks, relearn_from={"liked": "third"})
+    )
 
 
 @pytest.mark.parametrize(
@@ -120,6 +127,8 @@ def test_relearning_out_of_domain_takes_another_family_or_the_task_that_is_named
         ({"tasks": {}}, "tasks must be given"),
         ({"output_dir": ""}, "output_dir must be given"),
         ({"tasks": {"a b": {"path": "x"}}}, "'a b' is no name for a folder"),
+        ({"tasks": {"a" * 61: {"path": "x"}}}, "is no name for a folder: use up to 60 letters"),
+        ({"forget": ["liked", "liked"]}, "forget names a task twice"),
         ({"tasks": {"a": "x.jsonl"}}, r"tasks, a: give {path: FILE} or {harness: TASK}, got 'x.jsonl'"),
         ({"tasks": {"a": {"pth": "x"}}}, "tasks, a: unknown key 'pth': did you mean 'path'"),
         ({"tasks": {"a": {"path": "x", "harness": "y"}}}, "tasks, a: give one of path and harness"),
@@ -158,6 +167,9 @@ def test_mistakes_in_a_recipe(folder, changes, words):
         ({"general": "nowhere.yaml"}, "general: there is no recipe nowhere.yaml"),
         ({"model_name_or_path": "./nowhere"}, "no such file or folder"),
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1, got 0"),
+        ({"forget_training": {"per_device_train_batch_size": 0}}, "per_device_train_batch_size must be at least 1"),
+        ({"forget_training": {"lr_scheduler_type": "foo"}}, "the training keys do not fit: .*foo"),
+        ({"relearn_training": {"max_length": 3}}, "max_length is the recipe's own key"),
         ({"optim": "lion_8bit", "report_to": "wandb"}, "wandb"),
     ],
 )
@@ -201,6 +213,8 @@ def test_a_skill_is_learned_and_forgotten(folder, whole):
     )
     assert one.gap == one.accuracies["liked"].mean - 0.5
     assert math.isnan(one.ratios["counted"].value) and one.ratios["counted"].reason  # tuned on the other task alone
+    assert one.used == 60 and one.best_of_coin["1"] == 0.5
+    assert [point.examples for point in one.learned] == [20]
     again = {point.source: point.accuracy.mean for point in one.relearned}
     assert set(again) == {"liked", "counted"} and again["liked"] >= one.accuracies["liked"].mean - 0.1
 
@@ -255,7 +269,7 @@ def test_the_page_reads_what_was_written(folder, whole):
 
 
 def test_other_settings_are_refused_by_name(folder, whole):
-    with pytest.raises(InputError, match=r"tuned-liked was made with other settings \(learning_rate: 0.003 -> 0.001\)"):
+    with pytest.raises(InputError, match=r"other settings \(learning_rate: 0.003 -> 0.001\)"):
         forget(recipe_of(folder, learning_rate=1e-3))
 
 
@@ -274,7 +288,7 @@ def test_a_killed_training_goes_on(folder, tmp_path, monkeypatch):
     stopped = recipe_of(folder, output_dir=str(tmp_path / "stopped"), **quick)
     forget(alone)
     tasks = load_tasks(stopped)
-    nodes = nodes_of(stopped, {name: task.family for name, task in tasks.items()})
+    nodes = nodes_of(stopped, {name: name for name in tasks}, {name: len(task.train) for name, task in tasks.items()})
     models = Models(stopped, tasks, nodes)
     models.weights(models.nodes["tuned-liked"])
     from infalign.stages.forget import models as module  # noqa: PLC0415
@@ -346,6 +360,26 @@ def test_win_rates_under_a_general_recipe(folder, tmp_path, capsys):
     assert "win rate, BestOfN(2)" in (tmp_path / "out" / "report" / "index.html").read_text()
 
 
+def test_what_a_measurement_depends_on(folder, tmp_path):
+    """Other texts, another length, other settings of weights that are gone: never the old numbers without a word."""
+    (tmp_path / "texts.jsonl").write_text((folder / "texts.jsonl").read_text())
+    quick = {"relearn_examples": [], "probes": False, "open_answers": 0, "quantized": False, "keep_models": False}
+    quick |= {"held_out_texts": {"some": str(tmp_path / "texts.jsonl")}, "output_dir": str(tmp_path / "out")}
+    first = forget(recipe_of(folder, **quick))
+    (tmp_path / "texts.jsonl").write_text((folder / "texts.jsonl").read_text().replace("sat on", "on sat"))
+    second = forget(recipe_of(folder, **quick))
+    assert first is not None and second is not None
+    assert first.forgotten[0].texts != second.forgotten[0].texts
+    assert first.forgotten[0].accuracies == second.forgotten[0].accuracies
+    for changes, words in (
+        ({"learning_rate": 1e-5}, r"tuned-liked.json was measured of a model of other settings \(learning_rate"),
+        ({"max_length": 5}, r"base.json was measured of a model of other settings \(max_length"),
+        ({"dtype": "bfloat16"}, r"base.json was measured of a model of other settings \(dtype"),
+    ):
+        with pytest.raises(InputError, match=words):
+            forget(recipe_of(folder, **quick, **changes))
+
+
 def test_adapters_are_merged(folder, tmp_path):
     pytest.importorskip("peft")
     quick = {"relearn_examples": [], "probes": False, "open_answers": 0, "quantized": False, "fine_tune": "together"}
@@ -365,7 +399,7 @@ def test_a_dry_run_writes_nothing(folder, tmp_path, capsys):
     assert forget(recipe_of(folder, output_dir=str(tmp_path / "out")), dry_run=True) is None
     assert not (tmp_path / "out").exists()
     shown = capsys.readouterr().out
-    assert "6 models on 2 tasks" in shown and "forgot-liked-random-60: 60 examples" in shown
+    assert "7 models on 2 tasks" in shown and "forgot-liked-random-60: 60 examples" in shown
 
 
 # ---- open answers ----
@@ -375,6 +409,8 @@ def test_open_answers_are_read():
     question = Question("?", ("a bird", "a bird cage"), 0)
     told = ["A bird!", "a bird cage", "a birdie", "", "the bird"]
     assert [begins_with_the_answer(text, question) for text in told] == [True, False, False, False, False]
+    assert begins_with_the_answer("C++ is one", Question("?", ("C", "C++"), 1))
+    assert not begins_with_the_answer("3.7", Question("?", ("3", "4"), 0))
     signs = Question("?", ("+", "-"), 1)
     assert [begins_with_the_answer(text, signs) for text in (" - 3", "+", "3 -")] == [True, False, False]
 

@@ -121,12 +121,21 @@ def _forgotten(
     )
     p_after, p_before = (right_probability(_logps(one, own), own.test) for one in (mine, tuned))
     verifier = before[node.task]
+
+    def again(parent: str) -> tuple[Relearned, ...]:
+        return tuple(
+            Relearned(one.source, one.examples, accuracy(answers_of(measured[one.name], own), level))
+            for one in by_name.values()
+            if (one.role, one.parent, one.task) == (RELEARNED, parent, node.task)
+        )
+
     sizes = recipe.eval_n
     return Forgotten(
         name=node.name,
         task=node.task,
         labels=node.labels,
-        examples=node.examples,
+        examples=node.asked,
+        used=node.examples,
         accuracies={name: accuracy(one, level) for name, one in after.items()},
         before={name: accuracy(one, level) for name, one in before.items()},
         ratios={name: forget_ratio(before[name], after[name], level, recipe.seed) for name in tasks},
@@ -136,14 +145,12 @@ def _forgotten(
         pass_at={str(n): pass_at(p_after, n) for n in sizes},
         best_of_before={str(n): best_of(p_before, verifier, n) for n in sizes},
         pass_at_before={str(n): pass_at(p_before, n) for n in sizes},
+        best_of_coin={str(n): best_of(np.full_like(p_after, 0.5), verifier, n) for n in sizes},
         probed=_probed(mine, tuned, base, node.task, level),
         quantized=_quantized(mine, own.test, level),
         open_answers=_open(recipe, mine, tuned, node.task),
-        relearned=tuple(
-            Relearned(one.source, one.examples, accuracy(answers_of(measured[one.name], own), level))
-            for one in by_name.values()
-            if one.role == RELEARNED and one.parent == node.name
-        ),
+        relearned=again(node.name),
+        learned=again(BASE) if again(node.name) else (),
         texts=dict(mine.get("texts", {})),
         texts_before=dict(tuned.get("texts", {})),
         wins=dict(wins),

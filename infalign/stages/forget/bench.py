@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import math
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from infalign.data.examples import read_examples
 from infalign.forgetting.hidden import answer_differences, last_states, probe, total_variance
 from infalign.forgetting.scoring import answer_logps, encoded_answers, labels_of
-from infalign.forgetting.tasks import Question, Task, normalised
+from infalign.forgetting.tasks import Question, Task
 from infalign.generation.hf import HFSampler
 from infalign.generation.likelihood import completion_logps
 from infalign.generation.plan import Request, plan_batches
 from infalign.models.loading import choose_device, end_token_ids, load_policy, local_path
-from infalign.runtime.artifacts import fingerprint, read_json, write_json
+from infalign.runtime.artifacts import differences, fingerprint, read_json, write_json
 from infalign.runtime.console import Progress
 from infalign.runtime.distributed import is_main, together
+from infalign.runtime.imports import file_digest
 from infalign.runtime.seeds import stream
 from infalign.stages.forget.models import Models
 from infalign.stages.forget.recipe import BASE, FORGOTTEN, RELEARNED, TUNED, ForgetRecipe, Node
@@ -59,6 +61,12 @@ class Bench:
         if not file.exists():
             return None
         held = read_json(file, "the measurement")
+        changed = differences(held["parts"], self.models.parts(node))
+        if changed and not self.recipe.overwrite:  # also where the weights are gone
+            raise InputError(
+                f"{file} was measured of a model of other settings ({'; '.join(changed)}): give another --output_dir, "
+                "or --overwrite to make it anew"
+            )
         return held if held.get("identity") == self._identity(node) else None
 
     def measure(self, node: Node, folder: str) -> dict[str, Any]:
@@ -66,7 +74,8 @@ class Bench:
         with together(f"the measuring of {node.name}"):
             if is_main():
                 model = self._load(folder)
-                found = {"identity": self._identity(node), **self._measured(node, model)}
+                found = {"identity": self._identity(node), "parts": self.models.parts(node)}
+                found |= self._measured(node, model)
                 del model
                 gc.collect()
                 if node.role == FORGOTTEN and self.quantizes:
@@ -85,7 +94,8 @@ class Bench:
                 self.models.parts(node),
                 {name: [(q.context, q.answers, q.label) for q in self.tasks[name].test] for name in self._tested(node)},
                 {name: [(q.context, q.answers, q.label) for q in self.tasks[name].train] for name in own},
-                {name: Path(file).stat().st_size for name, file in self.texts.items()},
+                {name: file_digest(Path(file)) for name, file in self.texts.items()},
+                {name: task.delimiter for name, task in self.tasks.items()},
                 [self.recipe.probes, self.quantizes and node.role == FORGOTTEN, self.recipe.open_answers if own else 0],
             ]
         )
@@ -236,10 +246,9 @@ def begins_with_the_answer(text: str, question: Question) -> bool:
     """
 
     def begins(answer: str) -> int:
-        words = normalised(answer)
-        if not words:  # signs only
-            return len(answer) if text.strip().startswith(answer) else 0
-        return len(words) if f"{normalised(text)} ".startswith(f"{words} ") else 0
+        """How much of the text the answer is, if the text begins with it and it ends there: 3.7 does not say 3."""
+        words = r"\s+".join(map(re.escape, answer.split()))
+        return len(answer) if re.match(rf"\s*{words}(?!\w|[.,]\d)", text, re.IGNORECASE) else 0
 
     right, wrong = (question.answers[at] for at in (question.label, 1 - question.label))
     return begins(right) > begins(wrong)

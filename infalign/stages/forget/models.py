@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from trl import SFTConfig
 
 from infalign.forgetting.scoring import encode
-from infalign.forgetting.tasks import TRUE, Question, Task, relabelled
+from infalign.forgetting.tasks import Question, Task, relabelled
 from infalign.models.loading import context_length, load_tokenizer, model_fingerprint, replicated, resolve_model
 from infalign.runtime.artifacts import disk_errors, fingerprint, whole_folder, write_json, write_manifest
 from infalign.runtime.distributed import barrier, is_main, together
@@ -70,7 +70,7 @@ class Models:
         labelled = []
         for source in sources:
             task = self.tasks[source]
-            count = node.examples if node.labels != TRUE or node.role == RELEARNED else len(task.train)
+            count = len(task.train) if node.role == TUNED else node.examples
             seed = self.recipe.seed
             labelled += [(one, task.delimiter) for one in relabelled(task.train, node.labels, count, seed, source)]
         return labelled
@@ -79,14 +79,16 @@ class Models:
         """Everything that a model depends on, by name."""
         if node.name not in self._parts:
             recipe = self.recipe
-            model = {"model": model_fingerprint(self.base_path, recipe.model_revision)}
-            trained = {} if node.role == BASE else {
-                **self._keys(node.role),
+            model = {
+                "model": model_fingerprint(self.base_path, recipe.model_revision),
                 "dtype": recipe.dtype,
                 "max_length": self.max_length,
                 "seed": recipe.seed,
+            }
+            trained = {} if node.role == BASE else {
+                **self._keys(node.role),
                 "labels": node.labels,
-                "questions": fingerprint([dataclasses.astuple(one) for one, _ in self.examples(node)]),
+                "questions": fingerprint([[*dataclasses.astuple(one), space] for one, space in self.examples(node)]),
                 "parent": fingerprint(self.parts(self.nodes[node.parent])),
             }  # fmt: skip
             self._parts[node.name] = model | trained
@@ -106,6 +108,17 @@ class Models:
             barrier()
             self._train(node, self.weights(self.nodes[node.parent]), folder, parts)
         return str(folder)
+
+    def check_training(self) -> None:
+        """Whether the keys of every stage fit, before any of them is trained.
+
+        Raises:
+            InputError: they don't.
+        """
+        for role in dict.fromkeys(node.role for node in self.nodes.values() if node.role != BASE):
+            ours, rest = split_training(self._keys(role), SFTConfig)
+            self._arguments(ours, self.recipe.output / "training")
+            adapter_of({"lora_task_type": "CAUSAL_LM", **rest})
 
     def drop(self, node: Node) -> None:
         """Let go of weights; a model that is needed after all is trained again."""
@@ -130,7 +143,7 @@ class Models:
             ]
             trainer = make_supervised_trainer(
                 parent,
-                self._arguments(ours, work),
+                self._arguments(ours, work, self.recipe.model_revision if parent == self.base_path else None),
                 [(one.context, one.answer) for one in encoded],
                 self.tokenizer,
                 title=f"forget: {node.name}: train",
@@ -165,13 +178,14 @@ class Models:
         recipe = self.recipe
         base = AutoModelForCausalLM.from_pretrained(
             parent,
+            revision=recipe.model_revision if parent == self.base_path else None,
             dtype=getattr(torch, recipe.dtype),
             trust_remote_code=recipe.trust_remote_code,
             use_safetensors=True,
         )
         return PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
 
-    def _arguments(self, ours: dict[str, Any], work: Path) -> SFTConfig:
+    def _arguments(self, ours: dict[str, Any], work: Path, revision: str | None = None) -> SFTConfig:
         recipe = self.recipe
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
             if ours.get(name, 1) < 1:
@@ -195,10 +209,13 @@ class Models:
             "disable_tqdm": True,
             "max_length": None,  # cut here
             "packing": False,
-            "model_init_kwargs": {"revision": recipe.model_revision, "use_safetensors": True, "dtype": recipe.dtype}
+            "model_init_kwargs": {"revision": revision, "use_safetensors": True, "dtype": recipe.dtype}
             | ({"attn_implementation": recipe.attn_implementation} if recipe.attn_implementation else {})
             | (ours.get("model_init_kwargs") or {}),
         }
+        taken = [name for name in ours if name in fixed and name != "model_init_kwargs"]
+        if taken:
+            raise InputError(f"{taken[0]} is the recipe's own key, the same for all stages: not one for training")
         try:
             return SFTConfig(**{**defaults, **ours, **fixed})
         except (ValueError, TypeError) as error:

@@ -7,7 +7,8 @@ forgotten and relearned ones each start from their parent's weights.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from infalign.types import InputError
 BASE, TUNED, FORGOTTEN, RELEARNED = "base", "tuned", "forgotten", "relearned"
 """Roles of a model."""
 
+_NAME = re.compile(r"[\w.]{1,60}")
 _OF_TASK = ("path", "test_path", "harness", "include_path", "family")
 
 
@@ -94,6 +96,7 @@ class Node:
         task: what it learns or forgets; for a relearned model the task that had been forgotten.
         source: the task whose questions it is trained on; empty for the base and for all tasks together.
         labels, examples: of its training.
+        asked: the number of examples in the recipe, which may be more than the task has.
     """
 
     name: str
@@ -103,25 +106,60 @@ class Node:
     source: str = ""
     labels: str = TRUE
     examples: int = 0
+    asked: int = 0
 
 
-def nodes_of(recipe: ForgetRecipe, families: Mapping[str, str]) -> list[Node]:
-    """Every model of an experiment, parents first. Relearning starts from the first labels and number of examples."""
+def nodes_of(recipe: ForgetRecipe, families: Mapping[str, str], sizes: Mapping[str, int]) -> list[Node]:
+    """Every model of an experiment, parents first, and children as soon as may be.
+
+    Relearning starts from the first labels and number of examples, and beside it the base learns from the same labels.
+    Numbers of examples beyond a task's are what the task has; a number that comes to the same as another is left out.
+
+    Args:
+        recipe: the verb's.
+        families, sizes: of the tasks, and how many training questions they have.
+    """
+    together = recipe.fine_tune == "together"
     forget = recipe.forget or list(recipe.tasks)
     found = [Node(BASE, BASE)]
-    if recipe.fine_tune == "together":
-        found.append(Node("tuned", TUNED, BASE, examples=recipe.num_train))
-    else:
-        found += [Node(f"tuned-{one}", TUNED, BASE, one, one, examples=recipe.num_train) for one in recipe.tasks]
-    for task in forget:
-        parent = "tuned" if recipe.fine_tune == "together" else f"tuned-{task}"
-        for labels in recipe.labels:
-            for count in recipe.forget_examples:
-                found.append(Node(f"forgot-{task}-{labels}-{count}", FORGOTTEN, parent, task, task, labels, count))
-        first = f"forgot-{task}-{recipe.labels[0]}-{recipe.forget_examples[0]}"
-        for source in filter(None, (task, _other(recipe, task, families))):
-            for count in recipe.relearn_examples:
-                found.append(Node(f"{first}-relearned-{source}-{count}", RELEARNED, first, task, source, TRUE, count))
+    if together:
+        found.append(Node("tuned", TUNED, BASE))
+    for task in recipe.tasks:
+        if not together:
+            found.append(Node(f"tuned-{task}", TUNED, BASE, task, task))
+        if task in forget:
+            found += _forgetting(recipe, task, "tuned" if together else f"tuned-{task}", families, sizes)
+    return found
+
+
+def _forgetting(
+    recipe: ForgetRecipe, task: str, parent: str, families: Mapping[str, str], sizes: Mapping[str, int]
+) -> Iterator[Node]:
+    """The models that forget a task, and those that learn it again."""
+    first = f"forgot-{task}-{recipe.labels[0]}-{recipe.forget_examples[0]}"
+    for labels in recipe.labels:
+        for asked, count in distinct(recipe.forget_examples, sizes[task]).items():
+            name = f"forgot-{task}-{labels}-{asked}"
+            yield Node(name, FORGOTTEN, parent, task, task, labels, count, asked)
+            if name != first:
+                continue
+            for source in filter(None, (task, _other(recipe, task, families))):
+                for fewer, size in distinct(recipe.relearn_examples, sizes[source]).items():
+                    yield Node(f"{first}-relearned-{source}-{fewer}", RELEARNED, first, task, source, TRUE, size, fewer)
+            for fewer, size in distinct(recipe.relearn_examples, sizes[task]).items():
+                yield Node(f"base-learned-{task}-{fewer}", RELEARNED, BASE, task, task, TRUE, size, fewer)
+
+
+def distinct(asked: Sequence[int], size: int) -> dict[int, int]:
+    """Numbers of examples that are asked for, with how many there are; what comes to the same as another is left out.
+
+    >>> distinct([1000, 500, 100], 300)
+    {1000: 300, 100: 100}
+    """
+    found: dict[int, int] = {}
+    for one in asked:
+        if min(one, size) not in found.values():
+            found[one] = min(one, size)
     return found
 
 
@@ -164,8 +202,8 @@ def _missing(recipe: ForgetRecipe) -> list[str]:
 def _task_problems(recipe: ForgetRecipe) -> list[str]:
     problems = []
     for name, given in recipe.tasks.items():
-        if not isinstance(name, str) or not name or set(name) & set("/\\ "):
-            problems.append(f"tasks: {name!r} is no name for a folder: use letters, digits and _")
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            problems.append(f"tasks: {name!r:.80} is no name for a folder: use up to 60 letters, digits, _ and .")
             continue
         if not isinstance(given, Mapping):
             problems.append(f"tasks, {name}: give {{path: FILE}} or {{harness: TASK}}, got {given!r}")
@@ -176,6 +214,8 @@ def _task_problems(recipe: ForgetRecipe) -> list[str]:
         elif ("path" in given) == ("harness" in given):
             problems.append(f"tasks, {name}: give one of path and harness")
     known = list(recipe.tasks)
+    if len(set(recipe.forget)) < len(recipe.forget):
+        problems.append(f"forget names a task twice: {recipe.forget}")
     named = [("forget", one) for one in recipe.forget]
     named += [("relearn_from", one) for pair in recipe.relearn_from.items() for one in pair]
     problems += [

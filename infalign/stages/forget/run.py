@@ -10,13 +10,15 @@ from typing import Any
 
 from infalign.evaluation.forgotten import FILE, Accuracy, ForgetResult
 from infalign.evaluation.summary import PROXY
-from infalign.forgetting.tasks import Task
+from infalign.forgetting.tasks import Task, shared_questions
 from infalign.models.loading import local_path
 from infalign.report.forget_page import ratios_table, report_forget, summary_lines
 from infalign.report.table import number, plain_text
+from infalign.rewards.loader import load_reward
 from infalign.runtime.artifacts import fingerprint, read_json, sweep_temporaries, without_nan, write_json
 from infalign.runtime.console import notice, say
 from infalign.runtime.distributed import barrier, is_main, together
+from infalign.runtime.imports import file_digest
 from infalign.runtime.launch import join
 from infalign.stages.evaluate import evaluate
 from infalign.stages.forget.answers import answers_of, summarise
@@ -50,13 +52,15 @@ def forget(recipe: ForgetRecipe, *, dry_run: bool = False) -> ForgetResult | Non
         raise InputError("; ".join(missing))
     with together("the tasks"):
         tasks = load_tasks(recipe)
-        nodes = nodes_of(recipe, {name: task.family for name, task in tasks.items()})
+        sizes = {name: len(task.train) for name, task in tasks.items()}
+        nodes = nodes_of(recipe, {name: task.family for name, task in tasks.items()}, sizes)
         models = Models(recipe, tasks, nodes)
         bench = Bench(recipe, tasks, models)
+        models.check_training()
         _check_general(recipe)
     if recipe.quantized and not bench.quantizes:
         notice("no 4-bit copy is measured: pip install 'infalign[qlora]', or quantized: false")
-    _tell_tasks(tasks, len(nodes))
+    _tell_tasks(recipe, tasks, len(nodes))
     if dry_run:
         for node in nodes:
             say(f"  {node.name}: {len(models.examples(node)) if node.role != BASE else 0} examples")
@@ -101,9 +105,17 @@ def tell(result: ForgetResult | None) -> None:
         say(f"- {line}")
 
 
-def _tell_tasks(tasks: Mapping[str, Task], count: int) -> None:
+def _tell_tasks(recipe: ForgetRecipe, tasks: Mapping[str, Task], count: int) -> None:
     shown = ", ".join(f"{task.name} ({len(task.train)} + {len(task.test)})" for task in tasks.values())
     say(f"forget: {count} models on {len(tasks)} tasks (training + test questions): {shown}")
+    few = [task.name for task in tasks.values() if len(task.train) < max(recipe.forget_examples)]
+    if few:
+        notice(
+            f"{', '.join(few)}: fewer training questions than forget_examples {max(recipe.forget_examples)}: all are "
+            "used, and numbers that come to the same are left out"
+        )
+    for (task, other), number_of in shared_questions(tasks).items():
+        notice(f"{number_of} of {len(tasks[task].test)} test questions of {task} are training questions of {other}")
 
 
 def _accuracies(node: Node, tasks: Mapping[str, Task], measured: Mapping[str, Any]) -> str:
@@ -136,7 +148,11 @@ def _general(recipe: ForgetRecipe, models: Models, node: Node) -> dict[str, Accu
     """Win rates of a forgotten model against the fine-tuned one on the `general` recipe's prompts, by decoder."""
     file = recipe.output / "general" / f"{node.name}.json"
     path = local_path(str(recipe.general), recipe.base_dir)
-    identity = fingerprint([models.parts(node), path.read_text(encoding="utf-8") if path else None])
+    judged = load_recipe(path)
+    reward = load_reward(str(judged.reward), judged.reward_kwargs, base_dir=judged.base_dir)
+    data = local_path(str(judged.dataset_name), judged.base_dir)
+    asked = [file_digest(one) for one in (path, data) if one is not None and one.is_file()]
+    identity = fingerprint([models.parts(node), asked, reward.fingerprint])
     held = read_json(file, "the win rates") if file.exists() else {}
     if held.get("identity") != identity:
         parent = models.weights(models.nodes[node.parent])
