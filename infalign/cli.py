@@ -327,13 +327,16 @@ def _with_recipe(name: str, words: list[str], debug: bool) -> None:
 def _alone(recipe: Any, writes: bool) -> contextlib.AbstractContextManager[None]:
     """Two commands never write to one `output_dir`; rank 0 holds it for all processes of a launch.
 
-    But for commands that make some cells of a sweep each: a cell has one of them.
+    But commands that make some cells of a sweep each share it: a cell has one of them.
     """
     from infalign.runtime.artifacts import at_work  # noqa: PLC0415 - keeps --help fast
 
     shared = bool(getattr(recipe, "only", None))
-    alone = writes and recipe.output_dir and not shared and is_main()
-    return at_work(recipe.output) if alone else contextlib.nullcontext()
+    return (
+        at_work(recipe.output, shared=shared)
+        if writes and recipe.output_dir and is_main()
+        else contextlib.nullcontext()
+    )
 
 
 def _named(spec: str) -> Any:

@@ -218,14 +218,19 @@ def whole_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+class BusyError(InputError):
+    """Another process is at work in a folder."""
+
+
 @contextlib.contextmanager
-def at_work(folder: Path) -> Iterator[None]:
+def at_work(folder: Path, *, shared: bool = False) -> Iterator[None]:
     """Keep an output folder to this process of this machine; the system lets go of it when the process ends, however.
 
-    The lock lies in the system's temporary folder, so that the folder itself may not exist yet.
+    The lock lies in the system's temporary folder, so that the folder itself may not exist yet. Processes that share
+    (`shared`) keep out those that don't, and the other way round.
 
     Raises:
-        InputError: another process is at work in it.
+        BusyError: another process is at work in it.
     """
     lock = Path(tempfile.gettempdir()) / f"infalign-{fingerprint(str(folder.resolve()))}.lock"
     try:
@@ -235,10 +240,10 @@ def at_work(folder: Path) -> Iterator[None]:
         return
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
-            raise InputError(
+            raise BusyError(
                 f"another infalign process ({file.read().strip()}) is at work in {folder}: wait until it has ended, or "
                 "end it"
             ) from error

@@ -81,7 +81,7 @@ def error_of(response: httpx.Response) -> dict:
         ({"temperature": True}, "temperature", "must be a number between 0 and 2, got True"),
         ({"best_of": 0}, "best_of", "must be a whole number of at least 1, got 0"),
         ({"half \ud800": 1}, "half \ud800", "is unknown here"),
-        ({"frobnicate": 1}, "frobnicate", "is unknown here; what is read: best_of, infalign, max_tokens"),
+        ({"frobnicate": 1}, "frobnicate", "is unknown here; what is read: best_of, infalign, logprobs, max_tokens"),
         ({"messages": CHAT}, "messages", "is unknown here"),
         ({"infalign": 3}, "infalign", "must be an object, got 3"),
         ({"infalign": {"m": 3}}, "infalign.m", "is unknown here; fields: n, return_candidates"),

@@ -585,15 +585,39 @@ def test_a_pattern_that_no_cell_has(own, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_cell_has_one_process(own, tmp_path):
+def test_a_cell_has_one_process(own, tmp_path, capsys):
+    """One that another process is at is left to it; the others are made."""
     out = tmp_path / "out"
     busy = "plain-target_kl=0.5-seed=1"
-    with (
-        at_work(out / "cells" / busy),
-        pytest.raises(InputError, match=f"another infalign process .* is at work in .*{busy}"),
-    ):
+    with at_work(out / "cells" / busy):
         sweep(own(), output_dir=str(out), only=["plain-target_kl=0.5*"])
-    assert not (out / "cells" / "plain-target_kl=0.5-seed=2").exists()
+    assert f"{busy}: another process is at it" in capsys.readouterr().out
+    assert {folder.name for folder in (out / "cells").iterdir()} == {"plain-target_kl=0.5-seed=2"}
+
+
+def test_a_cell_that_another_process_has_finished_meanwhile_is_found(own, tmp_path):
+    """Both wanted all of seed 1: what the other one made while this one was at work is not made again."""
+    path = own(pause=0.4)
+    command = [sys.executable, "-m", "infalign", "sweep", "--config", str(path), "--output_dir", str(tmp_path / "out")]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    both = [
+        subprocess.Popen([*command, "--only", "*seed=1"], env=environment, stdout=subprocess.PIPE) for _ in range(2)
+    ]
+    said = [process.communicate()[0].decode() for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    result = sweep(path, output_dir=str(tmp_path / "out"), only=["*seed=1"])
+    assert sum(cell.finished for cell in result.cells) == 6 and all("cells, 6 for this process" in one for one in said)
+
+
+def test_who_shares_a_sweep_and_who_does_not_keep_each_other_out(own, tmp_path, capsys):
+    out = tmp_path / "out"
+    words = ["sweep", "--config", str(own()), "--output_dir", str(out)]
+    with at_work(out, shared=True):
+        assert main(words) == 2
+        assert "is at work in" in capsys.readouterr().err and not (out / "cells").exists()
+        assert main([*words, "--only", "plain-target_kl=0.5-seed=2"]) == 0
+    with at_work(out):
+        assert main([*words, "--only", "plain-target_kl=0.5-seed=2"]) == 2
 
 
 # ---- trained for N, decoded with another; what a key does ----

@@ -23,6 +23,7 @@ from infalign.report.combined_page import combined_tables
 from infalign.report.sweep_page import compared_tables, headline, remarks, report_sweep
 from infalign.report.table import ABSENT, Table, number, plain_text
 from infalign.runtime.artifacts import (
+    BusyError,
     at_work,
     differences,
     fingerprint,
@@ -111,8 +112,13 @@ def sweep(config: Sweep | Mapping[str, Any] | str | Path, *, dry_run: bool = Fal
     for place, (cell, folder) in enumerate(zip(cells, folders, strict=True)):
         if cell.name in done or cell.name not in ours:
             continue
-        with at_work(folder) if is_main() else contextlib.nullcontext():
-            done[cell.name] = make_cell(cell, folder, folders[:place], own, settings.gap_samples)
+        with contextlib.ExitStack() as held:
+            if not _taken_up(folder, held):
+                say(f"{cell.name}: another process is at it")
+                continue
+            # who shares the sweep may have finished it since
+            made_meanwhile = _of_another(cell, folder) if settings.only else None
+            done[cell.name] = made_meanwhile or make_cell(cell, folder, folders[:place], own, settings.gap_samples)
         for other, where in zip(cells, folders, strict=True):
             if other.name not in ours and (of_another := _of_another(other, where)) is not None:
                 done[other.name] = of_another
@@ -141,6 +147,17 @@ def sweep(config: Sweep | Mapping[str, Any] | str | Path, *, dry_run: bool = Fal
 def sweep_verb(recipe: Sweep, *, dry_run: bool = False) -> None:
     """`sweep` as the command line calls it."""
     sweep(recipe, dry_run=dry_run)
+
+
+def _taken_up(folder: Path, held: contextlib.ExitStack) -> bool:
+    """Keep a cell to this launch until the stack ends; false where another process has it (every rank calls this)."""
+    busy = False
+    if is_main():
+        try:
+            held.enter_context(at_work(folder))
+        except BusyError:
+            busy = True
+    return not any_rank(busy)
 
 
 def _of_another(cell: Cell, folder: Path) -> CellResult | None:
