@@ -216,7 +216,7 @@ def task_table(result: ForgetResult) -> Table:
         (
             task.name, task.family, str(task.train), str(task.test), str(task.overlap + task.repeated),
             _shown(task.base), number(task.base_per_character, 3), number(task.confidence, 2),
-            number(task.variance, 1), _shown(task.tuned),
+            number(task.variance, 2), _shown(task.tuned),
         )
         for task in result.tasks
     )  # fmt: skip
