@@ -288,6 +288,9 @@ def test_a_verb_executes_itself_again(verb, recipe, replaced):
         models = [{"model": name, "parameters": {"weight": 1.0}} for name in ("one", "two")]
         plan = {"merge_method": "linear", "models": models, "output_dir": "out", "use_cpu": True}
         Path(recipe).write_text(yaml.safe_dump(plan))
+    if verb == "forget":
+        keys = {"model_name_or_path": "m", "tasks": {"a": {"path": "a.jsonl"}}, "output_dir": "out", "use_cpu": True}
+        Path(recipe).write_text(yaml.safe_dump(keys))
     with pytest.raises(Replaced):
         main([verb, "--accelerate_config", "cpu_ddp", "--num_processes", "3", "--config", recipe, "--debug"])
     [(command, environment)] = replaced
