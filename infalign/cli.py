@@ -158,7 +158,7 @@ VERBS = {
     ),
     "forget": Verb(
         "unlearn tasks by randomised fine-tuning, and measure what really went",
-        "forget.run:forget_verb",
+        "forget.run:forget",
         recipe="forget.recipe:ForgetRecipe",
         read="forget.recipe:load_forget_recipe",
         options={"dry_run": "check everything, and list the models; write nothing"},

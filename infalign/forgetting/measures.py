@@ -177,11 +177,6 @@ def best_of(p_I: Array, verifier_I: Array, n: int) -> float:
     return float(np.where(verifier_I > 0.5, 1.0 - (1.0 - p_I) ** n, p_I**n).mean())
 
 
-def difficulty(base_I: Array) -> float:
-    """How hard a task is for the model before fine-tuning: 1 - accuracy."""
-    return 1.0 - float(base_I.mean())
-
-
 def confidence_of(p_I: Array) -> float:
     """Mean probability of the answer that a model prefers, between 1/2 and 1."""
     return float(np.maximum(p_I, 1.0 - p_I).mean())

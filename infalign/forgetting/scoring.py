@@ -18,9 +18,6 @@ from infalign.types import InputError
 
 Array = NDArray[np.float64]
 
-AT_A_TIME = 64
-"""Questions between two lines of progress."""
-
 
 @dataclass(frozen=True)
 class Encoded:

@@ -149,8 +149,11 @@ def _job(service: Service, ask: CompletionRequest) -> tuple[Job, int, tuple[str,
         Refusal: a prompt that can't be rendered or is too long, or a number of candidates that is none.
     """
     setting, notes = ask.setting(service.sampling, cap=service.cap)
-    if ask.is_greedy and setting.candidates is None and _takes_one(service):
-        setting = replace(setting, candidates=1)
+    if ask.is_greedy:
+        one = _takes_one(service)
+        alike = "would be alike, so one is drawn" if one else "are alike"
+        notes = (*notes, f"temperature 0: all candidates {alike}")
+        setting = replace(setting, candidates=1) if one else setting
     try:
         service.worker.engine.procedure(setting.candidates)
     except InputError as error:

@@ -207,7 +207,6 @@ class CompletionRequest(_Object):
                 notes.append(f"{name} is {own.max_tokens}, the recipe's max_completion_length, and not {count}")
             given["max_tokens"] = min(count, own.max_tokens)
         if self.is_greedy:
-            notes.append("temperature 0: all candidates would be alike, so one is drawn")
             given |= {"temperature": 1.0, "top_k": 1, "top_p": 1.0}
         setting = Setting(replace(own, **given), tuple(dict.fromkeys(self.stop)), self.best_of or self.infalign.n)
         return setting, tuple(notes)

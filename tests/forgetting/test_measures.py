@@ -16,7 +16,6 @@ from infalign.forgetting.measures import (
     cluster_order,
     confidence_of,
     correlation,
-    difficulty,
     forget_gap,
     forget_ratio,
     pass_at,
@@ -143,6 +142,5 @@ def test_more_answers_by_counting():
     assert best_of(p, verifier, 1) == pass_at(p, 1) == pytest.approx(p.mean())
 
 
-def test_confidence_and_difficulty():
+def test_confidence():
     assert confidence_of(np.array([0.2, 0.9])) == pytest.approx(0.85)
-    assert difficulty(answers(150)) == 0.25

@@ -87,11 +87,6 @@ def forget(recipe: ForgetRecipe, *, dry_run: bool = False) -> ForgetResult | Non
     return result
 
 
-def forget_verb(recipe: ForgetRecipe, *, dry_run: bool = False) -> ForgetResult | None:
-    """`infalign forget`, from the command line."""
-    return forget(recipe, dry_run=dry_run)
-
-
 def tell(result: ForgetResult | None) -> None:
     """Print what was forgotten and what was not."""
     if result is None:
