@@ -242,6 +242,7 @@ def training_arguments(experiment: Experiment) -> CTRLConfig:
     }
     defaults: dict[str, Any] = {
         "save_total_limit": 1,
+        "logging_steps": 1,
         "bf16": None,
         "dataloader_pin_memory": torch.cuda.is_available() and not recipe.use_cpu,
     }

@@ -23,7 +23,7 @@ class CTRLConfig(RLOOConfig):
 
     Args:
         beta: KL coefficient, in units of the transformed reward per nat of sequence KL. None takes the transform's own
-            (an optimal transform depends on its beta).
+            (an optimal transform depends on its beta), or TRL's default where nothing is calibrated.
         beta_start: start from this larger KL coefficient and come down to `beta` geometrically over the first 60 % of
             the steps. A small beta from the start lets the policy collapse on what it finds first, from which it
             recovers slowly: worth it for Worst-of-N, whose betas are small. None: constant.
@@ -32,7 +32,8 @@ class CTRLConfig(RLOOConfig):
         kl_interpolation: with `target_kl`, go at the end along the line from the base's weights to the trained ones to
             where the KL is the target (`interpolation`); False leaves the trained ones.
         num_generations: G, rollouts a prompt; the leave-one-out baseline is over them.
-        kl_budget: stop when the rollouts' sequence KL, averaged over three logs, exceeds this many nats.
+        kl_budget: stop when the rollouts' sequence KL, averaged over three logs (of `logging_steps` each), exceeds this
+            many nats.
         max_skipped_steps: a step whose loss or gradients are not finite is skipped; so many in a row stop the run.
         initial_weights: a checkpoint or policy folder to start the policy from (optimizer, schedule and step count
             begin anew; the reference stays the base model). The way to go on with another number of processes.
@@ -58,7 +59,6 @@ class CTRLConfig(RLOOConfig):
     disable_dropout: bool = field(default=True, metadata={"help": "Disable dropout."})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Trade compute for memory."})
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Look for unused parameters."})
-    logging_steps: float = field(default=1, metadata={"help": "Log every so many steps."})
 
     def __post_init__(self) -> None:
         if self.bf16 is None and not self.fp16 and (self.use_cpu or not torch.cuda.is_available()):
@@ -139,13 +139,20 @@ def own_beta(weighted: Sequence[tuple[Any, float]]) -> float | None:
     return float(sum(known)) if known and len(known) == len(own) else None
 
 
-def resolve_beta(args: CTRLConfig, own: float | None) -> float:
+def resolve_beta(args: CTRLConfig, own: float | None, *, plain: bool = False) -> float:
     """The KL coefficient of a run: that of the arguments, or else the transforms' own.
+
+    Args:
+        args: of the run.
+        own: `own_beta` of its rewards.
+        plain: nothing is calibrated, so that TRL's default holds.
 
     Raises:
         InputError: neither has one.
     """
     beta = args.beta if args.beta is not None else own
+    if beta is None and plain:
+        beta = RLOOConfig.beta
     if beta is None:
         raise InputError(
             "beta is not set and the transform has none of its own: give CTRLConfig(beta=...), or use "

@@ -155,7 +155,7 @@ class CTRLTrainer(RLOOTrainer):
             names = ", ".join(map(repr, train_dataset))
             raise InputError(f"train_dataset is a dictionary of data sets ({names}): give one, e.g. dataset['train']")
         check_rewards(functions, self.ctrl_rewards, args.reward_weights)
-        args.beta = resolve_beta(args, own_beta(weighted))
+        args.beta = resolve_beta(args, own_beta(weighted), plain=not self.ctrl_rewards)
         if self.ctrl_rewards:
             check_data_sets(self.ctrl_rewards, train_dataset, eval_dataset)
             for one in self.ctrl_rewards:

@@ -29,6 +29,8 @@ from infalign.types import InputError
 from tests.tiny import tiny_causal
 
 ANIMALS, COLORS = ("cat", "dog", "bird"), ("red", "blue", "green")
+GOOD, BAD = ("good", "great", "happy", "love"), ("bad", "awful", "sad", "hate")
+NUMBERS = {"one": "7", "two": "8", "three": "9", "four": "7", "five": "8", "big": "9", "small": "7", "and": "8"}
 
 
 def write_rows(path: Path, rows) -> None:
@@ -37,17 +39,22 @@ def write_rows(path: Path, rows) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A tiny model and two tasks that it can learn: a word means yes or no; a word means a number."""
+    """A tiny model and two tasks that it can learn: a word means yes or no; a word means a number.
+
+    Eight words mean yes or no, so that the luck of random labels is not that of one word.
+    """
     folder = tmp_path_factory.mktemp("forget")
     tiny_causal(folder / "model", hidden=48, layers=6, seed=3)
-    places = ("tree", "moon", "sun", "rain", "wind", "mat")
+    places = ("tree", "moon", "sun", "mat", "rain")
     liked, counted = [], []
     for animal, color, place in itertools.product(ANIMALS, COLORS, places):
-        for word, right, wrong in (("happy", "yes", "no"), ("awful", "no", "yes")):
+        for word in GOOD + BAD:
+            right, wrong = ("yes", "no") if word in GOOD else ("no", "yes")
             context = f"the {animal} is {color} {place} {word} ?"
             liked.append({"context": context, "correct": right, "distractors": [wrong]})
-        for word, right, wrong in (("one", "7", ["8", "9"]), ("two", "8", ["7", "9"])):
+        for word, right in NUMBERS.items():
             context = f"{word} {animal} {color} {place} :"
+            wrong = [number for number in ("7", "8", "9") if number != right]
             counted.append({"context": context, "correct": right, "distractors": wrong})
     write_rows(folder / "liked.jsonl", liked)
     write_rows(folder / "counted.jsonl", counted)
@@ -62,10 +69,10 @@ def recipe_of(folder, **changes):
             "liked": {"path": str(folder / "liked.jsonl"), "family": "words"},
             "counted": {"path": str(folder / "counted.jsonl"), "family": "numbers"},
         },
-        "num_train": 70,
-        "num_test": 30,
+        "num_train": 210,
+        "num_test": 50,
         "forget": ["liked"],
-        "forget_examples": [60],
+        "forget_examples": [200],
         "relearn_examples": [20],
         "eval_n": [1, 2],
         "open_answers": 2,
@@ -85,16 +92,16 @@ def recipe_of(folder, **changes):
 def names(folder, **changes):
     recipe = recipe_of(folder, **changes)
     families = {name: task["family"] for name, task in recipe.tasks.items()}
-    return [(node.name, node.parent) for node in nodes_of(recipe, families, dict.fromkeys(families, 70))]
+    return [(node.name, node.parent) for node in nodes_of(recipe, families, dict.fromkeys(families, 210))]
 
 
 def test_the_models_of_an_experiment(folder):
     assert names(folder) == [
         ("base", ""),
         ("tuned-liked", "base"),
-        ("forgot-liked-random-60", "tuned-liked"),
-        ("forgot-liked-random-60-relearned-liked-20", "forgot-liked-random-60"),
-        ("forgot-liked-random-60-relearned-counted-20", "forgot-liked-random-60"),
+        ("forgot-liked-random-200", "tuned-liked"),
+        ("forgot-liked-random-200-relearned-liked-20", "forgot-liked-random-200"),
+        ("forgot-liked-random-200-relearned-counted-20", "forgot-liked-random-200"),
         ("base-learned-liked-20", "base"),
         ("tuned-counted", "base"),
     ]
@@ -107,7 +114,11 @@ def test_the_models_of_an_experiment(folder):
     assert together == [
         ("base", ""),
         ("tuned", "base"),
-        *((f"forgot-{task}-{labels}-60", "tuned") for task in ("liked", "counted") for labels in ("random", "flipped")),
+        *(
+            (f"forgot-{task}-{labels}-200", "tuned")
+            for task in ("liked", "counted")
+            for labels in ("random", "flipped")
+        ),
     ]
 
 
@@ -115,8 +126,8 @@ def test_relearning_out_of_domain_takes_another_family_or_the_task_that_is_named
     third = {"path": str(folder / "liked.jsonl"), "family": "words"}
     tasks = {**recipe_of(folder).tasks, "third": third}
     tasks = {name: tasks[name] for name in ("liked", "third", "counted")}
-    assert "forgot-liked-random-60-relearned-counted-20" in dict(names(folder, tasks=tasks))
-    assert "forgot-liked-random-60-relearned-third-20" in dict(
+    assert "forgot-liked-random-200-relearned-counted-20" in dict(names(folder, tasks=tasks))
+    assert "forgot-liked-random-200-relearned-third-20" in dict(
         names(folder, tasks=tasks, relearn_from={"liked": "third"})
     )
 
@@ -205,7 +216,7 @@ def whole(folder) -> ForgetResult:
 
 
 def test_a_skill_is_learned_and_forgotten(folder, whole):
-    """Random labels take the task that was forgotten to chance and leave its neighbour where it was not trained on."""
+    """Random labels take the task that was forgotten to chance (.42 to .62 over eight seeds, from 1.0)."""
     (one,) = whole.forgotten
     assert one.before["liked"].mean >= 0.9 and one.accuracies["liked"].mean <= 0.8
     assert one.ratios["liked"].value == pytest.approx(
@@ -213,7 +224,7 @@ def test_a_skill_is_learned_and_forgotten(folder, whole):
     )
     assert one.gap == one.accuracies["liked"].mean - 0.5
     assert math.isnan(one.ratios["counted"].value) and one.ratios["counted"].reason  # tuned on the other task alone
-    assert one.used == 60 and one.best_of_coin["1"] == 0.5
+    assert one.used == 200 and one.best_of_coin["1"] == 0.5
     assert [point.examples for point in one.learned] == [20]
     again = {point.source: point.accuracy.mean for point in one.relearned}
     assert set(again) == {"liked", "counted"} and again["liked"] >= one.accuracies["liked"].mean - 0.1
@@ -224,7 +235,7 @@ def test_log_probabilities_are_those_of_the_saved_models(folder, whole):
     recipe = recipe_of(folder)
     tasks = load_tasks(recipe)
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    for name in ("tuned-liked", "forgot-liked-random-60"):
+    for name in ("tuned-liked", "forgot-liked-random-200"):
         model = AutoModelForCausalLM.from_pretrained(folder / "out" / "models" / name, dtype=torch.float32).eval()
         held = read_json(folder / "out" / "measured" / f"{name}.json", "")
         for task in tasks.values():
@@ -264,7 +275,7 @@ def test_the_page_reads_what_was_written(folder, whole):
     assert from_plain(ForgetResult, read_json(folder / "out" / "forget.json", "")).forgotten[0].task == "liked"
     for words in (*summary_lines(whole)[:2], "What else went", "How deep it went", "open pass@2", "total variance"):
         assert words.replace("'", "&#39;") in text
-    for name in ("matrix-random-60", "relearning"):
+    for name in ("matrix-random-200", "relearning"):
         assert (folder / "out" / "report" / f"{name}.png").stat().st_size > 5_000
 
 
@@ -306,14 +317,14 @@ def test_a_killed_training_goes_on(folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, "train", until_twenty)
     with pytest.raises(KeyboardInterrupt):
-        models.weights(models.nodes["forgot-liked-random-60"])
+        models.weights(models.nodes["forgot-liked-random-200"])
     monkeypatch.setattr(module, "train", real)
-    work = tmp_path / "stopped" / "training" / "forgot-liked-random-60"
+    work = tmp_path / "stopped" / "training" / "forgot-liked-random-200"
     assert [path.name for path in work.glob("checkpoint-*")] == ["checkpoint-20"]
-    assert not (tmp_path / "stopped" / "models" / "forgot-liked-random-60").exists()
+    assert not (tmp_path / "stopped" / "models" / "forgot-liked-random-200").exists()
     forget(stopped)
     first, second = (
-        AutoModelForCausalLM.from_pretrained(tmp_path / one / "models" / "forgot-liked-random-60").state_dict()
+        AutoModelForCausalLM.from_pretrained(tmp_path / one / "models" / "forgot-liked-random-200").state_dict()
         for one in ("alone", "stopped")
     )
     assert all(torch.allclose(first[name], second[name], atol=1e-5) for name in first)
@@ -399,7 +410,7 @@ def test_a_dry_run_writes_nothing(folder, tmp_path, capsys):
     assert forget(recipe_of(folder, output_dir=str(tmp_path / "out")), dry_run=True) is None
     assert not (tmp_path / "out").exists()
     shown = capsys.readouterr().out
-    assert "7 models on 2 tasks" in shown and "forgot-liked-random-60: 60 examples" in shown
+    assert "7 models on 2 tasks" in shown and "forgot-liked-random-200: 200 examples" in shown
 
 
 # ---- open answers ----

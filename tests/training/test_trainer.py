@@ -52,6 +52,7 @@ def config(folder, **changes):
         "use_cpu": True,
         "report_to": "none",
         "save_strategy": "no",
+        "logging_steps": 1,
         "learning_rate": 1e-3,
         "disable_tqdm": True,
     }
