@@ -18,6 +18,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     PreTrainedTokenizerFast,
 )
 
@@ -142,15 +143,15 @@ def tiny_classifier(
     *,
     tokenizer: PreTrainedTokenizerFast | None = None,
     seed: int = 0,
+    of: str = "sequence",
     **config: Any,
 ) -> str:
-    """Save a random sequence classifier and its tokenizer under `path`; returns the path as a string.
+    """Save a random classifier of sequences (or `of="token"`) and its tokenizer; returns the path as a string.
 
-    `family` as in `tiny_causal`, and the encoders bert, distilbert, deberta-v2.
+    `family` as in `tiny_causal`, and encoders: bert, distilbert, deberta-v2, ...
     """
-    return _save(
-        AutoModelForSequenceClassification, path, family, tokenizer, seed, {"num_labels": num_labels, **config}
-    )
+    factory = {"sequence": AutoModelForSequenceClassification, "token": AutoModelForTokenClassification}[of]
+    return _save(factory, path, family, tokenizer, seed, {"num_labels": num_labels, **config})
 
 
 def _save(factory: Any, path: str | Path, family: str, tokenizer: Any, seed: int, config: dict[str, Any]) -> str:

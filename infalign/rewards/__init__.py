@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from infalign.rewards.http import HTTPReward
     from infalign.rewards.judge import Judge, Verdicts, both_orders, load_judge
     from infalign.rewards.loader import Reward, load_reward
+    from infalign.rewards.process import ProcessReward
 
 _HOMES = {
     "ClassifierReward": "classifier",
@@ -33,6 +34,7 @@ _HOMES = {
     "GuardedReward": "guard",
     "HTTPReward": "http",
     "Judge": "judge",
+    "ProcessReward": "process",
     "Reward": "loader",
     "Verdicts": "judge",
     "both_orders": "judge",
@@ -46,6 +48,7 @@ __all__ = [
     "GuardedReward",
     "HTTPReward",
     "Judge",
+    "ProcessReward",
     "Reward",
     "RewardFunction",
     "Verdicts",

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForSequenceClassification
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from infalign.runtime.plugins import one_line
@@ -32,7 +31,7 @@ def adapter_config(name: str) -> dict[str, Any] | None:
     return None if found is None else json.loads(Path(found).read_text(encoding="utf-8"))
 
 
-def load_merged(name: str, config: dict[str, Any], dtype: Any, trust_remote_code: bool) -> Any:
+def load_merged(name: str, config: dict[str, Any], dtype: Any, trust_remote_code: bool, factory: Any) -> Any:
     """The base model of an adapter with the adapter merged in.
 
     Args:
@@ -40,6 +39,7 @@ def load_merged(name: str, config: dict[str, Any], dtype: Any, trust_remote_code
         config: of `adapter_config`.
         dtype: of the base, "auto" as stored.
         trust_remote_code: run Python code that comes with the base.
+        factory: the transformers class that loads the base, with its head.
 
     Raises:
         InputError: peft is not installed, the base can't be found, the adapter has no merged form or doesn't fit, or
@@ -60,7 +60,7 @@ def load_merged(name: str, config: dict[str, Any], dtype: Any, trust_remote_code
     except Exception as error:  # OS, network and file format errors
         raise InputError(f"reward model {name!r}: the adapter's weights can't be read ({one_line(error)})") from error
     given = {key.removeprefix(_WRAPPED): weight for key, weight in weights.items()}
-    model, info = _base(name, config, _labels(given, config), dtype, trust_remote_code)
+    model, info = _base(name, config, _labels(given, config), dtype, trust_remote_code, factory)
     wanted = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
     if untrained := sorted(wanted - set(given)):
         raise InputError(
@@ -107,11 +107,11 @@ def _labels(given: dict[str, torch.Tensor], config: dict[str, Any]) -> dict[str,
 
 
 def _base(
-    name: str, config: dict[str, Any], labels: dict[str, Any], dtype: Any, trust_remote_code: bool
+    name: str, config: dict[str, Any], labels: dict[str, Any], dtype: Any, trust_remote_code: bool, factory: Any
 ) -> tuple[Any, dict[str, Any]]:
     base = base_of(name, config)
     try:
-        return AutoModelForSequenceClassification.from_pretrained(
+        return factory.from_pretrained(
             base,
             revision=config.get("revision"),
             dtype=dtype,

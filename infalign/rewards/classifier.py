@@ -19,24 +19,25 @@ from torch import nn
 
 from infalign.models.shared_prefix import buckets, pass_cost, why_plain
 from infalign.rewards.classifier_loading import (
+    check_batching,
     choose_label,
     keep_head_in_float32,
     load_classifier,
+    longest,
     model_fingerprint,
-    positions_of,
+    padding_of,
     takes_types,
+    text_config,
 )
 from infalign.rewards.contract import Text
 from infalign.rewards.encoding import as_chat as wrapped
-from infalign.rewards.encoding import encode_as_pair, encode_pair, last_index
+from infalign.rewards.encoding import encode_as_pair, encode_pair, last_index, shown
 from infalign.rewards.shared_scoring import groups_of, shared_states, worth_sharing
 from infalign.runtime.console import notice, say
 from infalign.types import TEMPLATE_COLUMNS, InputError, RewardError, template_variables
 
 TooLong = Literal["error", "truncate", "mask"]
 TOO_LONG = ("error", "truncate", "mask")
-_MOST_SHOWN = 600  # characters of an example
-_PROBE = ("Yes.", "The answer to this is a little longer than that, and it ends here.", "No, I do not think so.")
 
 
 class ClassifierReward:
@@ -109,16 +110,19 @@ class ClassifierReward:
         self._is_decoder = (
             isinstance(getattr(self.model, "score", None), nn.Module) and self._backbone is not self.model
         )
-        self._skipped_id = getattr(_text_config(self.model), "pad_token_id", None)
-        self._pad_id = _pad_id(self.model, self.tokenizer, set_in_config=not self._is_decoder)
+        self._skipped_id = getattr(text_config(self.model), "pad_token_id", None)
+        self._pad_id = padding_of(self.model, self.tokenizer)
+        config = text_config(self.model)
+        if not self._is_decoder and getattr(config, "pad_token_id", None) is None:  # such a model pools by itself
+            config.pad_token_id = self._pad_id
         self._takes_types = not self._is_decoder and takes_types(self.model)
-        self.max_length = self._longest(max_length)
+        self.max_length = longest(self.model, self.tokenizer, self.name, max_length, self._pad_id)
         weights = model_fingerprint(self.model, self.tokenizer)
         shown = repr((self.chat_template, sorted(self.chat_template_kwargs.items())))
         template = hashlib.blake2b(shown.encode(), digest_size=4).hexdigest()
         how = "".join(f":{name}" for name, on in (("pair", pair), ("as_chat", as_chat)) if on)
         self.fingerprint = f"{weights}:{self.label}:{self.max_length}:{too_long}:{template}{how}"
-        self._check_batching()
+        check_batching(self.name, self.tokenizer, self._backbone, self._forward, self.max_length, self._pad_id)
         if pair is None and not self._is_decoder:
             notice(
                 f"reward model {self.name!r} is an encoder and is given prompt and completion as one text: if it was "
@@ -200,9 +204,8 @@ class ClassifierReward:
         """Print the first sequence ever scored as this model sees it: a wrong template shows here first."""
         if not self._shown and sequences:
             self._shown = True
-            text = self.tokenizer.decode(sequences[0])
-            short = text if len(text) <= _MOST_SHOWN else f"{text[: _MOST_SHOWN // 2]} ... {text[-_MOST_SHOWN // 2 :]}"
-            say(f"  what the reward model {self.__name__} sees, for example: {short!r}")
+            example = shown(self.tokenizer.decode(sequences[0]))
+            say(f"  what the reward model {self.__name__} sees, for example: {example}")
 
     def score(
         self,
@@ -271,38 +274,6 @@ class ClassifierReward:
         kept = [0] if ids[0] in first and limit > 1 else []
         return [*kept, *range(len(ids) - limit + len(kept), len(ids))]
 
-    def _longest(self, max_length: int | None) -> int | None:
-        """The most tokens of a sequence: as asked for, else what model and tokenizer say.
-
-        Raises:
-            InputError: more than the model has positions for.
-        """
-        positions = positions_of(self.model, {self._pad_id})
-        if max_length is not None and positions is not None and max_length > positions:
-            raise InputError(
-                f"reward model {self.name!r}: max_length is {max_length}, and the model has positions for {positions} "
-                "tokens"
-            )
-        declared = (
-            getattr(self.model.config, "max_position_embeddings", None),
-            getattr(self.tokenizer, "model_max_length", None),  # 10**30 where a tokenizer knows no limit
-        )
-        limits = [positions, *(one for one in declared if one is not None and 0 < one < 10**9)]
-        return max_length or min((one for one in limits if one), default=None)
-
-    def _check_batching(self) -> None:
-        """Scores one by one must be the scores of a padded batch; says both when they are not."""
-        sequences = [list(self.tokenizer(text)["input_ids"])[: self.max_length] or [self._pad_id] for text in _PROBE]
-        alone = np.concatenate([self._forward([ids]) for ids in sequences])
-        together = self._forward(sequences)
-        exact = next(self._backbone.parameters()).dtype == torch.float32
-        tolerance = (1e-3 if exact else 5e-2) * max(1.0, float(np.abs(alone).max()))
-        if not np.abs(alone - together).max() <= tolerance:
-            raise InputError(
-                f"reward model {self.name!r}: the score depends on the batch ({alone.round(4).tolist()} one by one, "
-                f"{together.round(4).tolist()} together); its code ignores the padding, or its weights are not finite"
-            )
-
 
 def _check_options(batch_tokens: int | None, max_length: int | None, too_long: str, **switches: Any) -> None:
     for name, value in (("batch_tokens", batch_tokens), ("max_length", max_length)):
@@ -313,17 +284,3 @@ def _check_options(batch_tokens: int | None, max_length: int | None, too_long: s
     for name, value in switches.items():
         if value not in (None, True, False):
             raise InputError(f"{name} is true or false, got {value!r}")
-
-
-def _text_config(model: Any) -> Any:
-    return model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-
-
-def _pad_id(model: Any, tokenizer: Any, *, set_in_config: bool) -> int:
-    """Any id will do where the mask is obeyed; a model that pools by itself gets it in its config."""
-    config = _text_config(model)
-    ids = (tokenizer.pad_token_id, getattr(config, "pad_token_id", None), tokenizer.eos_token_id, 0)
-    pad_id = next(token_id for token_id in ids if token_id is not None)
-    if set_in_config and getattr(config, "pad_token_id", None) is None:
-        config.pad_token_id = pad_id
-    return pad_id

@@ -1,4 +1,4 @@
-"""A sequence-classification reward model with its tokenizer, loaded and checked; nothing is scored here."""
+"""A reward model (a sequence or token classifier) with its tokenizer, loaded and checked; nothing is scored here."""
 
 from __future__ import annotations
 
@@ -6,20 +6,33 @@ import hashlib
 import inspect
 import json
 import re
-from collections.abc import Iterable, Set
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+)
 
 from infalign.rewards.adapters import adapter_config, base_of, load_merged, unwrapped
 from infalign.runtime.console import notice
 from infalign.runtime.plugins import one_line
 from infalign.types import InputError
 
+Scored = Literal["sequence", "token"]
+"""What has a score of its own."""
+PROCESS = ("ForTokenClassification", "ForProcessRewardModel")
+"""How the classes of models that score tokens are called (the second: Qwen's, whose code comes with the weights)."""
+_PROBE = ("Yes.", "The answer to this is a little longer than that, and it ends here.", "No, I do not think so.")
 _WATCHED = 3  # tokens
 _SAMPLED = 64
 """Entries of every weight that go into the fingerprint."""
@@ -41,13 +54,14 @@ def load_classifier(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype = "auto",
     trust_remote_code: bool = False,
+    of: Scored = "sequence",
 ) -> LoadedClassifier:
     """The model (from a path, a Hub id, or given) on its device, and its own tokenizer.
 
     An adapter is merged into the base model that it names; a given `PeftModel` is scored as it is.
 
     Weights are read from safetensors only. `device=None` is this process's GPU, or the CPU; a given model stays where
-    it is. `dtype` is of the backbone ("auto": as stored).
+    it is. `dtype` is of the backbone ("auto": as stored). `of`: what the head scores.
 
     Raises:
         InputError: the model or tokenizer cannot be loaded, or weights (e.g. the head) are missing from the files.
@@ -62,9 +76,11 @@ def load_classifier(
             notice(f"reward model {name!r}: trust_remote_code runs Python code that ships with it")
         adapter = adapter_config(name)
         if adapter is None:
-            model, source = _from_files(name, dtype, trust_remote_code), name
+            model, source = _from_files(name, dtype, trust_remote_code, of), name
         else:
-            model, source = load_merged(name, adapter, dtype, trust_remote_code), _with_tokenizer(name, adapter)
+            factory = _factory(name, of)
+            model = load_merged(name, adapter, dtype, trust_remote_code, factory)
+            source = _with_tokenizer(name, adapter)
         model = model.to(device or default_device())
     model.requires_grad_(False).eval()
     source = source if tokenizer is None else tokenizer
@@ -175,14 +191,107 @@ def model_fingerprint(model: nn.Module, tokenizer: Any) -> str:
     return digest.hexdigest()
 
 
-def _from_files(name: str, dtype: Any, trust_remote_code: bool) -> Any:
+def scored_by(model_or_path: Any) -> Scored:
+    """What a reward model scores, by the class that its config (or the model itself) names."""
+    if isinstance(model_or_path, nn.Module):
+        return "token" if type(unwrapped(model_or_path)).__name__.endswith(PROCESS) else "sequence"
+    if (adapter := adapter_config(str(model_or_path))) is not None:
+        return "token" if adapter.get("task_type") == "TOKEN_CLS" else "sequence"
+    return "token" if any(name.endswith(PROCESS) for name in _architectures(str(model_or_path))) else "sequence"
+
+
+def _architectures(name: str) -> list[str]:
     try:
-        model, info = AutoModelForSequenceClassification.from_pretrained(
+        return list(PretrainedConfig.get_config_dict(name)[0].get("architectures") or ())
+    except Exception:  # no config, no network: loading the model says so
+        return []
+
+
+def text_config(model: Any) -> Any:
+    """The config of a model's text part, which is mostly the model's own."""
+    return model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+
+
+def padding_of(model: Any, tokenizer: Any) -> int:
+    """A token id to pad with: any will do where the mask is obeyed."""
+    ids = (tokenizer.pad_token_id, getattr(text_config(model), "pad_token_id", None), tokenizer.eos_token_id, 0)
+    return next(token_id for token_id in ids if token_id is not None)
+
+
+def longest(model: Any, tokenizer: Any, name: str, max_length: int | None, pad_id: int) -> int | None:
+    """The most tokens of a sequence: `max_length`, else what model and tokenizer say; None when nothing does.
+
+    Raises:
+        InputError: more than the model has positions for.
+    """
+    positions = positions_of(model, {pad_id})
+    if max_length is not None and positions is not None and max_length > positions:
+        raise InputError(
+            f"reward model {name!r}: max_length is {max_length}, and the model has positions for {positions} tokens"
+        )
+    declared = (
+        getattr(model.config, "max_position_embeddings", None),
+        getattr(tokenizer, "model_max_length", None),  # 10**30 where a tokenizer knows no limit
+    )
+    limits = [positions, *(one for one in declared if one is not None and 0 < one < 10**9)]
+    return max_length or min((one for one in limits if one), default=None)
+
+
+def check_batching(
+    name: str,
+    tokenizer: Any,
+    backbone: nn.Module,
+    forward: Callable[[Sequence[list[int]]], NDArray[np.float64]],
+    max_length: int | None,
+    pad_id: int,
+) -> None:
+    """Scores one by one must be the scores of a padded batch; says both when they are not.
+
+    Args:
+        name: the reward model's.
+        tokenizer: its own.
+        backbone: whose precision says how near they must be.
+        forward: token ids of sequences -> a logit (B,) of each, in one padded pass.
+        max_length: tokens of a sequence.
+        pad_id: what a sequence without tokens becomes.
+
+    Raises:
+        InputError: they are not, or the model can't score at all.
+    """
+    sequences = [list(tokenizer(text)["input_ids"])[:max_length] or [pad_id] for text in _PROBE]
+    try:
+        alone = np.concatenate([forward([ids]) for ids in sequences])
+        together = forward(sequences)
+    except Exception as error:  # the model's own code, e.g. BART's, which wants an end token in every sequence
+        raise InputError(
+            f"reward model {name!r}: scoring three short texts failed ({one_line(error)}); see that model and "
+            "tokenizer belong together"
+        ) from error
+    exact = next(backbone.parameters()).dtype == torch.float32
+    tolerance = (1e-3 if exact else 5e-2) * max(1.0, float(np.abs(alone).max()))
+    if not np.abs(alone - together).max() <= tolerance:
+        raise InputError(
+            f"reward model {name!r}: the score depends on the batch ({alone.round(4).tolist()} one by one, "
+            f"{together.round(4).tolist()} together); its code ignores the padding, or its weights are not finite"
+        )
+
+
+def _factory(name: str, of: Scored) -> Any:
+    """The transformers class that loads it."""
+    if of == "sequence":
+        return AutoModelForSequenceClassification
+    own = any(one.endswith(PROCESS[1]) for one in _architectures(name))
+    return AutoModel if own else AutoModelForTokenClassification
+
+
+def _from_files(name: str, dtype: Any, trust_remote_code: bool, of: Scored) -> Any:
+    try:
+        model, info = _factory(name, of).from_pretrained(
             name, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True, output_loading_info=True
         )
     except Exception as error:  # OS, network, configuration and shape errors; all are for the recipe to fix
         raise InputError(
-            f"reward model {name!r} cannot be loaded as a sequence classifier ({one_line(error)}); give a folder or "
+            f"reward model {name!r} cannot be loaded as a {of} classifier ({one_line(error)}); give a folder or "
             f"Hub id with safetensors weights"
         ) from error
     missing = sorted(info["missing_keys"])

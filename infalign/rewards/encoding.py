@@ -37,12 +37,7 @@ def encode_pair(
     else:
         asked, answered = as_chat(prompt, completion)
         messages = asked + answered
-        template = chat_template or getattr(tokenizer, "chat_template", None)
-        if not template:
-            raise InputError(
-                f"the prompts are chats but the tokenizer of the reward model {name!r} has no chat template; "
-                f"give chat_template, or use text prompts"
-            )
+        template = _template_for_chats(tokenizer, name, chat_template)
         variables = chat_template_kwargs or {}
         ids = list(_applied(tokenizer, messages, name, template, variables, tokenize=True, return_dict=False))
     ids = ids[_repeated_beginnings(tokenizer, ids) :]
@@ -85,6 +80,30 @@ def encode_as_pair(
     return ids[skipped:], types[skipped:]
 
 
+def rendered(
+    tokenizer: Any,
+    prompt: Text,
+    completion: Text,
+    *,
+    name: str,
+    chat_template: str | None = None,
+    variables: Mapping[str, Any] | None = None,
+) -> str:
+    """The chat of prompt and completion as the template writes it; arguments as for `encode_pair`.
+
+    Raises:
+        InputError: no template, or one that refuses the chat.
+    """
+    asked, answered = as_chat(prompt, completion)
+    template = _template_for_chats(tokenizer, name, chat_template)
+    return str(_applied(tokenizer, asked + answered, name, template, variables or {}, tokenize=False))
+
+
+def shown(text: str, most: int = 600) -> str:
+    """A text as `repr`, its middle left out when it is long."""
+    return repr(text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}")
+
+
 def as_chat(prompt: Text, completion: Text) -> tuple[Messages, Messages]:
     """A prompt and its completion as a chat; a text is the user's turn, or the assistant's.
 
@@ -109,6 +128,16 @@ def last_index(ids: Sequence[int], skipped_id: int | None) -> int:
     1
     """
     return max((index for index, token_id in enumerate(ids) if token_id != skipped_id), default=0)
+
+
+def _template_for_chats(tokenizer: Any, name: str, chat_template: str | None) -> str:
+    template = chat_template or getattr(tokenizer, "chat_template", None)
+    if not template:
+        raise InputError(
+            f"the prompts are chats but the tokenizer of the reward model {name!r} has no chat template; "
+            f"give chat_template, or use text prompts"
+        )
+    return template
 
 
 def _applied(

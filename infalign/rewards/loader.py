@@ -103,8 +103,9 @@ def load_reward(
 
     Args:
         spec: `path/to/file.py:name`, `package.module:name`, `package.module.name`, a URL, the folder or Hub id of a
-            sequence classifier, a callable, a class, or a model.
-        kwargs: keyword arguments; for a model those of `ClassifierReward`, for a URL those of `HTTPReward`.
+            sequence classifier or a process reward model, a callable, a class, or a model.
+        kwargs: keyword arguments; for a model those of `ClassifierReward`, or of `ProcessReward` where it classifies
+            tokens; for a URL those of `HTTPReward`.
         base_dir: folder of the recipe, for relative paths (the working directory is tried after it).
         name: for logs, instead of the object's own.
         on_error: see `GuardedReward`, as for the arguments that follow.
@@ -240,7 +241,9 @@ def _with_tokenizer(options: dict[str, Any], recipe_dir: Path) -> dict[str, Any]
 
 
 def _classifier(model: Any, options: dict[str, Any], name: str) -> Callable[..., Any]:
-    build = importlib.import_module("infalign.rewards.classifier").ClassifierReward
+    of_steps = importlib.import_module("infalign.rewards.classifier_loading").scored_by(model) == "token"
+    home, reward = ("process", "ProcessReward") if of_steps else ("classifier", "ClassifierReward")
+    build = getattr(importlib.import_module(f"infalign.rewards.{home}"), reward)
     allowed = list(inspect.signature(build).parameters)[1:]
     unknown = [key for key in options if key not in allowed]
     if unknown:

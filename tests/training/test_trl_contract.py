@@ -1,4 +1,4 @@
-"""What TRL's own tests ask of `RLOOTrainer`, asked of both trainers: the same calls, the same results; refusals by name.
+"""What TRL's own tests ask of `RLOOTrainer`, asked of both trainers: same calls, same results; refusals by name.
 
 What `CTRLTrainer` refuses is in `REFUSED`, each with the words that help. Two of TRL's tests can't hold as they are
 written, and are here by what they are after: they put a stand-in for `generate` (ours samples by itself) and for
