@@ -32,6 +32,41 @@ def score_samples(reward: Any, prompts: Sequence[Prompt], samples: Sequence[Samp
     )
 
 
+ASKED_AGAIN = 16
+"""Samples that a reward is asked about a second time."""
+NOISE = 0.05
+"""Of the rewards' spread: what rounding in another batch (bf16) may come to, and no quantile notices."""
+
+
+def noise_line(
+    reward: Any, prompts: Sequence[Prompt], samples: Sequence[Sample], rewards_B: NDArray[np.float64]
+) -> str | None:
+    """What to say of a reward that scores the first of these samples otherwise when asked again; None if it doesn't.
+
+    Args:
+        reward: a `Reward`.
+        prompts: the prompt of each sample.
+        samples: B samples, all of them scored in one call.
+        rewards_B: what it gave them.
+    """
+    count = min(len(samples), ASKED_AGAIN)
+    again = score_samples(reward, prompts[:count], samples[:count])
+    before = rewards_B[:count]
+    spread = float(np.nanstd(rewards_B)) if np.isfinite(rewards_B).any() else 0.0
+    silent = np.isnan(before) != np.isnan(again)
+    apart = np.abs(again - before)
+    other = silent | (apart > NOISE * spread)  # NaN compares as False
+    if not other.any():
+        return None
+    by = f", by up to {np.nanmax(apart):.3g} where rewards spread by {spread:.3g} (standard deviation)"
+    return (
+        f"reward {reward.name!r} is not deterministic: asked again, it scores {other.sum()} of {count} samples "
+        f"otherwise{by if np.isfinite(apart).any() else ''}; every score is kept as it was first given, and its noise "
+        "limits what Best-of-N and training can gain: give a judge temperature 0 or the mean of several answers, a "
+        "model its evaluation mode"
+    )
+
+
 def columns_digest(reward: Any, prompt: Prompt) -> str:
     """16 hex digits over the columns of a prompt that the reward may read, "" where there are none.
 

@@ -14,7 +14,7 @@ from infalign.calibration.few_samples import expected_cost
 from infalign.calibration.table import SampleTable, Wanted
 from infalign.rewards.calibrated_sum import members_to_score
 from infalign.rewards.loader import Reward
-from infalign.rewards.scoring import columns_digest
+from infalign.rewards.scoring import columns_digest, noise_line
 from infalign.runtime.artifacts import fingerprint, write_manifest
 from infalign.runtime.console import notice, say
 from infalign.runtime.distributed import is_main
@@ -23,7 +23,7 @@ from infalign.stages.output import SAMPLES, clear_if_stale, forget_scores, leave
 from infalign.stages.recipe import Recipe, require_plain
 from infalign.stages.sampling import fill, table_rewards
 from infalign.theory.objective import Objective
-from infalign.types import InputError, Prompt
+from infalign.types import InputError, Prompt, Sample
 
 
 @leaves_nothing(SAMPLES)
@@ -57,6 +57,7 @@ def calibrate(recipe: Recipe, experiment: Experiment | None = None) -> dict[str,
             tokens_per_batch=recipe.tokens_per_batch,
             title="calibrate",
             asks=experiment.asks,
+            look=_see_noise if is_main() else None,
         )
     diagnostics = describe(experiment, table, prompts, objective)
     parts = calibration_parts(experiment)
@@ -155,6 +156,14 @@ def describe(experiment: Experiment, table: SampleTable, prompts: list[Prompt], 
         cost=cost,
         cost_kl=kl,
     )
+
+
+def _see_noise(
+    reward: Reward, prompts: Sequence[Prompt], samples: Sequence[Sample], rewards_B: NDArray[np.float64]
+) -> None:
+    line = noise_line(reward, prompts, samples, rewards_B)
+    if line is not None:
+        notice(line)
 
 
 def _tell(diagnostics: Diagnostics, drawn: int) -> None:

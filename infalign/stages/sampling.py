@@ -13,9 +13,11 @@ from infalign.rewards.loader import Reward
 from infalign.rewards.scoring import columns_digest, score_samples
 from infalign.runtime.console import Progress
 from infalign.runtime.distributed import barrier, is_main, my_share
-from infalign.types import Prompt
+from infalign.types import Prompt, Sample
 
 Batch = tuple[Segment, int, list[Request]]
+Look = Callable[[Reward, Sequence[Prompt], Sequence[Sample], NDArray[np.float64]], None]
+"""Sees a reward's first batch: the prompt of each sample, the samples, their rewards."""
 
 
 def fill(
@@ -28,6 +30,7 @@ def fill(
     tokens_per_batch: int,
     title: str,
     asks: Callable[[Reward, Prompt], bool] = lambda reward, prompt: True,
+    look: Look | None = None,
 ) -> int:
     """Bring a table to at least the wanted samples, scored by every reward.
 
@@ -40,6 +43,7 @@ def fill(
         tokens_per_batch: KV-cache tokens of a batch; recorded, so that a rerun cuts the same batches.
         title: for the progress bar.
         asks: whether a reward scores answers to a prompt.
+        look: is shown the first batch that this process scores, once for each reward.
 
     Returns:
         How many samples this process drew: 0 when everything was there.
@@ -54,10 +58,11 @@ def fill(
     asked = [(reward, {key: prompt for key, prompt in by_key.items() if asks(reward, prompt)}) for reward in rewards]
     missing = [batch for batch in batches if not table.shard(*batch[:2]).exists()]
     if missing:
-        _draw(table, missing, make_sampler(), asked, title)
+        _draw(table, missing, make_sampler(), asked, title, look)
+        look = None
     barrier()
     for reward, prompts in asked:
-        _score(table, batches, reward, prompts, title)
+        _score(table, batches, reward, prompts, title, look)
     barrier()
     return sum(len(requests) for _, _, requests in missing)
 
@@ -68,6 +73,7 @@ def _draw(
     sampler: Sampler,
     asked: Sequence[tuple[Reward, Mapping[str, Prompt]]],
     title: str,
+    look: Look | None,
 ) -> None:
     with Progress(f"{title}: sampling", sum(len(requests) for _, _, requests in missing), "samples") as progress:
         for segment, number, requests in missing:
@@ -75,12 +81,17 @@ def _draw(
             write_samples(table.shard(segment, number), samples)
             if progress.done == 0:  # a reward that can't score is found now, not after an hour of sampling
                 for reward, prompts in asked:
-                    _score(table, [(segment, number, requests)], reward, prompts)
+                    _score(table, [(segment, number, requests)], reward, prompts, look=look)
             progress.advance(len(requests))
 
 
 def _score(
-    table: SampleTable, batches: Sequence[Batch], reward: Reward, by_key: Mapping[str, Prompt], title: str = ""
+    table: SampleTable,
+    batches: Sequence[Batch],
+    reward: Reward,
+    by_key: Mapping[str, Prompt],
+    title: str = "",
+    look: Look | None = None,
 ) -> None:
     """Score the wanted samples that a reward has not scored on these columns; those of other prompts are left alone."""
     columns = {key: columns_digest(reward, prompt) for key, prompt in by_key.items()}
@@ -98,6 +109,8 @@ def _score(
             values = score_samples(reward, prompts, samples)
             shard = table.new_score_shard(segment, number, reward.fingerprint)
             write_scores(shard, samples, values, [columns[prompt.key] for prompt in prompts])
+            if look is not None and progress.done == 0:
+                look(reward, prompts, samples, values)
             progress.advance()
 
 
