@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from infalign.data.chats import checked_chat, from_sharegpt, from_text, is_chat_text, to_be_answered
@@ -42,6 +42,9 @@ def find_form(row: Row, source: str, prompt_column: str, data_format: str) -> Fo
     Raises:
         InputError: none of the columns is known, with those that there are.
     """
+    if data_format == "chat":
+        form = find_form(row, source, prompt_column, "auto")
+        return replace(form, read=lambda one: _as_user(form.read(one)))
     if data_format != "transcript" and prompt_column in row:
         return Form((prompt_column,), lambda one: from_prompt(one.get(prompt_column)))
     named = named_form(row) if data_format == "auto" and prompt_column == "prompt" else None
@@ -56,6 +59,10 @@ def find_form(row: Row, source: str, prompt_column: str, data_format: str) -> Fo
         f"{source}: no column {wanted}{hint}; the columns are {', '.join(map(repr, row))}; set prompt_column, "
         "data_format, or columns (e.g. --columns prompt=NAME)"
     )
+
+
+def _as_user(content: str | Messages) -> Messages:
+    return [{"role": "user", "content": content}] if isinstance(content, str) else content
 
 
 def named_form(row: Row) -> Form | None:

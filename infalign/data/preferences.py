@@ -12,15 +12,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from infalign.data.chats import from_sharegpt
 from infalign.data.forms import from_prompt, how_read, named_form
-from infalign.data.prompts import DataFormat, read_checked
+from infalign.data.prompts import read_checked
 from infalign.data.sources import Row
 from infalign.data.transcripts import parse_transcript, prompt_of
 from infalign.types import InputError, Messages, group_key, template_variables
 
+PairFormat = Literal["auto", "prompt", "transcript"]
 _SIDES = ("chosen", "rejected")
 
 
@@ -53,7 +54,7 @@ class LoadedPreferences:
 
 
 def preferences_from_rows(
-    rows: Sequence[Row], source: str, *, prompt_column: str = "prompt", data_format: DataFormat = "auto"
+    rows: Sequence[Row], source: str, *, prompt_column: str = "prompt", data_format: PairFormat = "auto"
 ) -> LoadedPreferences:
     """Check rows and turn them into distinct pairs, in order.
 

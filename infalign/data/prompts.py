@@ -18,8 +18,8 @@ from infalign.data.forms import Form, find_form, how_read
 from infalign.data.sources import Row, read_rows, saved_splits
 from infalign.types import TEMPLATE_COLUMNS, InputError, Messages, Prompt, prompt_key, row_keys
 
-DataFormat = Literal["auto", "prompt", "transcript"]
-DATA_FORMATS = ("auto", "prompt", "transcript")
+DataFormat = Literal["auto", "chat", "prompt", "transcript"]
+DATA_FORMATS = ("auto", "chat", "prompt", "transcript")
 RESERVED_COLUMNS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "self")
 """Arguments that every reward call fills itself: columns of such names are left out, which is said."""
 
@@ -82,7 +82,8 @@ def load_prompts(
         split: which split (a single local file is read whole).
         prompt_column: column with a string or a chat, for the format `prompt`.
         data_format: `prompt`; `transcript` (column `chosen`, hh-rlhf text or a chat: the last user turn is the one to
-            answer, what follows is dropped); `auto` looks for the columns of `infalign.data.forms`, in that order.
+            answer, what follows is dropped); `auto` looks for the columns of `infalign.data.forms`, in that order;
+            `chat` likewise, and makes a text the user's turn of a chat.
         columns: our name -> the data's, for columns under other names.
         base_dir: folder of the recipe, for relative paths.
         limit: at most so many rows are used, from the first.

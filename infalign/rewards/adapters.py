@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import json
@@ -24,6 +25,12 @@ def adapter_config(name: str) -> dict[str, Any] | None:
     if folder.is_dir():
         path = folder / CONFIG
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return _hub_config(name)
+
+
+@functools.cache
+def _hub_config(name: str) -> dict[str, Any] | None:
+    """As above, of a Hub repository: asked for once, because without a network every question takes half a minute."""
     try:
         found = find_adapter_config_file(name)
     except (OSError, ValueError):  # no such repository, or no network: loading it as a model will say so

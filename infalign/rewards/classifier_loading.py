@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import json
@@ -200,11 +201,18 @@ def scored_by(model_or_path: Any) -> Scored:
     return "token" if any(name.endswith(PROCESS) for name in _architectures(str(model_or_path))) else "sequence"
 
 
-def _architectures(name: str) -> list[str]:
+def _architectures(name: str) -> tuple[str, ...]:
+    return _named_by_config(name) if Path(name).is_dir() else _named_on_the_hub(name)
+
+
+def _named_by_config(name: str) -> tuple[str, ...]:
     try:
-        return list(PretrainedConfig.get_config_dict(name)[0].get("architectures") or ())
+        return tuple(PretrainedConfig.get_config_dict(name)[0].get("architectures") or ())
     except Exception:  # no config, no network: loading the model says so
-        return []
+        return ()
+
+
+_named_on_the_hub = functools.cache(_named_by_config)  # as `adapters` does: without a network a question takes long
 
 
 def text_config(model: Any) -> Any:

@@ -187,6 +187,11 @@ class GuardedReward:
         message = f"{self.kind} {self.name!r} failed {times(failure.attempts)} ({one_line(cause)})"
         if _is_alarm_in_thread(cause):
             raise RewardError(f"{message}: {self._without_alarm()}") from cause
+        if isinstance(cause, TypeError) and "string indices must be integers" in str(cause):
+            message += (
+                ": does it read chats, as TRL's rewards do? The completions of text prompts are texts; data_format: "
+                "chat makes each prompt the user's turn of a chat"
+            )
         if self.on_error == "error":
             way_out = ", or set on_error (in a recipe reward_on_error) to mask" if self.kind == "reward" else ""
             raise RewardError(f"{message}; fix it{way_out}") from cause

@@ -60,6 +60,8 @@ def dry_run(experiment: Experiment) -> dict[str, Any]:
     say(f"  {experiment.procedure}, {aim}, {_beta(arguments)}, reward {rewards}")
     say("  one prompt as the model sees it:")
     say("    " + repr(experiment.tokenizer.decode(experiment.prompt_ids[first.key])))
+    if isinstance(first.content, str) and getattr(experiment.tokenizer, "chat_template", None):
+        say("    (a text, given as it is; the model has a chat template: data_format: chat makes it the user's turn)")
     say(f"  {shape.parameters / 1e6:.0f} M parameters; this machine multiplies at {rate / 1e9:.0f} GFLOP/s")
     for stage, count in tokens.items():
         say(f"  {stage:<10} {count:>12,} tokens   about {clock(seconds[stage])}")

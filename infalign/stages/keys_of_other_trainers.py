@@ -123,6 +123,8 @@ FOREIGN: dict[str, str] = {
     "hub_model_revision": "it is hub_revision",
     "overwrite_hub_revision": "set hub_always_push: true",
     "push_to_hub_revision": "it is push_to_hub: true with hub_revision",
+    "remote_gen_model_url": "it is vllm_server_base_url, with use_vllm: true and vllm_mode: server",
+    "remote_gen_model_port": "it is vllm_server_base_url, with use_vllm: true and vllm_mode: server",
     "wandb_entity": "set WANDB_ENTITY in the environment",
     "wandb_project": "it is project",
     "wandb_run_group": "set WANDB_RUN_GROUP in the environment",
@@ -159,6 +161,19 @@ FOREIGN: dict[str, str] = {
     "use_weighting": _DPO,
     "discopop_tau": _DPO,
 }
+OPEN_R1_REWARDS: dict[str, str] = {
+    "accuracy": "it is accuracy_reward, TRL's",
+    "format": "it is think_format_reward, TRL's",
+    "soft_overlong_punishment": "it is trl.rewards.get_soft_overlong_punishment, with its lengths in reward_kwargs",
+    **dict.fromkeys(
+        (
+            "reasoning_steps", "cosine", "repetition_penalty", "length", "code", "binary_code", "ioi_code", "cf_code",
+            "code_format", "tag_count",
+        ),
+        "it is a function of open-r1's: copy it into a file, reward: FILE.py:NAME",
+    ),
+}  # fmt: skip
+"""Names in open-r1's `reward_funcs`, which are no models of the Hub."""
 FAMILIES = {
     "vllm_importance_sampling_": _RATIOS,
     "sapo_": _ONE_LOSS,

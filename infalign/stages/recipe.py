@@ -19,7 +19,7 @@ from infalign.decoding.strategies import STRATEGIES, TAKES_PROCEDURE
 from infalign.runtime.address import address_problem
 from infalign.runtime.config import check, field_hints, read_yaml
 from infalign.runtime.launch import FLAGS as LAUNCH_FLAGS
-from infalign.stages.keys_of_other_trainers import explain
+from infalign.stages.keys_of_other_trainers import OPEN_R1_REWARDS, explain
 from infalign.stages.terms import with_objectives
 from infalign.theory.procedures import BUILT_IN, NEEDS, refuse_n
 from infalign.theory.transforms import CATALOGUE
@@ -98,7 +98,9 @@ class Recipe:
     datasets: list[dict] = key([], "TRL's mixture of data sets, in place of dataset_name", "data")
     prompt_column: str = key("prompt", "column with a text or a chat", "data")
     columns: dict | list[str] | str = key({}, "other names of columns, e.g. prompt=question,chosen=better", "data")
-    data_format: Literal["auto", "prompt", "transcript"] = key("auto", "transcript: hh-rlhf's chosen/rejected", "data")
+    data_format: Literal["auto", "chat", "prompt", "transcript"] = key(
+        "auto", "chat: texts become the user's turn of a chat; transcript: hh-rlhf's chosen/rejected", "data"
+    )
     num_train_prompts: int | None = key(None, "how many; unset: all that are left", "data")
     num_validation_prompts: int = key(0, "held out for `eval_steps` during training", "data")
     num_test_prompts: int = key(128, "held out for `evaluate`", "data")
@@ -302,6 +304,9 @@ def _training_hints() -> dict[str, Any]:
 
 def _with_trl_names(recipe: Recipe) -> Recipe:
     """TRL's `reward_funcs` and `reward_model_name_or_path` as `reward`."""
+    if unknown := [name for name in recipe.reward_funcs if name in OPEN_R1_REWARDS]:
+        told = "; ".join(f"{name}: {OPEN_R1_REWARDS[name]}" for name in unknown)
+        raise InputError(f"reward_funcs names rewards of open-r1's own script: {told}")
     given = [recipe.reward, *recipe.reward_funcs, recipe.reward_model_name_or_path]
     given = [f"trl.rewards.{one}" if one in _TRL_REWARDS else one for one in given if one]
     if len(given) > 1:
@@ -336,7 +341,10 @@ def _check_together(recipe: Recipe) -> None:
     if recipe.target_kl is not None and not recipe.target_kl > 0:
         problems.append(f"target_kl must be nats above 0, got {recipe.target_kl:g}: e.g. 1.0")
     if recipe.beta is not None and not recipe.beta > 0:
-        problems.append(f"beta must be above 0, got {recipe.beta:g}")
+        problems.append(
+            f"beta must be above 0, got {recipe.beta:g}: without a KL term there is no optimum for the decoder; give "
+            "target_kl in nats, from which beta follows"
+        )
     if not recipe.temperature > 0:
         problems.append(f"temperature must be above 0, got {recipe.temperature}: greedy decoding has no distribution")
     if not 0 < recipe.confidence < 1:

@@ -226,8 +226,8 @@ def test_reserved_columns_empty_data_and_unknown_formats():
     assert loaded.notes[0].endswith("argument of every reward: 'completions', 'self'")
     with pytest.raises(InputError, match="rows: no rows"):
         prompts_from_rows([], "rows")
-    with pytest.raises(InputError, match="data_format 'chat' is unknown; one of auto, prompt, transcript"):
-        load_prompts("x", data_format="chat")
+    with pytest.raises(InputError, match="data_format 'chats' is unknown; one of auto, chat, prompt, transcript"):
+        load_prompts("x", data_format="chats")
 
 
 @pytest.mark.parametrize(
@@ -312,3 +312,24 @@ def test_bad_mixtures(tmp_path, entries, message):
     write(tmp_path / "c.jsonl", [{"prompt": [{"role": "user", "content": "x"}]}])
     with pytest.raises(InputError, match=message):
         load_mixture(entries, base_dir=tmp_path)
+
+
+class TestTextsAsChats:
+    @pytest.mark.parametrize("column", ["prompt", "question"])
+    def test_a_text_is_the_users_turn(self, column):
+        loaded = prompts_from_rows([{column: "hi", "answer": "4"}], "rows", data_format="chat")
+        (one,) = loaded.prompts
+        assert one.content == [{"role": "user", "content": "hi"}] and one.columns == {"answer": "4"}
+        text, *_ = prompts_from_rows([{column: "hi", "answer": "4"}], "rows").prompts
+        assert text.content == "hi" and text.key != one.key
+
+    def test_chats_stay_what_they_are(self):
+        chat = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hi"}]
+        for rows in ([{"prompt": chat}], [{"messages": chat}]):
+            assert prompts_from_rows(rows, "rows", data_format="chat").prompts[0].content == chat
+
+    def test_what_is_no_prompt_is_refused_as_ever(self):
+        with pytest.raises(InputError, match="row 1: the prompt is empty"):
+            prompts_from_rows([{"prompt": " "}], "rows", data_format="chat")
+        with pytest.raises(InputError, match="no column 'prompt'"):
+            prompts_from_rows([{"other": "x"}], "rows", data_format="chat")

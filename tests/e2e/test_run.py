@@ -183,7 +183,11 @@ def test_dry_run_writes_nothing(finished, tmp_path, capsys):
     assert not (tmp_path / "dry").exists()
     assert found["tokens"]["calibrate"] >= 6 * 12 * 5
     out = capsys.readouterr().out
-    assert "one prompt as the model sees it" in out and "recipe is valid: 6 train, 0 validation, 4 test" in out
+    assert (
+        "one prompt as the model sees it" in out
+        and "data_format: chat makes it the user's turn" in out
+        and "recipe is valid: 6 train, 0 validation, 4 test" in out
+    )
 
 
 def test_validation_and_best_checkpoint(tmp_path):

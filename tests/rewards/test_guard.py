@@ -295,3 +295,13 @@ def test_no_completions_no_call():
 def test_options_are_checked(options, message):
     with pytest.raises(InputError, match=message):
         guard(lengths, **options)
+
+
+def test_a_reward_for_chats_that_is_given_texts_says_what_to_do():
+    guarded = GuardedReward(
+        lambda completions: [len(one[0]["content"]) for one in completions], name="chats", retries=0
+    )
+    with pytest.raises(
+        RewardError, match=r"does it read chats, as TRL's rewards do.*data_format: chat makes each prompt"
+    ):
+        guarded(["hi"], ["there"])

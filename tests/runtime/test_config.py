@@ -12,12 +12,24 @@ import pytest
 from trl import DPOConfig, GRPOConfig, ScriptArguments, SFTConfig
 
 from infalign.runtime.config import check, coerce, field_hints, read_flags, read_yaml
-from infalign.stages.keys_of_other_trainers import FOREIGN, explain
+from infalign.stages.keys_of_other_trainers import FOREIGN, OPEN_R1_REWARDS, explain
 from infalign.stages.recipe import Recipe, load_recipe
 from infalign.stages.training_keys import training_hints
 from infalign.types import InputError
 
 OF_OTHER_METHODS = {"packing_strategy", "eval_packing"}  # so rare that the plain refusal does
+OPEN_R1_KEYS = """
+    attn_implementation benchmarks beta bf16 callbacks code_eval_test_batch_size code_language dataset_configs
+    dataset_name dataset_prompt_column dataset_train_split ddp_find_unused_parameters do_eval eval_steps eval_strategy
+    gradient_accumulation_steps gradient_checkpointing gradient_checkpointing_kwargs hub_model_id hub_model_revision
+    hub_strategy learning_rate log_completions log_level logging_first_step logging_steps logging_strategy loss_type
+    lr_scheduler_type mask_truncated_completions max_completion_length max_grad_norm max_prompt_length max_steps
+    model_name_or_path model_revision num_generations num_iterations num_processes num_train_epochs output_dir
+    overwrite_output_dir per_device_eval_batch_size per_device_train_batch_size push_to_hub remote_gen_model_url
+    report_to reward_funcs reward_weights save_steps save_strategy save_total_limit scale_rewards seed system_prompt
+    temperature torch_dtype use_liger_kernel use_vllm vllm_device vllm_gpu_memory_utilization wandb_entity
+    wandb_project warmup_ratio
+"""
 MINIMAL = {"model_name_or_path": "m", "reward": "r.py:f", "output_dir": "o", "dataset_name": "d", "beta": 0.1}
 
 
@@ -200,6 +212,31 @@ class TestRecipe:
         }
         assert not {name for name in declared - known.keys() if explain(name) is None} - OF_OTHER_METHODS
         assert not FOREIGN.keys() & known.keys(), "explained, though it is a key here"
+
+    def test_keys_of_public_recipes(self):
+        """open-r1's GRPO recipes: each key is one here, starts the launcher, or is explained."""
+        known = {**training_hints(), **field_hints(Recipe)}
+        unknown = [name for name in OPEN_R1_KEYS.split() if name not in known and explain(name) is None]
+        assert unknown == ["num_processes"]  # the launcher's (`runtime.launch.FLAGS`)
+
+    @pytest.mark.parametrize(
+        ("names", "words"),
+        [
+            (
+                ["accuracy", "format"],
+                "accuracy: it is accuracy_reward, TRL's; format: it is think_format_reward, TRL's",
+            ),
+            (["cf_code"], "cf_code: it is a function of open-r1's: copy it into a file, reward: FILE.py:NAME"),
+        ],
+    )
+    def test_names_of_open_r1s_rewards(self, names, words):
+        """They look like models of the Hub, which would be asked for them."""
+        keys = {name: value for name, value in MINIMAL.items() if name != "reward"}
+        with pytest.raises(InputError, match=f"names rewards of open-r1's own script: {words}"):
+            load_recipe({**keys, "reward_funcs": names})
+        for one in OPEN_R1_REWARDS.values():
+            if named := re.match(r"it is (\w+_reward), TRL's", one):
+                assert load_recipe({**keys, "reward_funcs": [named[1]]}).reward == f"trl.rewards.{named[1]}"
 
     def test_what_is_said_to_be_a_key_is_one(self):
         known = {**training_hints(), **field_hints(Recipe)}
