@@ -43,6 +43,7 @@ _HOME = {
     "InputError": "infalign.types",
     "RewardError": "infalign.types",
     "run": "infalign.stages.run",
+    "with_references": "infalign.stages.references",
     "sweep": "infalign.stages.sweep.run",
     "CellSamples": "infalign.evaluation.sweep",
 }
@@ -70,12 +71,14 @@ __all__ = [
     "transforms",
     "win_rate",
     "win_rate_limit",
+    "with_references",
 ]
 
 if TYPE_CHECKING:
     from infalign.calibration.quantile import calibrate
     from infalign.evaluation.sweep import CellSamples
     from infalign.evaluation.winrate import WinRate, win_rate
+    from infalign.stages.references import with_references
     from infalign.stages.run import run
     from infalign.stages.sweep.run import sweep
     from infalign.theory import transforms

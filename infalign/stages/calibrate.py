@@ -57,7 +57,7 @@ def calibrate(recipe: Recipe, experiment: Experiment | None = None) -> dict[str,
             tokens_per_batch=recipe.tokens_per_batch,
             title="calibrate",
             asks=experiment.asks,
-            look=_see_noise if is_main() else None,
+            look=see_noise if is_main() else None,
         )
     diagnostics = describe(experiment, table, prompts, objective)
     parts = calibration_parts(experiment)
@@ -158,9 +158,10 @@ def describe(experiment: Experiment, table: SampleTable, prompts: list[Prompt], 
     )
 
 
-def _see_noise(
+def see_noise(
     reward: Reward, prompts: Sequence[Prompt], samples: Sequence[Sample], rewards_B: NDArray[np.float64]
 ) -> None:
+    """Ask a reward once more about what it has just scored, and tell of other answers; arguments as `noise_line`'s."""
     line = noise_line(reward, prompts, samples, rewards_B)
     if line is not None:
         notice(line)

@@ -1,7 +1,8 @@
-"""The README's recipe is valid, and its Python trains in TRL's own trainer."""
+"""The README's recipe is valid, and its script trains."""
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -10,7 +11,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from infalign.cli import main
 from infalign.merging.plan import read_plan
 from infalign.runtime.config import read_yaml
 from infalign.stages.objective import load_procedure
@@ -18,6 +18,7 @@ from infalign.stages.recipe import load_recipe
 from infalign.stages.sweep.recipe import cells_of, load_sweep
 from infalign.theory.procedures import BestOfN
 from tests.e2e.experiment import tiny_experiment
+from tests.tiny import tiny_causal
 
 PAGE = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 
@@ -36,24 +37,26 @@ def test_the_recipe_is_valid(tmp_path):
     assert recipe.num_test_prompts == read_yaml(path)["num_test_prompts"]
 
 
-def test_ref_rewards_for_trls_own_trainer(tmp_path):
-    keys = tiny_experiment(tmp_path)
-    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(keys))
-    assert main(["calibrate", "--config", str(tmp_path / "mine.yaml")]) == 0
-    code = block("python", "from datasets import Dataset")
+def test_a_trl_script_after_three_lines(tmp_path):
+    model = tiny_causal(tmp_path / "model", "llama")
+    rows = [{"prompt": [{"role": "user", "content": said}]} for said in ("the cat", "a dog", "why", "i like the")]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    code = block("python", "from datasets import load_dataset")
+    data = f'"json", data_files="{tmp_path / "rows.jsonl"}", split="train"'
     for ours, tiny in {
-        "Qwen/Qwen2.5-0.5B-Instruct": str(keys["model_name_or_path"]),
+        "Qwen/Qwen2.5-0.5B-Instruct": model,
+        '"trl-lib/ultrafeedback-prompt", split="train[:500]"': data,
         "num_generations=8": "num_generations=2, per_device_train_batch_size=2, max_steps=1, use_cpu=True, bf16=False, "
         "max_completion_length=4, report_to='none', save_strategy='no'",
     }.items():
         assert ours in code
         code = code.replace(ours, tiny)
-    code += "trainer.train()\nprint('steps', trainer.state.global_step, len(trainer.train_dataset['ref_rewards'][0]))\n"
+    code += "print('steps', trainer.state.global_step, len(trainer.train_dataset['ref_rewards'][0]))\n"
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert f"steps 1 {keys['num_calibration_samples']}" in done.stdout
+    assert "steps 1 64" in done.stdout
 
 
 MERGING = (Path(__file__).parents[2] / "recipes" / "merging" / "README.md").read_text(encoding="utf-8")
