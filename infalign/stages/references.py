@@ -66,14 +66,15 @@ def with_references(
         raise InputError(f"model must be the folder or Hub id that the trainer is given, got a {type(model).__name__}")
     if problems := refusals({**vars(args), "disable_dropout": True}):  # the trainer switches it off
         raise InputError("; ".join(problems))
-    path, given = resolve_model(model), dict(args.model_init_kwargs or {})
+    path = resolve_model(model)
+    given: dict[str, Any] = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
     revision = given.get("revision")
     trusted = bool(args.trust_remote_code or given.get("trust_remote_code"))
     dtype = _dtype(given.get("dtype"), path, revision, trusted)
     tokenizer = load_tokenizer(path, revision, trusted)
     settings = SamplingSettings(max_tokens=int(args.max_completion_length or 0), temperature=args.temperature)
     prompts = prompts_from_rows(list(dataset), "the data set").prompts
-    variables = dict(args.chat_template_kwargs or {})
+    variables: dict[str, Any] = args.chat_template_kwargs if isinstance(args.chat_template_kwargs, dict) else {}
     wanted = [
         Wanted(one, tuple(render(tokenizer, one.content, chat_template_kwargs={**variables, **one.template})), count)
         for one in prompts
