@@ -185,7 +185,7 @@ def _step(path: Path) -> int:
 
 def save_rollout_state(
     folder: Path,
-    buffer: list[dict[str, torch.Tensor]] | None,
+    buffer: list[dict[str, Any]] | None,
     counters: dict[str, Any],
     arrays: Mapping[str, NDArray[Any]],
 ) -> None:
@@ -193,28 +193,30 @@ def save_rollout_state(
 
     Args:
         folder: the checkpoint.
-        buffer: the micro-batches of the generation in use, None between generations.
+        buffer: the micro-batches of the generation in use (tensors, and for images JSON-like counts), None between
+            generations.
         counters: JSON-like values to have again after resuming.
         arrays: likewise.
     """
-    tensors = {
-        f"{number}/{name}": value.detach().cpu().contiguous()
-        for number, part in enumerate(buffer or [])
-        for name, value in part.items()
-    } | {f"{_ARRAY}{name}": torch.from_numpy(value) for name, value in arrays.items()}
-    save_file(
-        tensors, _rollouts_file(folder), metadata={"counters": json.dumps(counters), "parts": str(len(buffer or []))}
-    )
+    held = {f"{number}/{name}": value for number, part in enumerate(buffer or []) for name, value in part.items()}
+    tensors = {key: value.detach().cpu().contiguous() for key, value in held.items() if isinstance(value, torch.Tensor)}
+    others = {key: value for key, value in held.items() if key not in tensors}
+    tensors |= {f"{_ARRAY}{name}": torch.from_numpy(value) for name, value in arrays.items()}
+    metadata = {"counters": json.dumps(counters), "parts": str(len(buffer or [])), "others": json.dumps(others)}
+    save_file(tensors, _rollouts_file(folder), metadata=metadata)
 
 
 def load_rollout_state(
     folder: Path, device: torch.device
-) -> tuple[list[dict[str, torch.Tensor]] | None, dict[str, Any], dict[str, NDArray[Any]]]:
+) -> tuple[list[dict[str, Any]] | None, dict[str, Any], dict[str, NDArray[Any]]]:
     """This rank's buffer (None between generations), counters and arrays."""
     arrays: dict[str, NDArray[Any]] = {}
     with safe_open(_rollouts_file(folder), framework="pt") as file:
         metadata = file.metadata()
-        buffer: list[dict[str, torch.Tensor]] = [{} for _ in range(int(metadata["parts"]))]
+        buffer: list[dict[str, Any]] = [{} for _ in range(int(metadata["parts"]))]
+        for key, value in json.loads(metadata.get("others", "{}")).items():
+            number, _, name = key.partition("/")
+            buffer[int(number)][name] = value
         for key in file.keys():  # noqa: SIM118 - a safetensors file is no mapping
             number, _, name = key.partition("/")
             if key.startswith(_ARRAY):

@@ -11,16 +11,26 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, IterableDatasetDict
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from PIL import Image
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    CLIPVisionConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
 from trl import RLOOConfig, RLOOTrainer
 
 from infalign import CTRLConfig, CTRLTrainer
 from infalign.types import InputError
-from tests.tiny import tiny_causal, tiny_classifier, tiny_tokenizer
+from tests.tiny import WORDS, tiny_causal, tiny_classifier, tiny_config, tiny_tokenizer
 
 BOTH = {
     "trl": (RLOOTrainer, RLOOConfig),
@@ -375,6 +385,61 @@ def test_code_of_a_model_is_trusted_when_told(kind, made, tmp_path):
         subject(kind, made, tmp_path, model=str(folder), rewards=long)
     trainer = subject(kind, made, tmp_path, model=str(folder), rewards=long, keys={"trust_remote_code": True})
     assert type(trainer.model).__name__ == "FarForCausalLM"
+
+
+SEES = (
+    "{% for message in messages %}{{ '<|im_start|> ' + message['role'] + ' ' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{{ ' <image> ' if part['type'] == 'image' else part['text'] }}{% endfor %}{% endif %}{{ ' <|im_end|> ' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|> assistant ' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory):
+    """Folder of a tiny model of images and text with its processor, and chats with an image each."""
+    clip = pytest.importorskip("transformers.models.clip.image_processing_pil_clip")
+    folder = tmp_path_factory.mktemp("seeing")
+    tokenizer = tiny_tokenizer([*WORDS, "<image>"], chat_template=SEES)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlavaConfig(
+        text_config=tiny_config("llama", tokenizer),
+        vision_config=CLIPVisionConfig(**shape, image_size=28, patch_size=14, projection_dim=32),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        vision_feature_layer=-1,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = LlavaForConditionalGeneration(config)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(folder)
+    LlavaProcessor(
+        image_processor=clip.CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}),
+        tokenizer=tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        chat_template=SEES,
+        image_token="<image>",
+        num_additional_image_tokens=1,
+    ).save_pretrained(folder)
+    pixels = np.random.default_rng(0).integers(0, 255, (len(SAID), 28, 28, 3), dtype=np.uint8)
+    images = [Image.fromarray(one) for one in pixels]
+    rows = [{**chat, "image": image} for chat, image in zip(CHATS, images, strict=True)]
+    return folder, Dataset.from_list(rows)
+
+
+@pytest.mark.parametrize("keys", [{}, {"pad_to_multiple_of": 7}, {"num_iterations": 2}], ids=str)
+def test_models_that_see(keys, kind, seeing, made, tmp_path):
+    """Weights move where TRL's move: all but a vision layer that no feature is taken from; a checkpoint goes on."""
+    folder, data = seeing
+    trainer = subject(kind, made, tmp_path, model=str(folder), rewards=long, data=data, keys=keys)
+    moved = trained(trainer)
+    again = subject(kind, made, tmp_path, model=str(folder), rewards=long, data=data, keys={**keys, "max_steps": 5})
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 5
+    assert {name.rpartition(".")[0] for name, did in moved.items() if not did} == {"model.vision_tower.post_layernorm"}
 
 
 class TestRewardModels:
