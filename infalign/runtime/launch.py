@@ -24,6 +24,7 @@ import signal
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -257,8 +258,10 @@ def check_started() -> None:
         )
 
 
-def join(use_cpu: bool = False) -> None:
+def join(use_cpu: bool = False, wait: timedelta | None = None) -> None:
     """Under a launcher, set up the process group (once) so that ranks can wait for each other.
+
+    `wait` is how long; None is the backend's own limit (ten minutes on GPUs), which is short where one rank measures.
 
     On Linux a rank is told to end (SIGTERM) when its launcher is killed, which could not tell it. A lock that a killed
     run left on DeepSpeed's compiled ops goes first: everyone would wait for it.
@@ -270,7 +273,7 @@ def join(use_cpu: bool = False) -> None:
             clear_abandoned_locks()
         from accelerate import PartialState  # noqa: PLC0415 - imports torch
 
-        PartialState(cpu=use_cpu)
+        PartialState(cpu=use_cpu, **({} if wait is None else {"timeout": wait}))
 
 
 def _asked_of_accelerate() -> str | None:

@@ -83,3 +83,32 @@ def test_one_process_may_be_asked_for(count, environment):
     words = ("infalign", "train", "--config", "nowhere.yaml")
     done = launched([*ACCELERATE, "--num_processes", count], *words, **environment)
     assert told(done) == ["infalign: error: no recipe at nowhere.yaml: give --config the path of a YAML file"]
+
+
+WAITS = """
+import sys, time
+from datetime import timedelta
+from infalign.runtime.distributed import barrier, is_main
+from infalign.runtime.launch import join
+
+join(use_cpu=True, wait=timedelta(seconds=float(sys.argv[1])))
+barrier()
+if is_main():
+    time.sleep(float(sys.argv[2]))
+barrier()
+print("together")
+"""
+
+
+@pytest.mark.slow
+def test_ranks_wait_as_long_as_they_are_told(tmp_path):
+    """Where one rank measures for long, the others must not give up on it; torchrun ends the one that sleeps."""
+    (tmp_path / "waits.py").write_text(WAITS)
+    run = [sys.executable, *["-m", *TORCHRUN], str(tmp_path / "waits.py")]
+    plain = {name: value for name, value in os.environ.items() if name not in ("MASTER_ADDR", "WORLD_SIZE", "RANK")}
+    patient, not_patient = (
+        subprocess.run([*run, wait, sleep], capture_output=True, text=True, env=plain, timeout=300, check=False)
+        for wait, sleep in (("200", "6"), ("3", "200"))
+    )
+    assert patient.returncode == 0 and patient.stdout.count("together") == 2, patient.stderr[-2000:]
+    assert not_patient.returncode != 0 and "together" not in not_patient.stdout

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,9 @@ from infalign.stages.recipe import load_recipe
 from infalign.training.packages import missing_packages
 from infalign.types import InputError
 
+LONGEST_MEASURING = timedelta(days=1)
+"""How long ranks wait for the one that measures a model on all tasks."""
+
 
 @leaves_nothing("*.json")
 def forget(recipe: ForgetRecipe, *, dry_run: bool = False) -> ForgetResult | None:
@@ -44,7 +48,7 @@ def forget(recipe: ForgetRecipe, *, dry_run: bool = False) -> ForgetResult | Non
         InputError: a task can't be had, or the folder holds another experiment.
         TrainingError: weights are not finite.
     """
-    join(recipe.use_cpu)
+    join(recipe.use_cpu, wait=LONGEST_MEASURING)
     if recipe.output.exists() and not recipe.output.is_dir():
         raise InputError(f"output_dir {recipe.output} is a file: give a folder")
     missing = missing_packages(recipe.training)
