@@ -7,6 +7,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 import torch
+from transformers import TrainingArguments
 from trl import RLOOConfig
 
 from infalign.runtime.console import notice
@@ -118,7 +119,7 @@ def as_ctrl_config(args: RLOOConfig, *, knows_beta: bool) -> CTRLConfig:
     if isinstance(args, CTRLConfig):
         return args
     if not isinstance(args, RLOOConfig):
-        raise InputError(f"args must be a CTRLConfig (or TRL's RLOOConfig), got {type(args).__name__}")
+        raise InputError(f"args must be a CTRLConfig (or TRL's RLOOConfig), got {_described(args)}")
     converted = object.__new__(CTRLConfig)  # `__post_init__` would set again what TRL has set already
     converted.__dict__ |= {**_defaults(), **vars(args), "disable_dropout": True}
     if knows_beta and args.beta == RLOOConfig.beta:
@@ -127,6 +128,17 @@ def as_ctrl_config(args: RLOOConfig, *, knows_beta: bool) -> CTRLConfig:
     shown = "the transform's own" if converted.beta is None else f"{converted.beta:g}"
     notice(f"args is TRL's RLOOConfig: read as CTRLConfig, with beta {shown} and without dropout")
     return converted
+
+
+def _described(args: Any) -> str:
+    """The kind of other arguments, and which keys of theirs there are none of here."""
+    kind = type(args).__name__
+    if not isinstance(args, TrainingArguments):
+        return kind
+    known, own = {one.name for one in fields(CTRLConfig)}, {one.name: one.default for one in fields(args)}
+    lost = [name for name, default in own.items() if name not in known and getattr(args, name) != default]
+    without = f" without {', '.join(lost)}" if lost else ""
+    return f"a {kind}: its keys are here under the same names{without}"
 
 
 def own_beta(weighted: Sequence[tuple[Any, float]]) -> float | None:

@@ -145,7 +145,7 @@ class CTRLTrainer(RLOOTrainer):
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = CTRLConfig(f"{name.rstrip('/').rpartition('/')[2]}-CTRL")
-        weights = args.reward_weights or []
+        weights = getattr(args, "reward_weights", None) or []
         weights = weights if len(weights) == len(functions) else [1.0] * len(functions)
         weighted = [(one, weight) for one, weight in zip(functions, weights, strict=True) if one in self.ctrl_rewards]
         args = as_ctrl_config(args, knows_beta=own_beta(weighted) is not None)

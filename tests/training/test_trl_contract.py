@@ -26,7 +26,7 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
 )
-from trl import RLOOConfig, RLOOTrainer
+from trl import GRPOConfig, RLOOConfig, RLOOTrainer
 
 from infalign import CTRLConfig, CTRLTrainer
 from infalign.types import InputError
@@ -290,6 +290,15 @@ def test_steps_see_the_prompts_that_trl_plans(kind, made, tmp_path):
     trainer.train()
     planned = [{"prompt": said} for said in SAID[:6] for _ in range(4)]
     assert len(seen) == 3 * 2 * 4 and all(inputs == planned for inputs in seen)
+
+
+def test_a_grpo_users_arguments(made, tmp_path):
+    args = GRPOConfig(**settings(tmp_path, beta=0.1), loss_type="grpo", scale_rewards="none")
+    words = "got a GRPOConfig: its keys are here under the same names without scale_rewards, loss_type$"
+    with pytest.raises(InputError, match=words):
+        CTRLTrainer(str(made / "policy"), long, args, TEXTS)
+    with pytest.raises(InputError, match=r"got dict$"):
+        CTRLTrainer(str(made / "policy"), long, settings(tmp_path), TEXTS)
 
 
 # --- data ---------------------------------------------------------------------------------------------------------
