@@ -20,11 +20,18 @@ _WRAPPED = "base_model.model."  # what peft puts before the names of weights
 
 
 def adapter_config(name: str) -> dict[str, Any] | None:
-    """The content of `adapter_config.json` in a folder or Hub repository; None when it is a whole model."""
+    """The content of `adapter_config.json` in a folder or Hub repository; None when it is a whole model.
+
+    Raises:
+        InputError: the file is no JSON.
+    """
     folder = Path(name)
     if folder.is_dir():
         path = folder / CONFIG
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        try:
+            return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        except ValueError as error:
+            raise InputError(f"reward model {name!r}: {CONFIG} can't be read ({one_line(error)})") from error
     return _hub_config(name)
 
 

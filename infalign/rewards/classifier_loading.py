@@ -67,6 +67,11 @@ def load_classifier(
     Raises:
         InputError: the model or tokenizer cannot be loaded, or weights (e.g. the head) are missing from the files.
     """
+    if of == "sequence" and scored_by(model_or_path) == "token":
+        raise InputError(
+            f"reward model {str(model_or_path)[:60]!r} classifies tokens: it is a process reward model; load it with "
+            "ProcessReward, or by its name as a recipe's reward"
+        )
     if isinstance(model_or_path, nn.Module):
         model = unwrapped(model_or_path)
         config = getattr(model_or_path, "config", None)
@@ -196,9 +201,12 @@ def scored_by(model_or_path: Any) -> Scored:
     """What a reward model scores, by the class that its config (or the model itself) names."""
     if isinstance(model_or_path, nn.Module):
         return "token" if type(unwrapped(model_or_path)).__name__.endswith(PROCESS) else "sequence"
-    if (adapter := adapter_config(str(model_or_path))) is not None:
-        return "token" if adapter.get("task_type") == "TOKEN_CLS" else "sequence"
-    return "token" if any(name.endswith(PROCESS) for name in _architectures(str(model_or_path))) else "sequence"
+    name = str(model_or_path)
+    if (adapter := adapter_config(name)) is not None:
+        if adapter.get("task_type") in ("TOKEN_CLS", "SEQ_CLS"):
+            return "token" if adapter["task_type"] == "TOKEN_CLS" else "sequence"
+        name = base_of(name, adapter)
+    return "token" if any(one.endswith(PROCESS) for one in _architectures(name)) else "sequence"
 
 
 def _architectures(name: str) -> tuple[str, ...]:

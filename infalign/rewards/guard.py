@@ -104,7 +104,7 @@ class GuardedReward:
         try:
             rewards = self._checked(self._attempts(arguments), len(completions))
         except _AllFailed as failure:
-            rewards = self._failed(failure, len(completions))
+            rewards = self._failed(failure, len(completions), of_texts=isinstance(completions[0], str))
         missing = int(np.isnan(rewards).sum())
         self.counts["missing"] += missing
         self.counts["scored"] += len(rewards) - missing
@@ -181,13 +181,13 @@ class GuardedReward:
         rewards[infinite] = np.nan
         return rewards
 
-    def _failed(self, failure: _AllFailed, count: int) -> NDArray[np.float64]:
+    def _failed(self, failure: _AllFailed, count: int, *, of_texts: bool) -> NDArray[np.float64]:
         cause = failure.__cause__
         assert cause is not None  # the last attempt's
         message = f"{self.kind} {self.name!r} failed {times(failure.attempts)} ({one_line(cause)})"
         if _is_alarm_in_thread(cause):
             raise RewardError(f"{message}: {self._without_alarm()}") from cause
-        if isinstance(cause, TypeError) and "string indices must be integers" in str(cause):
+        if of_texts and isinstance(cause, TypeError) and "string indices must be integers" in str(cause):
             message += (
                 ": does it read chats, as TRL's rewards do? The completions of text prompts are texts; data_format: "
                 "chat makes each prompt the user's turn of a chat"

@@ -36,6 +36,7 @@ from infalign.rewards.encoding import rendered, shown
 from infalign.runtime.console import say
 from infalign.types import TEMPLATE_COLUMNS, InputError, RewardError, template_variables
 
+_STAND_IN = "\u241eanswer\u241e"  # in an answer's place it shows where the template puts it
 Array = NDArray[np.float64]
 Aggregate = Literal["min", "last", "mean", "prod"]
 AGGREGATES: dict[str, Callable[[Array], float]] = {
@@ -203,16 +204,23 @@ class ProcessReward:
         self, prompt: Text, steps: Sequence[str], variables: Mapping[str, Any]
     ) -> tuple[list[int], list[int]]:
         answer = "".join(step + self.marker for step in steps)
-        text = rendered(
-            self.tokenizer,
-            prompt,
-            answer,
-            name=self.name,
-            chat_template=self.chat_template,
-            variables={**self.chat_template_kwargs, **variables},
+        if not self.tokenizer.is_fast:
+            raise InputError(f"reward model {self.name!r}: its tokenizer tells no places of tokens: use text prompts")
+        text, elsewhere = (
+            rendered(
+                self.tokenizer,
+                prompt,
+                one,
+                name=self.name,
+                chat_template=self.chat_template,
+                variables={**self.chat_template_kwargs, **variables},
+            )
+            for one in (answer, _STAND_IN)
         )
-        start = text.rfind(answer)
-        if start < 0:
+        start = elsewhere.rfind(_STAND_IN)
+        # a template may leave out the white space that an answer begins with
+        lost = 0 if text.startswith(answer, start) else len(answer) - len(answer.lstrip())
+        if start < 0 or text[:start] != elsewhere[:start] or not text.startswith(answer[lost:], start):
             raise InputError(
                 f"reward model {self.name!r}: its chat template changes the answer (the marker {self.marker!r} "
                 "is after every step, also the last): give a marker that is no white space, or chat_template"
@@ -220,7 +228,9 @@ class ProcessReward:
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         begins = [first for first, after in encoded["offset_mapping"] if after > first]
         tokens = [token for token, (first, after) in enumerate(encoded["offset_mapping"]) if after > first]
-        ends = np.cumsum([len(step) + len(self.marker) for step in steps]) + start - 1  # the markers' last characters
+        ends = (
+            np.cumsum([len(step) + len(self.marker) for step in steps]) + start - lost - 1
+        )  # the markers' last characters
         return list(encoded["input_ids"]), [tokens[bisect_right(begins, end) - 1] for end in ends]
 
     def _tokens(self, text: str) -> list[int]:
@@ -270,7 +280,7 @@ class ProcessReward:
 def _check_options(
     aggregate: str, too_long: str, separator: str, marker: str | None, batch_tokens: Any, max_length: Any
 ) -> None:
-    if aggregate not in AGGREGATES:
+    if not isinstance(aggregate, str) or aggregate not in AGGREGATES:
         raise InputError(f"aggregate is one of {', '.join(AGGREGATES)}, got {aggregate!r}")
     if too_long not in ("error", "mask"):
         raise InputError(f"too_long is error or mask for a process reward model, got {too_long!r}")
@@ -278,5 +288,5 @@ def _check_options(
         if value is not None and not (isinstance(value, str) and value):
             raise InputError(f"{name} is a text of at least one character, got {value!r}")
     for name, value in (("batch_tokens", batch_tokens), ("max_length", max_length)):
-        if value is not None and value < 1:
-            raise InputError(f"{name} is at least 1 token, got {value}")
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise InputError(f"{name} is a whole number of tokens, at least 1, got {value!r}")

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from infalign.rewards.contract import shape_completions
 from infalign.rewards.fingerprint import digest
-from infalign.types import Prompt, Sample
+from infalign.types import Prompt, RewardError, Sample
 
 
 def score_samples(reward: Any, prompts: Sequence[Prompt], samples: Sequence[Sample]) -> NDArray[np.float64]:
@@ -50,9 +50,14 @@ def noise_line(
         rewards_B: what it gave them.
     """
     count = min(len(samples), ASKED_AGAIN)
-    again = score_samples(reward, prompts[:count], samples[:count])
+    try:
+        again = score_samples(reward, prompts[:count], samples[:count])
+    except RewardError as error:
+        return (
+            f"reward {reward.name!r} scored {len(samples)} samples and failed when asked again about {count}: {error}"
+        )
     before = rewards_B[:count]
-    spread = float(np.nanstd(rewards_B)) if np.isfinite(rewards_B).any() else 0.0
+    spread = _spread(rewards_B[~np.isnan(rewards_B)])
     silent = np.isnan(before) != np.isnan(again)
     apart = np.abs(again - before)
     other = silent | (apart > NOISE * spread)  # NaN compares as False
@@ -60,11 +65,20 @@ def noise_line(
         return None
     by = f", by up to {np.nanmax(apart):.3g} where rewards spread by {spread:.3g} (standard deviation)"
     return (
-        f"reward {reward.name!r} is not deterministic: asked again, it scores {other.sum()} of {count} samples "
-        f"otherwise{by if np.isfinite(apart).any() else ''}; every score is kept as it was first given, and its noise "
-        "limits what Best-of-N and training can gain: give a judge temperature 0 or the mean of several answers, a "
-        "model its evaluation mode"
+        f"reward {reward.name!r} is not deterministic, or scores depend on what else is in the call: asked again, it "
+        f"scores {other.sum()} of {count} samples otherwise{by if np.isfinite(apart).any() else ''}; every score is "
+        "kept as it was first given, and noise limits what Best-of-N and training can gain: give a judge temperature 0 "
+        "or the mean of several answers, a model its evaluation mode"
     )
+
+
+def _spread(rewards: NDArray[np.float64]) -> float:
+    """A standard deviation that single outliers do not make: a normal's with the same quartiles, where these differ."""
+    if not len(rewards):
+        return 0.0
+    low, high = np.quantile(rewards, (0.25, 0.75))
+    whole = float(rewards.std())
+    return min(whole, float(high - low) / 1.349) if high > low else whole
 
 
 def columns_digest(reward: Any, prompt: Prompt) -> str:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from datasets import Dataset
+from numpy.typing import NDArray
 from transformers import AutoConfig
 from trl import RLOOConfig
 
 from infalign.calibration.table import SampleTable, Wanted
-from infalign.data.prompts import prompts_from_rows
+from infalign.data.forms import from_prompt
+from infalign.data.prompts import RESERVED_COLUMNS, numbered, read_checked
 from infalign.data.templates import render
 from infalign.generation.hf import HFSampler
 from infalign.models.layout import lay_columnwise
@@ -22,13 +27,19 @@ from infalign.models.loading import (
     model_fingerprint,
     resolve_model,
 )
-from infalign.rewards.loader import load_reward
-from infalign.runtime.distributed import is_main
+from infalign.rewards.loader import Reward, load_reward
+from infalign.rewards.scoring import score_samples
+from infalign.runtime.console import Progress
+from infalign.runtime.distributed import gathered, is_main, my_share, together
 from infalign.stages.calibrate import see_noise
 from infalign.stages.experiment import CALIBRATION, ENGINE
 from infalign.stages.sampling import fill
-from infalign.training.trl_keys import refusals
-from infalign.types import InputError, SamplingSettings
+from infalign.training.config import as_ctrl_config
+from infalign.types import InputError, Messages, Prompt, Sample, SamplingSettings
+
+COLUMN = "ref_rewards"
+_WITHHELD = ("completion",)  # which TRL withholds from rewards too
+_AT_A_TIME = 256  # samples that a reward is asked about
 
 
 def with_references(
@@ -39,13 +50,14 @@ def with_references(
     *,
     count: int = 64,
     folder: str | Path | None = None,
-    column: str = "ref_rewards",
+    column: str = COLUMN,
     tokens_per_batch: int = 16_384,
 ) -> Any:
     """A data set with the rewards of `count` samples of the base policy on each prompt, for `CTRLReward`.
 
-    What was drawn is kept: the same call finds it, more samples or prompts are added to it, and another reward scores
-    the samples that are there. Every process of a launch draws its share.
+    Samples are kept: the same call finds them, and more samples or prompts are added to them. The reward is asked anew
+    at every call, because of a function in a script nobody can tell whether it has changed. Every process of a launch
+    draws and scores its share. Prompts are rendered by the model's own tokenizer, as the trainer does by default.
 
     Args:
         dataset: a `datasets.Dataset` whose rows hold `prompt` (texts or chats) and what the reward reads.
@@ -54,26 +66,26 @@ def with_references(
         args: the trainer's: temperature, length limit, template variables, seed and dtype are its rollouts'.
         count: K. What too few cost (Best-of-4, one nat): .027 win rate at 32, .017 at 64, .010 at 128.
         folder: where samples are kept; None is `calibration` in the arguments' output_dir.
-        column: the name of the new column, `CTRLReward`'s.
+        column: the name of the new column, `CTRLReward`'s; one of that default name is replaced.
         tokens_per_batch: KV-cache tokens of a sampling batch.
 
     Raises:
-        InputError: prompts that can't be read, settings that rollouts may not have, a model or reward that can't be
-            loaded, or a folder with the samples of another model or setting.
+        InputError: data or prompts that can't be read, settings that the trainer refuses, a model or reward that can't
+            be loaded, prompts without a single score, or a folder with the samples of another model or setting.
         RewardError: the reward failed.
     """
-    if not isinstance(model, str):
-        raise InputError(f"model must be the folder or Hub id that the trainer is given, got a {type(model).__name__}")
-    if problems := refusals({**vars(args), "disable_dropout": True}):  # the trainer switches it off
-        raise InputError("; ".join(problems))
+    _check(dataset, model, count, column)
+    args = as_ctrl_config(args, knows_beta=True, tell=False)
+    if args.max_completion_length is None:
+        raise InputError("max_completion_length is not set: samples and rollouts need the same limit")
     path = resolve_model(model)
     given: dict[str, Any] = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
     revision = given.get("revision")
     trusted = bool(args.trust_remote_code or given.get("trust_remote_code"))
     dtype = _dtype(given.get("dtype"), path, revision, trusted)
     tokenizer = load_tokenizer(path, revision, trusted)
-    settings = SamplingSettings(max_tokens=int(args.max_completion_length or 0), temperature=args.temperature)
-    prompts = prompts_from_rows(list(dataset), "the data set").prompts
+    settings = SamplingSettings(max_tokens=args.max_completion_length, temperature=args.temperature)
+    prompts = _prompts(dataset, column)
     variables: dict[str, Any] = args.chat_template_kwargs if isinstance(args.chat_template_kwargs, dict) else {}
     wanted = [
         Wanted(one, tuple(render(tokenizer, one.content, chat_template_kwargs={**variables, **one.template})), count)
@@ -87,27 +99,111 @@ def with_references(
         "purpose": CALIBRATION,
         "engine": ENGINE,
     }
+    loaded: list[HFSampler] = []
 
     def sampler() -> HFSampler:
-        policy = load_policy(
-            path, device=choose_device(args.use_cpu), dtype=dtype, revision=revision, trust_remote_code=trusted
-        )
-        lay_columnwise(policy)
-        return HFSampler(policy, tokenizer, settings, end_token_ids(policy, tokenizer), f"{args.seed}/{CALIBRATION}")
+        if not loaded:
+            policy = load_policy(
+                path, device=choose_device(args.use_cpu), dtype=dtype, revision=revision, trust_remote_code=trusted
+            )
+            lay_columnwise(policy)
+            ends = end_token_ids(policy, tokenizer)
+            loaded.append(HFSampler(policy, tokenizer, settings, ends, f"{args.seed}/{CALIBRATION}"))
+        return loaded[0]
 
-    table = SampleTable.open(Path(folder or Path(str(args.output_dir)) / "calibration"), parts)
-    loaded = load_reward(reward)
-    fill(
-        table,
-        wanted,
-        [loaded],
-        sampler,
-        max_tokens=settings.max_tokens,
-        tokens_per_batch=tokens_per_batch,
-        title="references",
-        look=see_noise if is_main() else None,
-    )
-    return table.attach(dataset, loaded.fingerprint, count=count, column=column)
+    home = Path(folder or Path(str(args.output_dir)) / "calibration")
+    if home.exists() and not home.is_dir():
+        raise InputError(f"folder {home} is a file: give a folder")
+    table, asked = SampleTable.open(home, parts), load_reward(reward)
+    first = True
+    for some in (wanted[:1], wanted):  # a reward that can't score is found after one prompt, not after all
+        fill(
+            table,
+            some,
+            [],
+            sampler,
+            max_tokens=settings.max_tokens,
+            tokens_per_batch=tokens_per_batch,
+            title="" if first else "references",
+        )
+        held = table.samples()
+        few = [(entry.prompt, held[entry.prompt.key][:count]) for entry in some]
+        rewards = _scored(asked, few, "" if first else f"references: scoring with {asked.name}", look=not first)
+        silent = [prompt for prompt, row in zip((entry.prompt for entry in some), rewards, strict=True) if not len(row)]
+        if silent:
+            raise InputError(
+                f"reward {asked.name!r} gave no score to any sample of {len(silent)} of {len(prompts)} prompts "
+                f"(first: {str(silent[0].content)[:80]!r}): fix the reward, or leave these prompts out"
+            )
+        first = False
+    bare = dataset.remove_columns(column) if column in dataset.column_names else dataset
+    return bare.add_column(column, [row.tolist() for row in rewards])
+
+
+def _prompts(dataset: Dataset, column: str) -> tuple[Prompt, ...]:
+    """A prompt of each row, a text as it is (TRL reads no chats from it), with the columns that TRL gives rewards."""
+    rows: list[dict[str, Any]] = [dict(row) for row in dataset]  # pyright: ignore[reportCallIssue, reportArgumentType]
+    where = "the data set, column 'prompt'"
+    contents = read_checked(rows, where, lambda row: _content(row["prompt"]))
+    if len({isinstance(content, str) for content in contents}) > 1:
+        raise InputError(f"{where}: some prompts are text and some are chats; make them alike")
+    withheld = {"prompt", column, *_WITHHELD, *RESERVED_COLUMNS}
+    further = [{name: value for name, value in row.items() if name not in withheld} for row in rows]
+    return numbered(zip(contents, further, strict=True))
+
+
+def _content(value: Any) -> str | Messages:
+    if not isinstance(value, str):
+        return from_prompt(value)
+    if not value.strip():
+        raise InputError("the prompt is empty")
+    return value
+
+
+def _scored(
+    reward: Reward, drawn: Sequence[tuple[Prompt, Sequence[Sample]]], title: str, *, look: bool
+) -> list[NDArray[np.float64]]:
+    """The rewards of each prompt's samples, without those that have no score; every rank scores its share."""
+    pairs = [(prompt, sample) for prompt, samples in drawn for sample in samples]
+    pieces = list(enumerate(pairs[at : at + _AT_A_TIME] for at in range(0, len(pairs), _AT_A_TIME)))
+    mine: dict[int, NDArray[np.float64]] = {}
+    with together("the scoring of base samples"), Progress(title, len(pieces), "batches") as progress:
+        for number, piece in my_share(pieces):
+            prompts, samples = [prompt for prompt, _ in piece], [sample for _, sample in piece]
+            mine[number] = score_samples(reward, prompts, samples)
+            if look and number == 0 and is_main():
+                see_noise(reward, prompts, samples, mine[number])
+            progress.advance()
+    found: dict[int, NDArray[np.float64]] = {}
+    for part in gathered(mine):
+        found |= part
+    scores = np.concatenate([found[number] for number, _ in pieces])
+    ends = np.cumsum([len(samples) for _, samples in drawn])[:-1]
+    return [row[~np.isnan(row)] for row in np.split(scores, ends)]
+
+
+def _check(dataset: Any, model: Any, count: Any, column: str) -> None:
+    if not isinstance(model, str):
+        raise InputError(f"model must be the folder or Hub id that the trainer is given, got a {type(model).__name__}")
+    if not isinstance(dataset, Dataset):
+        raise InputError(
+            f"the data set must be a datasets.Dataset (one split, no stream), got a {type(dataset).__name__}"
+        )
+    if not len(dataset):
+        raise InputError("the data set is empty")
+    if dataset.format["type"] is not None:
+        raise InputError(f"the data set has the format {dataset.format['type']!r}: give it with_format(None)")
+    names = dataset.column_names
+    if "prompt" not in names:
+        raise InputError(
+            f"the data set has no column 'prompt'; its columns are {', '.join(map(repr, names))}: rename_column"
+        )
+    if seen := [name for name in ("image", "images") if name in names]:
+        raise InputError(f"the data set has a column {seen[0]!r}: base samples are drawn from texts and chats alone")
+    if column in names and column != COLUMN:
+        raise InputError(f"the data set has a column {column!r} already: choose another name for the references")
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise InputError(f"count must be a whole number of samples, at least 1, got {count!r}")
 
 
 def _dtype(named: Any, path: str, revision: str | None, trusted: bool) -> torch.dtype:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,12 +58,18 @@ def fill(
     by_key = {entry.prompt.key: entry.prompt for entry in wanted}
     asked = [(reward, {key: prompt for key, prompt in by_key.items() if asks(reward, prompt)}) for reward in rewards]
     missing = [batch for batch in batches if not table.shard(*batch[:2]).exists()]
+    looked_at: set[int] = set()
+
+    def once(reward: Reward, *seen: Any) -> None:
+        if look is not None and id(reward) not in looked_at:
+            looked_at.add(id(reward))
+            look(reward, *seen)
+
     if missing:
-        _draw(table, missing, make_sampler(), asked, title, look)
-        look = None
+        _draw(table, missing, make_sampler(), asked, title, once)
     barrier()
     for reward, prompts in asked:
-        _score(table, batches, reward, prompts, title, look)
+        _score(table, batches, reward, prompts, title, once)
     barrier()
     return sum(len(requests) for _, _, requests in missing)
 

@@ -104,7 +104,7 @@ def _defaults() -> dict[str, Any]:
     return {**values, **{name: make() for name, make in factories.items()}}
 
 
-def as_ctrl_config(args: RLOOConfig, *, knows_beta: bool) -> CTRLConfig:
+def as_ctrl_config(args: RLOOConfig, *, knows_beta: bool, tell: bool = True) -> CTRLConfig:
     """An `RLOOConfig` as the `CTRLConfig` that says the same; a `CTRLConfig` as it is.
 
     Two of TRL's defaults give way: dropout is off, and a `beta` left at TRL's default is the transform's own.
@@ -112,6 +112,7 @@ def as_ctrl_config(args: RLOOConfig, *, knows_beta: bool) -> CTRLConfig:
     Args:
         args: the arguments of a trainer.
         knows_beta: whether there is a transform with a beta of its own.
+        tell: say how they were read.
 
     Raises:
         InputError: other arguments, or settings that `CTRLConfig` refuses.
@@ -126,7 +127,8 @@ def as_ctrl_config(args: RLOOConfig, *, knows_beta: bool) -> CTRLConfig:
         converted.beta = None
     converted.check()
     shown = "the transform's own" if converted.beta is None else f"{converted.beta:g}"
-    notice(f"args is TRL's RLOOConfig: read as CTRLConfig, with beta {shown} and without dropout")
+    if tell:
+        notice(f"args is TRL's RLOOConfig: read as CTRLConfig, with beta {shown} and without dropout")
     return converted
 
 

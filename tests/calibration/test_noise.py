@@ -7,12 +7,13 @@ import itertools
 import numpy as np
 import pytest
 
+from infalign.calibration.table import Wanted
 from infalign.rewards.loader import load_reward
 from infalign.rewards.scoring import ASKED_AGAIN, NOISE, noise_line, score_samples
 from infalign.stages.calibrate import calibrate, calibration_prompts, open_table
 from infalign.stages.experiment import Experiment
 from infalign.stages.recipe import load_recipe
-from infalign.stages.sampling import table_rewards
+from infalign.stages.sampling import fill, table_rewards
 from infalign.types import Prompt, Sample
 from tests.e2e.experiment import tiny_experiment
 
@@ -61,7 +62,51 @@ def test_a_constant_reward_has_none():
 )
 def test_what_is_noise(change, words):
     found = line(change)
-    assert found is not None and words in found and "reward 'numbers' is not deterministic: asked again" in found
+    assert (
+        found is not None
+        and words in found
+        and "reward 'numbers' is not deterministic, or scores depend on what else is in the call: asked again" in found
+    )
+
+
+def test_one_outlier_does_not_hide_noise():
+    rewards = np.arange(COUNT, dtype=float)
+    rewards[-1] = 1e9
+    reward = load_reward(lambda completions, **_: [float(text) + 5.0 for text in completions])
+    found = noise_line(reward, PROMPTS, SAMPLES, rewards)
+    assert found is not None and "16 of 16 samples otherwise, by up to 5" in found
+
+
+def test_a_reward_that_fails_when_asked_again_is_told_of():
+    def fails(completions, **_):
+        raise RuntimeError("down")
+
+    found = noise_line(load_reward(fails, retries=0), PROMPTS, SAMPLES, np.arange(COUNT, dtype=float))
+    assert found is not None and "scored 40 samples and failed when asked again about 16: " in found and "down" in found
+
+
+def test_each_reward_is_looked_at_once(tmp_path):
+    """Also one that is not asked in the first batch."""
+    experiment = Experiment(load_recipe(tiny_experiment(tmp_path)))
+    prompts = calibration_prompts(experiment)
+    wanted = [Wanted(one, experiment.prompt_ids[one.key], 6) for one in prompts]
+    rewards = [
+        load_reward(lambda completions, name=name, **_: [1.0] * len(completions), name=name)
+        for name in ("first", "last")
+    ]
+    seen: list[str] = []
+    fill(
+        open_table(experiment),
+        wanted,
+        rewards,
+        lambda: experiment.sampler(experiment.base_path, "calibration"),
+        max_tokens=5,
+        tokens_per_batch=100,
+        title="",
+        asks=lambda reward, prompt: reward.name == "first" or prompt.key == prompts[-1].key,
+        look=lambda reward, *_: seen.append(reward.name),
+    )
+    assert sorted(seen) == ["first", "last"]
 
 
 def test_few_samples_are_asked_about_again():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -107,6 +109,36 @@ def test_a_template_that_changes_the_answer_is_refused(path):
         made(path, tokenizer=bare).encode(CHAT, "yes")
 
 
+LINES = "{% for m in messages %}<|im_start|> {{ m['role'] }} ; {{ m['content'] }} <|im_end|> ; {% endfor %}"
+TRIMS = LINES.replace("m['content']", "m['content'] | trim")
+
+
+@pytest.mark.parametrize("template", [LINES, TRIMS])
+@pytest.mark.parametrize("said", ["", " ", "yes ; no", " yes ; no"])
+def test_steps_are_found_inside_the_answers_turn(template, said, path):
+    """Also where it is empty and the template itself writes the marker, or takes white space off its beginning."""
+    reward = made(path, chat_template=template)
+    ids, places = reward.encode(CHAT, said)
+    seen = words(reward, ids).split()
+    ends = ["<|im_start|>", "user", ";", "what", ";", "2", "?", "<|im_end|>", ";", "<|im_start|>", "assistant", ";"]
+    assert seen[: len(ends)] == ends
+    answer = {"yes ; no": [1, 3], "": [0]}[said.strip()]
+    assert places == [len(ends) + place for place in answer] and {seen[place] for place in places} == {";"}
+
+
+def test_an_answer_that_the_prompt_holds_too(path):
+    trims = LINES.replace("m['content']", "m['content'].rstrip('; ')")
+    with pytest.raises(InputError, match="changes the answer"):
+        made(path, chat_template=trims).encode([{"role": "user", "content": "say yes ; no ; now"}], "yes ; no")
+
+
+def test_a_tokenizer_that_tells_no_places(path):
+    reward = made(path)
+    reward.tokenizer = SimpleNamespace(is_fast=False)
+    with pytest.raises(InputError, match="its tokenizer tells no places of tokens: use text prompts"):
+        reward.encode(CHAT, "yes")
+
+
 def test_one_label_counts_by_its_sigmoid(tmp_path):
     path = tiny_classifier(tmp_path / "prm", num_labels=1, of="token")
     reward = ProcessReward(path, device="cpu", separator=";")
@@ -140,7 +172,9 @@ def test_long_completions(path):
         ({"too_long": "truncate"}, "too_long is error or mask for a process reward model, got 'truncate'"),
         ({"separator": ""}, "separator is a text of at least one character, got ''"),
         ({"marker": ""}, "marker is a text of at least one character"),
-        ({"batch_tokens": 0}, "batch_tokens is at least 1 token, got 0"),
+        ({"aggregate": ["min"]}, r"aggregate is one of .*, got \['min'\]"),
+        ({"batch_tokens": 0}, "batch_tokens is a whole number of tokens, at least 1, got 0"),
+        ({"max_length": "10"}, "max_length is a whole number of tokens, at least 1, got '10'"),
     ],
 )
 def test_options(options, words, path):
@@ -186,6 +220,26 @@ class TestLoading:
             expected = tuned.eval()(input_ids=torch.tensor([ids])).logits[0].softmax(-1)[places, 1].numpy()
         np.testing.assert_allclose(reward.function.step_scores([PROMPT], [" yes ; no"])[0], expected, atol=CLOSE)
         assert np.abs(expected - chances(path, ids)[places, 1]).max() > 1e-3
+
+    def test_an_adapter_that_does_not_say_its_task(self, path, tmp_path):
+        model = AutoModelForTokenClassification.from_pretrained(path)
+        get_peft_model(model, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+        tiny_tokenizer().save_pretrained(tmp_path / "adapter")
+        reward = load_reward(str(tmp_path / "adapter"), {"label": 1, "separator": ";"})
+        assert isinstance(reward.function, ProcessReward)
+
+    def test_it_is_never_taken_for_a_sequence_classifier(self, path):
+        for one in (path, AutoModelForTokenClassification.from_pretrained(path)):
+            with pytest.raises(
+                InputError, match="classifies tokens: it is a process reward model; load it with Process"
+            ):
+                ClassifierReward(one, label=1)
+
+    def test_an_adapters_config_that_is_no_json(self, path, tmp_path):
+        shutil.copytree(path, tmp_path / "broken")
+        (tmp_path / "broken" / "adapter_config.json").write_text("{")
+        with pytest.raises(InputError, match=r"adapter_config.json can't be read"):
+            load_reward(str(tmp_path / "broken"))
 
     def test_a_class_of_its_own(self, path, tmp_path):
         """As Qwen's process reward models come: an `AutoModel` with its code beside it, a tuple of logits."""

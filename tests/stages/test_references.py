@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from datasets import Dataset
-from trl import RLOOConfig, RLOOTrainer
+from datasets import Dataset, DatasetDict
+from trl import GRPOConfig, RLOOConfig, RLOOTrainer
 
 import infalign
 from infalign.generation.hf import HFSampler
@@ -77,37 +77,111 @@ def test_references_are_rewards_of_the_base_policys_samples(script):
     assert len(seen) == 1000 and abs(found.mean() - np.mean(seen)) < 4 * error
 
 
-def test_what_is_there_is_found(script, drawn):
+def test_samples_are_found_and_rewards_are_asked_anew(script, drawn):
     model, prompts, keys = script
     args = RLOOConfig(**keys)
     first = infalign.with_references(prompts, model, longer, args, count=4)
     assert sum(drawn) == 4 * len(SAID)
-    assert infalign.with_references(prompts, model, longer, args, count=4)["ref_rewards"] == first["ref_rewards"]
-    other = infalign.with_references(prompts, model, near, args, count=4, column="near")
-    assert sum(drawn) == 4 * len(SAID) and other["near"] != first["ref_rewards"]
-    lengths = [
-        [-abs(length - target) for length in row]
-        for row, target in zip(first["ref_rewards"], prompts["target"], strict=True)
-    ]
-    assert other["near"] == lengths
+    assert infalign.with_references(first, model, longer, args, count=4)["ref_rewards"] == first["ref_rewards"]
+    other = infalign.with_references(prompts.add_column("id", SAID), model, near, args, count=4, column="near")
+    assert sum(drawn) == 4 * len(SAID)
+    rows = zip(first["ref_rewards"], prompts["target"], strict=True)
+    assert other["near"] == [[-abs(length - target) for length in row] for row, target in rows]
     more = infalign.with_references(prompts, model, longer, args, count=6)["ref_rewards"]
     assert sum(drawn) == 6 * len(SAID) and [row[:4] for row in more] == list(first["ref_rewards"])
 
 
-def test_mistakes(script, tmp_path):
+FACTOR = 1.0
+
+
+def scaled(completions, **_):
+    return [FACTOR * length for length in longer(completions)]
+
+
+def test_a_reward_that_has_changed_where_its_source_does_not_show_it(script, monkeypatch):
     model, prompts, keys = script
     args = RLOOConfig(**keys)
-    with pytest.raises(InputError, match="model must be the folder or Hub id that the trainer is given, got a object"):
-        infalign.with_references(prompts, object(), longer, args)
-    with pytest.raises(InputError, match=r"top_p=0.9: .*1.0"):
-        infalign.with_references(prompts, model, longer, RLOOConfig(**keys, top_p=0.9))
-    with pytest.raises(InputError, match="dtype 'half_' in model_init_kwargs is none of torch's"):
-        infalign.with_references(prompts, model, longer, RLOOConfig(**keys, model_init_kwargs={"dtype": "half_"}))
-    with pytest.raises(InputError, match="no column 'prompt'"):
-        infalign.with_references(prompts.rename_column("prompt", "said"), model, longer, args)
-    infalign.with_references(prompts, model, longer, args, count=2)
+    before = infalign.with_references(prompts, model, scaled, args, count=3)["ref_rewards"]
+    monkeypatch.setitem(globals(), "FACTOR", -1.0)
+    after = infalign.with_references(prompts, model, scaled, args, count=3)["ref_rewards"]
+    assert after == [[-length for length in row] for row in before]
+
+
+def test_what_trl_withholds_is_withheld(script):
+    model, prompts, keys = script
+
+    def told(completions, completion=None, **_):
+        return [float(completion is None)] * len(completions)
+
+    rows = prompts.add_column("completion", SAID)
+    found = infalign.with_references(rows, model, told, RLOOConfig(**keys), count=2)
+    assert found["ref_rewards"] == [[1.0, 1.0]] * len(SAID) and found["completion"] == SAID
+
+
+def test_equal_prompts_have_samples_of_their_own(script):
+    model, prompts, keys = script
+    twice = prompts.select([0, 0, 1])
+    found = infalign.with_references(twice, model, near, RLOOConfig(**keys), count=16)
+    assert found[0]["ref_rewards"] != found[1]["ref_rewards"]
+    other_way = infalign.with_references(twice.select([2, 1, 0]), model, near, RLOOConfig(**keys), count=16)
+    assert sorted(map(tuple, other_way["ref_rewards"])) == sorted(map(tuple, found["ref_rewards"]))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda rows: rows.to_iterable_dataset(),
+            r"must be a datasets.Dataset \(one split, no stream\), got a Iterable",
+        ),
+        (lambda rows: DatasetDict({"train": rows}), r"must be a datasets.Dataset .* got a DatasetDict"),
+        (lambda rows: list(rows), "must be a datasets.Dataset .* got a list"),
+        (lambda rows: rows.select([]), "the data set is empty"),
+        (lambda rows: rows.rename_column("prompt", "said"), "no column 'prompt'; its columns are 'said', 'target'"),
+        (lambda rows: rows.add_column("image", SAID), "has a column 'image': base samples are drawn from texts"),
+        (lambda rows: rows.with_transform(lambda batch: batch), "has the format 'custom': give it with_format"),
+        (lambda rows: rows.map(lambda row: {"prompt": " "}), "5 of 5 rows cannot be used: .*the prompt is empty"),
+    ],
+)
+def test_data_sets_that_can_not_be_used(change, words, script, drawn):
+    model, prompts, keys = script
+    with pytest.raises(InputError, match=words):
+        infalign.with_references(change(prompts), model, longer, RLOOConfig(**keys), count=2)
+    assert not drawn
+
+
+@pytest.mark.parametrize(
+    ("keys", "given", "words"),
+    [
+        ({}, {"model": 3}, "model must be the folder or Hub id that the trainer is given, got a int"),
+        ({}, {"count": 0}, "count must be a whole number of samples, at least 1, got 0"),
+        ({}, {"count": "3"}, "count must be a whole number of samples, at least 1, got '3'"),
+        ({}, {"column": "target"}, "has a column 'target' already: choose another name"),
+        ({"top_p": 0.9}, {}, "top_p=0.9: .*1.0"),
+        ({"beta": 0.0}, {}, "beta must be above 0"),
+        ({"generation_kwargs": {"top_p": 0.5}}, {}, "generation_kwargs would draw rollouts otherwise"),
+        ({"model_init_kwargs": {"dtype": "half_"}}, {}, "dtype 'half_' in model_init_kwargs is none of torch's"),
+        ({"max_completion_length": None}, {}, "max_completion_length is not set"),
+        ({}, {"reward": lambda completions, **_: [None] * len(completions)}, "gave no score to any sample of 1 of 5"),
+    ],
+)  # fmt: skip
+def test_mistakes_come_before_the_work(keys, given, words, script, drawn):
+    model, prompts, usual = script
+    arguments = {"model": model, "reward": longer, "count": 2, **given}
+    with pytest.raises(InputError, match=words):
+        infalign.with_references(prompts, args=RLOOConfig(**{**usual, **keys}), **arguments)
+    assert sum(drawn) <= 2
+
+
+def test_other_settings_need_another_folder(script, tmp_path):
+    model, prompts, keys = script
+    infalign.with_references(prompts, model, longer, RLOOConfig(**keys), count=2)
+    other = RLOOConfig(**keys, temperature=0.5)
     with pytest.raises(InputError, match=r"holds samples drawn with other settings \(temperature"):
-        infalign.with_references(prompts, model, longer, RLOOConfig(**keys, temperature=0.5), count=2)
-    infalign.with_references(
-        prompts, model, longer, RLOOConfig(**keys, temperature=0.5), count=2, folder=tmp_path / "t"
-    )
+        infalign.with_references(prompts, model, longer, other, count=2)
+    infalign.with_references(prompts, model, longer, other, count=2, folder=tmp_path / "t")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="is a file: give a folder"):
+        infalign.with_references(prompts, model, longer, other, count=2, folder=tmp_path / "file")
+    with pytest.raises(InputError, match="got a GRPOConfig: its keys are here under the same names"):
+        infalign.with_references(prompts, model, longer, GRPOConfig(**keys), count=2)
