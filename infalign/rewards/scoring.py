@@ -57,9 +57,10 @@ def noise_line(
             f"reward {reward.name!r} scored {len(samples)} samples and failed when asked again about {count}: {error}"
         )
     before = rewards_B[:count]
-    spread = _spread(rewards_B[~np.isnan(rewards_B)])
+    with np.errstate(over="ignore", invalid="ignore"):  # rewards may be as large as numbers get
+        spread = _spread(rewards_B[~np.isnan(rewards_B)])
+        apart = np.abs(again - before)
     silent = np.isnan(before) != np.isnan(again)
-    apart = np.abs(again - before)
     other = silent | (apart > NOISE * spread)  # NaN compares as False
     if not other.any():
         return None

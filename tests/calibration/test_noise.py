@@ -77,6 +77,12 @@ def test_one_outlier_does_not_hide_noise():
     assert found is not None and "16 of 16 samples otherwise, by up to 5" in found
 
 
+def test_rewards_as_large_as_numbers_get():
+    rewards = np.where(np.arange(COUNT) % 2, 1e308, -1e308)
+    reward = load_reward(lambda completions, **_: [1e308 if int(text) % 2 else -1e308 for text in completions])
+    assert noise_line(reward, PROMPTS, SAMPLES, rewards) is None
+
+
 def test_a_reward_that_fails_when_asked_again_is_told_of():
     def fails(completions, **_):
         raise RuntimeError("down")
