@@ -167,7 +167,9 @@ class TestAnRLOOConfig:
             CTRLTrainer(llama, CTRLReward(token_sum, identity), given, references())
 
     def test_other_arguments_are_refused(self, llama, tmp_path):
-        with pytest.raises(InputError, match=r"args must be a CTRLConfig \(or TRL's RLOOConfig\), got a GRPOConfig: its keys are here"):
+        with pytest.raises(
+            InputError, match=r"args must be a CTRLConfig \(or TRL's RLOOConfig\), got a GRPOConfig: its keys are here"
+        ):
             CTRLTrainer(llama, CTRLReward(token_sum, identity), GRPOConfig(str(tmp_path), bf16=False), references())
 
 

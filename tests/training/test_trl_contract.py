@@ -32,6 +32,7 @@ from infalign import CTRLConfig, CTRLTrainer
 from infalign.types import InputError
 from tests.tiny import WORDS, tiny_causal, tiny_classifier, tiny_config, tiny_tokenizer
 
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on machines with fewer cores
 BOTH = {
     "trl": (RLOOTrainer, RLOOConfig),
     "ours": (CTRLTrainer, CTRLConfig),
