@@ -161,7 +161,9 @@ class ProcessReward:
         pairs = [self.encode(*row) for row in zip(prompts, completions, variables, strict=True)]
         if pairs and not self._shown:
             self._shown = True
-            say(f"  what the process reward model {self.__name__} sees, for example: {self._example(*pairs[0])}")
+            ids, places = pairs[0]
+            example = f"{shown(self.tokenizer.decode(ids))}, of {len(places)} step{'s' if len(places) > 1 else ''}"
+            say(f"  what the process reward model {self.__name__} sees, for example: {example}")
         kept = [index for index, (ids, _) in enumerate(pairs) if self._fits(ids, index)]
         scores: list[Array] = [np.empty(0)] * len(pairs)
         lengths = [len(pairs[index][0]) for index in kept]
@@ -235,9 +237,6 @@ class ProcessReward:
 
     def _tokens(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    def _example(self, ids: list[int], places: list[int]) -> str:
-        return f"{shown(self.tokenizer.decode(ids))}, of {len(places)} step{'s' if len(places) > 1 else ''}"
 
     def _fits(self, ids: list[int], index: int) -> bool:
         if self.max_length is None or len(ids) <= self.max_length:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from infalign.stages.calibrate import see_noise
 from infalign.stages.experiment import CALIBRATION, ENGINE
 from infalign.stages.sampling import fill
 from infalign.training.config import as_ctrl_config
-from infalign.types import InputError, Messages, Prompt, Sample, SamplingSettings
+from infalign.types import InputError, Messages, Prompt, SamplingSettings
 
 COLUMN = "ref_rewards"
 _WITHHELD = ("completion",)  # which TRL withholds from rewards too
@@ -99,43 +100,24 @@ def with_references(
         "purpose": CALIBRATION,
         "engine": ENGINE,
     }
-    loaded: list[HFSampler] = []
-
-    def sampler() -> HFSampler:
-        if not loaded:
-            policy = load_policy(
-                path, device=choose_device(args.use_cpu), dtype=dtype, revision=revision, trust_remote_code=trusted
-            )
-            lay_columnwise(policy)
-            ends = end_token_ids(policy, tokenizer)
-            loaded.append(HFSampler(policy, tokenizer, settings, ends, f"{args.seed}/{CALIBRATION}"))
-        return loaded[0]
-
     home = Path(folder or Path(str(args.output_dir)) / "calibration")
     if home.exists() and not home.is_dir():
         raise InputError(f"folder {home} is a file: give a folder")
-    table, asked = SampleTable.open(home, parts), load_reward(reward)
-    first = True
-    for some in (wanted[:1], wanted):  # a reward that can't score is found after one prompt, not after all
-        fill(
-            table,
-            some,
-            [],
-            sampler,
-            max_tokens=settings.max_tokens,
-            tokens_per_batch=tokens_per_batch,
-            title="" if first else "references",
+
+    @functools.cache
+    def sampler() -> HFSampler:
+        policy = load_policy(
+            path, device=choose_device(args.use_cpu), dtype=dtype, revision=revision, trust_remote_code=trusted
         )
-        held = table.samples()
-        few = [(entry.prompt, held[entry.prompt.key][:count]) for entry in some]
-        rewards = _scored(asked, few, "" if first else f"references: scoring with {asked.name}", look=not first)
-        silent = [prompt for prompt, row in zip((entry.prompt for entry in some), rewards, strict=True) if not len(row)]
-        if silent:
-            raise InputError(
-                f"reward {asked.name!r} gave no score to any sample of {len(silent)} of {len(prompts)} prompts "
-                f"(first: {str(silent[0].content)[:80]!r}): fix the reward, or leave these prompts out"
-            )
-        first = False
+        lay_columnwise(policy)
+        return HFSampler(policy, tokenizer, settings, end_token_ids(policy, tokenizer), f"{args.seed}/{CALIBRATION}")
+
+    table, asked = SampleTable.open(home, parts), load_reward(reward)
+    rewards: list[NDArray[np.float64]] = []
+    for some in (wanted[:1], wanted[1:]):  # a reward that can't score is found after one prompt, not after all
+        title = "references" if rewards else ""
+        fill(table, some, [], sampler, max_tokens=settings.max_tokens, tokens_per_batch=tokens_per_batch, title=title)
+        rewards += _scored(asked, table, some, title, look=not rewards)
     bare = dataset.remove_columns(column) if column in dataset.column_names else dataset
     return bare.add_column(column, [row.tolist() for row in rewards])
 
@@ -161,25 +143,36 @@ def _content(value: Any) -> str | Messages:
 
 
 def _scored(
-    reward: Reward, drawn: Sequence[tuple[Prompt, Sequence[Sample]]], title: str, *, look: bool
+    reward: Reward, table: SampleTable, wanted: Sequence[Wanted], title: str, *, look: bool
 ) -> list[NDArray[np.float64]]:
-    """The rewards of each prompt's samples, without those that have no score; every rank scores its share."""
-    pairs = [(prompt, sample) for prompt, samples in drawn for sample in samples]
+    """The rewards of each prompt's samples, without those that have no score; every rank scores its share.
+
+    Raises:
+        InputError: prompts without a single score.
+    """
+    held = table.samples() if wanted else {}
+    pairs = [(entry.prompt, sample) for entry in wanted for sample in held[entry.prompt.key][: entry.count]]
     pieces = list(enumerate(pairs[at : at + _AT_A_TIME] for at in range(0, len(pairs), _AT_A_TIME)))
     mine: dict[int, NDArray[np.float64]] = {}
-    with together("the scoring of base samples"), Progress(title, len(pieces), "batches") as progress:
+    named = title and f"{title}: scoring with {reward.name}"
+    with together("the scoring of base samples"), Progress(named, len(pieces), "batches") as progress:
         for number, piece in my_share(pieces):
             prompts, samples = [prompt for prompt, _ in piece], [sample for _, sample in piece]
             mine[number] = score_samples(reward, prompts, samples)
             if look and number == 0 and is_main():
                 see_noise(reward, prompts, samples, mine[number])
             progress.advance()
-    found: dict[int, NDArray[np.float64]] = {}
-    for part in gathered(mine):
-        found |= part
-    scores = np.concatenate([found[number] for number, _ in pieces])
-    ends = np.cumsum([len(samples) for _, samples in drawn])[:-1]
-    return [row[~np.isnan(row)] for row in np.split(scores, ends)]
+    found = {number: values for part in gathered(mine) for number, values in part.items()}
+    scores = np.concatenate([np.empty(0), *(found[number] for number, _ in pieces)])
+    ends = np.cumsum([entry.count for entry in wanted])
+    rows = [row[~np.isnan(row)] for row in np.split(scores, ends[:-1])] if wanted else []
+    silent = [entry.prompt for entry, row in zip(wanted, rows, strict=True) if not len(row)]
+    if silent:
+        raise InputError(
+            f"reward {reward.name!r} gave no score to any sample of {len(silent)} of {len(wanted)} prompts (first: "
+            f"{str(silent[0].content)[:80]!r}): fix the reward, or leave these prompts out"
+        )
+    return rows
 
 
 def _check(dataset: Any, model: Any, count: Any, column: str) -> None:

@@ -139,8 +139,8 @@ def _described(args: Any) -> str:
         return kind
     known, own = {one.name for one in fields(CTRLConfig)}, {one.name: one.default for one in fields(args)}
     lost = [name for name, default in own.items() if name not in known and getattr(args, name) != default]
-    without = f" without {', '.join(lost)}" if lost else ""
-    return f"a {kind}: its keys are here under the same names{without}"
+    but = f", but for {', '.join(lost)}" if lost else ""
+    return f"a {kind}: its keys are here under the same names{but}"
 
 
 def own_beta(weighted: Sequence[tuple[Any, float]]) -> float | None:

@@ -9,6 +9,7 @@ from trl import GRPOConfig, RLOOConfig, RLOOTrainer
 
 import infalign
 from infalign.generation.hf import HFSampler
+from infalign.rewards.scoring import ASKED_AGAIN
 from infalign.types import InputError
 from tests.tiny import tiny_causal
 
@@ -17,6 +18,10 @@ SAID = ["the cat", "a dog sat", "why", "the sun is", "i like the"]
 
 def longer(completions, **_):
     return [float(len(one if isinstance(one, str) else one[0]["content"])) for one in completions]
+
+
+def silent(completions, **_):
+    return [None] * len(completions)
 
 
 def near(completions, target, **_):
@@ -118,6 +123,25 @@ def test_what_trl_withholds_is_withheld(script):
     assert found["ref_rewards"] == [[1.0, 1.0]] * len(SAID) and found["completion"] == SAID
 
 
+def test_one_prompt_is_enough(script, drawn):
+    model, prompts, keys = script
+    found = infalign.with_references(prompts.select([0]), model, longer, RLOOConfig(**keys), count=3)
+    assert len(found) == 1 and len(found[0]["ref_rewards"]) == 3 and sum(drawn) == 3
+
+
+def test_a_reward_is_asked_once_about_a_sample(script):
+    """But for the few that it is asked about again."""
+    model, prompts, keys = script
+    asked: list[str] = []
+
+    def counts(completions, **_):
+        asked.extend(completions)
+        return longer(completions)
+
+    infalign.with_references(prompts, model, counts, RLOOConfig(**keys), count=20)
+    assert len(asked) == 20 * len(SAID) + ASKED_AGAIN
+
+
 def test_equal_prompts_have_samples_of_their_own(script):
     model, prompts, keys = script
     twice = prompts.select([0, 0, 1])
@@ -162,7 +186,7 @@ def test_data_sets_that_can_not_be_used(change, words, script, drawn):
         ({"generation_kwargs": {"top_p": 0.5}}, {}, "generation_kwargs would draw rollouts otherwise"),
         ({"model_init_kwargs": {"dtype": "half_"}}, {}, "dtype 'half_' in model_init_kwargs is none of torch's"),
         ({"max_completion_length": None}, {}, "max_completion_length is not set"),
-        ({}, {"reward": lambda completions, **_: [None] * len(completions)}, "gave no score to any sample of 1 of 5"),
+        ({}, {"reward": silent}, "gave no score to any sample of 1 of 1 prompts"),
     ],
 )  # fmt: skip
 def test_mistakes_come_before_the_work(keys, given, words, script, drawn):

@@ -310,7 +310,7 @@ def test_steps_see_the_prompts_that_trl_plans(kind, made, tmp_path):
 
 def test_a_grpo_users_arguments(made, tmp_path):
     args = GRPOConfig(**settings(tmp_path, beta=0.1), loss_type="grpo", scale_rewards="none")
-    words = "got a GRPOConfig: its keys are here under the same names without scale_rewards, loss_type$"
+    words = "got a GRPOConfig: its keys are here under the same names, but for scale_rewards, loss_type$"
     with pytest.raises(InputError, match=words):
         CTRLTrainer(str(made / "policy"), long, args, TEXTS)
     with pytest.raises(InputError, match=r"got dict$"):
