@@ -68,10 +68,7 @@ def load_classifier(
         InputError: the model or tokenizer cannot be loaded, or weights (e.g. the head) are missing from the files.
     """
     if of == "sequence" and scored_by(model_or_path) == "token":
-        raise InputError(
-            f"reward model {str(model_or_path)[:60]!r} classifies tokens: it is a process reward model; load it with "
-            "ProcessReward, or by its name as a recipe's reward"
-        )
+        raise _classifies_tokens(str(model_or_path)[:60])
     if isinstance(model_or_path, nn.Module):
         model = unwrapped(model_or_path)
         config = getattr(model_or_path, "config", None)
@@ -88,11 +85,20 @@ def load_classifier(
             model = load_merged(name, adapter, dtype, trust_remote_code, factory)
             source = _with_tokenizer(name, adapter)
         model = model.to(device or default_device())
+    if of == "sequence" and any(one.endswith(PROCESS) for one in getattr(model.config, "architectures", None) or ()):
+        raise _classifies_tokens(name)  # its config could not be had before, on the Hub
     model.requires_grad_(False).eval()
     source = source if tokenizer is None else tokenizer
     if isinstance(source, (str, Path)):
         source = _tokenizer(str(source), trust_remote_code)
     return LoadedClassifier(model, source, name)
+
+
+def _classifies_tokens(name: str) -> InputError:
+    return InputError(
+        f"reward model {name!r} classifies tokens: it is a process reward model; load it with ProcessReward, or by its "
+        "name as a recipe's reward"
+    )
 
 
 def default_device() -> torch.device:

@@ -235,6 +235,12 @@ class TestLoading:
             ):
                 ClassifierReward(one, label=1)
 
+    def test_it_is_found_out_when_its_config_comes_late(self, path, monkeypatch):
+        """The Hub did not answer when it was asked what the model is, and did when the model was loaded."""
+        monkeypatch.setattr("infalign.rewards.classifier_loading.scored_by", lambda _: "sequence")
+        with pytest.raises(InputError, match="classifies tokens: it is a process reward model"):
+            ClassifierReward(path, label=1)
+
     def test_an_adapters_config_that_is_no_json(self, path, tmp_path):
         shutil.copytree(path, tmp_path / "broken")
         (tmp_path / "broken" / "adapter_config.json").write_text("{")
