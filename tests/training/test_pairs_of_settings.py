@@ -141,6 +141,7 @@ def make(models, folder, row, **changes):
         num_generations=4,
         max_completion_length=8,
         max_steps=2,
+        logging_steps=1,
         beta=0.1,
         use_cpu=True,
         bf16=row["bf16"],
