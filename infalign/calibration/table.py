@@ -17,7 +17,7 @@ has no `identity`, and their prompts get the keys of their exact content.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,12 @@ from infalign.types import TEMPLATE_COLUMNS, InputError, Prompt, Sample, prompt_
 
 IDENTITY = 2
 """How plans name prompts: 2 is `types.prompt_key`; plans without it are of version 1, `types.group_key`."""
+
+REFERENCES: dict[str, Callable[[Sample], Any]] = {
+    "ref_completion_ids": lambda sample: list(sample.token_ids),
+    "ref_logps": lambda sample: float(sample.token_logps.sum(dtype=np.float64)),
+}
+"""The columns that the offline solver reads beside the rewards, and what stands there of each base sample."""
 
 _SAMPLES = pa.schema(
     [
@@ -209,7 +215,15 @@ class SampleTable:
                     found.setdefault(key, {})[index] = value
         return found
 
-    def attach(self, dataset: Any, reward: str, *, count: int | None = None, column: str = "ref_rewards") -> Any:
+    def attach(
+        self,
+        dataset: Any,
+        reward: str,
+        *,
+        count: int | None = None,
+        column: str = "ref_rewards",
+        samples: bool = False,
+    ) -> Any:
         """A data set with each prompt's reference rewards as a further column, for `CTRLReward`.
 
         Args:
@@ -217,6 +231,8 @@ class SampleTable:
             reward: the reward's fingerprint.
             count: K, the first so many samples; None takes all that the table has.
             column: the new column's name.
+            samples: also attach the scored samples themselves, for the offline solver: `ref_completion_ids`, their
+                tokens, and `ref_logps`, their log-probabilities, summed over tokens, nats.
 
         Rows of equal content get the samples of the table's rows of that content, in order.
 
@@ -225,24 +241,32 @@ class SampleTable:
                 samples that were scored with several values of the columns that the reward reads.
         """
         self._check_one_score_each(reward)
-        scored = {key: row[:count][~np.isnan(row[:count])] for key, row in self.rewards(reward).items()}
+        given = {key: row[:count] for key, row in self.rewards(reward).items()}
         further = [
             dataset[name] if name in dataset.column_names else [None] * len(dataset) for name in TEMPLATE_COLUMNS
         ]
-        rows = [
-            scored.get(key, np.empty(0))
-            for key in row_keys(
+        keys = list(
+            row_keys(
                 (prompt, dict(zip(TEMPLATE_COLUMNS, values, strict=True)))
                 for prompt, *values in zip(dataset["prompt"], *further, strict=True)
             )
-        ]
+        )
+        nothing = np.empty(0)
+        rows = [row[~np.isnan(row)] for row in (given.get(key, nothing) for key in keys)]
         absent = [prompt for prompt, row in zip(dataset["prompt"], rows, strict=True) if not row.size]
         if absent:
             raise InputError(
                 f"{len(absent)} of {len(rows)} prompts have no reference reward (first: {str(absent[0])[:80]!r}): "
                 "run `infalign calibrate` on these prompts"
             )
-        return dataset.add_column(column, [row.tolist() for row in rows])
+        dataset = dataset.add_column(column, [row.tolist() for row in rows])
+        if not samples:
+            return dataset
+        held = self.samples()
+        kept = [[one for one, value in zip(held[key], given[key], strict=False) if not np.isnan(value)] for key in keys]
+        for name, of in REFERENCES.items():
+            dataset = dataset.add_column(name, [[of(sample) for sample in row] for row in kept])
+        return dataset
 
     def _check_one_score_each(self, reward: str) -> None:
         seen: dict[tuple[str, int], str | None] = {}

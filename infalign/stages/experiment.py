@@ -5,6 +5,7 @@ Stages ask it for prompts, tokens, rewards, models and samplers; two stages that
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import gc
 import os
@@ -80,6 +81,21 @@ class Experiment:
         warn_of_exposed_key(recipe)
         self.recipe = recipe
         self._models: dict[tuple[str, bool], Any] = {}
+        self._policy_folder = "policy"
+
+    def part(self, folder: str, **changes: Any) -> Experiment:
+        """A part of this experiment's training: other keys of the recipe, and its policy in a folder of its own.
+
+        It shares what is loaded already.
+
+        Args:
+            folder: below `output_dir`.
+            changes: keys of the recipe that say how, and not on what, is trained.
+        """
+        part = copy.copy(self)
+        part.recipe, part._policy_folder = dataclasses.replace(self.recipe, **changes), folder
+        part.__dict__.pop("objective", None)
+        return part
 
     # --- models ---------------------------------------------------------------------------------------------------
 
@@ -92,7 +108,7 @@ class Experiment:
     @property
     def policy_path(self) -> Path:
         """Folder of the policy that `train` writes."""
-        return self.recipe.output / "policy"
+        return self.recipe.output / self._policy_folder
 
     @property
     def judged_path(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ from infalign.stages.recipe import Recipe
 from infalign.stages.terms import TermKeys
 from infalign.theory.objective import Objective, objective
 from infalign.theory.optimum import optimal_transform
+from infalign.theory.pairs import BestAndWorst
 from infalign.theory.procedures import BUILT_IN, NEEDS, Procedure, refuse_n, takes_n
 from infalign.theory.tilted import tilt
-from infalign.theory.transforms import CATALOGUE, check_transform
+from infalign.theory.transforms import CATALOGUE, check_transform, log
+from infalign.theory.truncated import UniformAbove
 from infalign.training.baselines import Baseline, Name, start
 from infalign.types import InputError
 
@@ -75,8 +78,10 @@ def objective_name(recipe: Recipe) -> str:
     """What is optimised, in words: the transform, which the direct objective has none of."""
     if len(recipe.objectives) > 1:
         return f"{len(recipe.objectives)} objectives"
+    if recipe.solver == "offline" and recipe.loss not in (None, "variance"):
+        return f"offline loss {recipe.loss}" + ("" if recipe.loss != "qrpo" else f", transform {recipe.transform}")
     if recipe.objective == "transform":
-        return f"transform {recipe.transform}"
+        return f"transform {recipe.transform}{'' if recipe.solver == 'online' else f', solver {recipe.solver}'}"
     return "direct objective" if recipe.objective == "direct" else f"objective {recipe.objective} (a baseline)"
 
 
@@ -89,6 +94,8 @@ def load_objective(recipe: Recipe, procedure: Procedure) -> Objective:
     if (recipe.beta is None) == (recipe.target_kl is None):
         got = "both" if recipe.beta is not None else "neither"
         raise InputError(f"give exactly one of beta and target_kl, got {got}: e.g. target_kl: 1.0 (nats)")
+    if recipe.solver == "offline" and recipe.loss in ("tup", "ipo", "bonbon"):
+        return _of_a_loss(recipe, procedure)
     if recipe.objective == "direct":
         return _direct(recipe, trained_procedures(recipe) if recipe.objectives else [procedure])
     if recipe.objective != "transform":
@@ -100,6 +107,19 @@ def load_objective(recipe: Recipe, procedure: Procedure) -> Objective:
     source = f"{recipe.transform} {recipe.transform_kwargs or ''} {digest(callable_digest(transform))}"
     label = repr(transform) if hasattr(transform, "name") else source
     return objective(procedure, transform, recipe.beta, recipe.target_kl, label)
+
+
+def _of_a_loss(recipe: Recipe, procedure: Procedure) -> Objective:
+    """What an offline loss aims at that has no transform of the recipe's: a policy for any decoder, or none."""
+    group, options = int(recipe.training.get("num_generations", 8)), recipe.loss_kwargs
+    if recipe.loss == "ipo":
+        return objective(procedure, BestAndWorst(group), recipe.beta, recipe.target_kl, f"ipo on pairs of {group}")
+    if recipe.loss == "bonbon":
+        policy = tilt(log, beta=1.0 / (group - 1))
+        return Objective(procedure, log, policy.beta, policy, f"bonbon {group} {options.get('alpha', '')}".strip())
+    threshold = options.get("threshold", -math.expm1(-(recipe.target_kl or 1.0)))
+    policy = UniformAbove(threshold)
+    return Objective(procedure, policy, 1.0, policy, repr(policy))
 
 
 def _direct(recipe: Recipe, procedures: list[Procedure]) -> Objective:

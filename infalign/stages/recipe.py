@@ -144,6 +144,16 @@ class Recipe:
     target_kl: float | None = key(None, "sequence KL in nats that training keeps; beta follows from it", "ctrl")
     kl_control: bool = key(True, "steer beta in training so that the measured KL comes to target_kl", "ctrl")
     num_calibration_samples: int = key(100, "K, base samples per prompt", "ctrl")
+    solver: Literal["online", "offline", "offline+online"] = key(
+        "online", "offline: trains on the calibration samples, without rollouts; offline+online: begins there", "ctrl"
+    )
+    loss: Literal["variance", "qrpo", "tup", "ipo", "bonbon"] | None = key(
+        None, "of the offline solver; unset: variance, which needs no partition function", "ctrl"
+    )
+    loss_kwargs: dict = key({}, "{threshold: 0.6} of tup, {alpha: 0.005} of bonbon", "ctrl")
+    offline_training: dict = key(
+        {}, "training keys of the offline part of offline+online, e.g. {max_steps: 100, learning_rate: 1e-4}", "ctrl"
+    )
     calibration_method: Literal["midrank", "interpolated", "pooled"] = key(
         "midrank", "interpolated: for K below about 32; pooled: rank among the prompt's rollouts, too", "ctrl"
     )
@@ -229,6 +239,13 @@ def load_recipe(config: str | Path | Mapping[str, Any] | None = None, flags: Map
     recipe = with_objectives(_with_trl_names(Recipe(**keys)), keys)
     if "n" in keys and (recipe.strategy in TAKES_PROCEDURE or recipe.strategy not in STRATEGIES):
         refuse_n(recipe.procedure, recipe.n)  # the other strategies take their number of candidates from it
+    if recipe.offline_training:
+        try:
+            hints = {name: hint for name, hint in _training_hints().items() if name not in field_hints(Recipe)}
+            checked = check(recipe.offline_training, {}, hints, explain)
+        except InputError as error:
+            raise InputError(f"offline_training: {error}") from error
+        recipe = dataclasses.replace(recipe, offline_training=checked)
     _check_together(recipe)
     return recipe
 
@@ -336,6 +353,7 @@ def _check_together(recipe: Recipe) -> None:
             f"objective: {recipe.objective} is on the raw reward, got calibration_method {recipe.calibration_method}: "
             "leave one of them out"
         )
+    problems += _solver_problems(recipe)
     if recipe.judge_samples < 1:
         problems.append(f"judge_samples must be at least 1, got {recipe.judge_samples}")
     if recipe.target_kl is not None and not recipe.target_kl > 0:
@@ -365,6 +383,43 @@ def _check_together(recipe: Recipe) -> None:
     problems += _server_problems(recipe)
     if problems:
         raise InputError("; ".join(problems))
+
+
+def _solver_problems(recipe: Recipe) -> list[str]:
+    """What is wrong with the solver's keys."""
+    problems = []
+    if recipe.solver == "online" and (recipe.loss is not None or recipe.loss_kwargs):
+        problems.append("loss and loss_kwargs are the offline solver's: set solver: offline, or leave them out")
+    if recipe.solver != "offline+online" and recipe.offline_training:
+        problems.append(
+            f"offline_training is for solver: offline+online, got {recipe.solver}: give training keys directly, or "
+            "leave it out"
+        )
+    if recipe.solver != "online" and recipe.objectives:
+        problems.append(
+            f"solver: {recipe.solver} trains for one reward, and objectives names {len(recipe.objectives)}: use "
+            "solver: online, or a reward that sums them (reward_models/calibrated_sum.py)"
+        )
+    if recipe.solver == "offline+online" and recipe.training.get("initial_weights"):
+        problems.append(
+            "initial_weights: solver: offline+online starts from its own offline part: leave one of them out"
+        )
+    if recipe.solver == "offline" and recipe.objective not in ("transform", "raw", "par"):
+        problems.append(
+            f"solver: offline needs a value for each sample alone, and objective {recipe.objective} is about the "
+            "policy's own samples: use objective: transform, raw or par, or solver: online"
+        )
+    if recipe.solver == "offline+online" and recipe.objective in ("pkpo", "iama", "grpo"):
+        problems.append(
+            f"solver: offline+online can't begin with objective {recipe.objective}, which is about the policy's own "
+            "samples: use objective: transform, direct, raw or par, or solver: online"
+        )
+    aimed = recipe.transform != "optimal" or recipe.objective != "transform"
+    if recipe.loss in ("tup", "ipo", "bonbon") and aimed and recipe.solver == "offline":
+        problems.append(f"loss: {recipe.loss} has an aim of its own: leave transform and objective out")
+    if recipe.loss in ("tup", "bonbon") and recipe.beta is not None:
+        problems.append(f"loss: {recipe.loss} has no beta, got {recipe.beta:g}: give target_kl in nats")
+    return problems
 
 
 def _server_problems(recipe: Recipe) -> list[str]:

@@ -1,8 +1,13 @@
-"""`infalign train`: KL-regularised RL on the calibrated, transformed reward."""
+"""`infalign train`: KL-regularised RL on the calibrated, transformed reward, or a regression on the base samples.
+
+`solver: offline+online` trains twice: offline into `output_dir/offline`, then online from there. The reference stays
+the base, so that KL and rewards of the second part are what they are in a run that starts from it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -10,13 +15,14 @@ import numpy as np
 import torch
 from datasets import Dataset
 from huggingface_hub import HfApi
+from numpy.typing import NDArray
 from trl import ModelConfig, get_quantization_config
 
 from infalign.calibration.few_samples import beta_for_kl
-from infalign.calibration.table import SampleTable
+from infalign.calibration.table import REFERENCES, SampleTable
 from infalign.runtime.artifacts import MANIFEST, sweep_temporaries, without_secrets, write_json, write_manifest
 from infalign.runtime.console import notice, say
-from infalign.runtime.distributed import is_main, together
+from infalign.runtime.distributed import barrier, is_main, together
 from infalign.stages.calibrate import calibration_parts, open_table, reference_rewards
 from infalign.stages.experiment import Experiment
 from infalign.stages.objective import trained_procedures
@@ -31,11 +37,12 @@ from infalign.training.baselines import BASELINES, Baseline, base_spread
 from infalign.training.checks import best_model_settings, check_loop
 from infalign.training.config import CTRLConfig
 from infalign.training.direct import Direct, check_group
+from infalign.training.offline import OfflineLoss, offline_loss
 from infalign.training.packages import missing_packages
 from infalign.training.progress import TrainingProgress, quiet
 from infalign.training.reward import DATA_COLUMNS, PROMPT_IDS, TERMS, CTRLReward
 from infalign.training.trainer import CTRLTrainer
-from infalign.types import InputError, Interrupted, Prompt
+from infalign.types import InputError, Interrupted, Prompt, Sample
 
 _OF_THE_RECIPE = {
     "dtype": "dtype",
@@ -44,6 +51,10 @@ _OF_THE_RECIPE = {
     "attn_implementation": "attn_implementation",
     "trust_remote_code": "trust_remote_code",
 }
+
+
+OFFLINE = "offline"
+"""The folder of the first part of `offline+online`, below `output_dir`."""
 
 
 @leaves_nothing("checkpoint-*", "policy")
@@ -59,7 +70,7 @@ def train(recipe: Recipe, experiment: Experiment | None = None) -> dict[str, Any
         TrainingError: losses, gradients or weights are not finite.
     """
     require_plain(recipe)
-    experiment = experiment or Experiment(recipe)
+    experiment = whole = experiment or Experiment(recipe)
     with together():  # before the calibration is read
         check_ready(experiment)
     experiment.claim_output()
@@ -75,6 +86,52 @@ def train(recipe: Recipe, experiment: Experiment | None = None) -> dict[str, Any
         for reward in experiment.rewards:
             reference_rewards(experiment, table, reward)
     experiment.release_models()
+    if recipe.solver == "offline+online":
+        refuse_stale_start(folder, parts, recipe.overwrite)
+        first = offline_part(whole)
+        _train_offline(first, table)
+        experiment = online_part(whole, first)
+    steps = _train_into(folder, experiment, table, parts)
+    if is_main():
+        whole.record()
+    barrier()
+    return {"folder": folder, "trained": True, "steps": steps}
+
+
+def offline_part(experiment: Experiment) -> Experiment:
+    """The first part of `offline+online`: the recipe's keys, `offline_training`'s over them."""
+    recipe = experiment.recipe
+    objective = "transform" if recipe.objective == "direct" else recipe.objective
+    training = {**recipe.training, **recipe.offline_training, "push_to_hub": False}
+    return experiment.part(OFFLINE, solver="offline", objective=objective, training=training, offline_training={})
+
+
+def online_part(experiment: Experiment, first: Experiment) -> Experiment:
+    """The second: rollouts, from the policy that the first has made."""
+    adapter = first.policy_path / "adapter"
+    start = adapter if adapter.is_dir() else first.policy_path
+    training = {**experiment.recipe.training, "initial_weights": str(start)}
+    changes = {"loss": None, "loss_kwargs": {}, "offline_training": {}}
+    return experiment.part("policy", solver="online", training=training, **changes)
+
+
+def _train_offline(experiment: Experiment, table: SampleTable) -> None:
+    """Train the first part, or find it trained."""
+    folder, parts = experiment.policy_path, training_parts(experiment)
+    if reusable(folder, "policy", parts, experiment.recipe.overwrite):
+        say(f"offline part: {folder} is trained already")
+        return
+    steps = _train_into(folder, experiment, table, parts)
+    say(f"offline part: {folder} ({steps} steps)")
+
+
+def _train_into(folder: Path, experiment: Experiment, table: SampleTable, parts: Mapping[str, Any]) -> int:
+    """Train a policy and write it into a folder; returns how many steps were made.
+
+    Raises:
+        InputError, Interrupted, TrainingError: as `train`.
+    """
+    recipe = experiment.recipe
     refuse_stale_start(folder, parts, recipe.overwrite)
     try:
         trainer = make_trainer(experiment, table, parts)
@@ -97,9 +154,8 @@ def train(recipe: Recipe, experiment: Experiment | None = None) -> dict[str, Any
     if is_main():
         write_json(folder / "training_log.json", trainer.state.log_history)
         write_manifest(folder, "policy", parts, steps=trainer.state.global_step)
-        experiment.record()
-    trainer.accelerator.wait_for_everyone()
-    return {"folder": folder, "trained": True, "steps": trainer.state.global_step}
+    barrier()
+    return trainer.state.global_step
 
 
 def check_ready(experiment: Experiment) -> None:
@@ -108,6 +164,8 @@ def check_ready(experiment: Experiment) -> None:
     Raises:
         InputError: one of these is not so.
     """
+    if experiment.recipe.solver == "offline+online":
+        check_ready(offline_part(experiment))
     arguments = training_arguments(experiment)
     for procedure in trained_procedures(experiment.recipe):
         if (of_groups := _of_groups(experiment.recipe, procedure)) is not None:
@@ -132,6 +190,8 @@ def training_parts(experiment: Experiment) -> dict[str, Any]:
         **experiment.objective.record(),
         "calibration_method": recipe.calibration_method,
         "kl_control": recipe.kl_control,
+        **({} if recipe.solver == "online" else {"solver": recipe.solver, "loss": offline_loss_of(recipe).label}),
+        **({"offline_training": recipe.offline_training} if recipe.offline_training else {}),
         **training,
     }
 
@@ -149,7 +209,7 @@ def make_trainer(experiment: Experiment, table: SampleTable, identity: Mapping[s
         arguments,
         procedure=experiment.trained_terms[0].procedure,
         identity=identity,
-        train_dataset=_dataset(experiment, table, splits.train),
+        train_dataset=_dataset(experiment, table, splits.train, samples=recipe.solver == "offline"),
         eval_dataset=_dataset(experiment, table, splits.validation) if splits.validation else None,
         processing_class=experiment.tokenizer,
         peft_config=adapter_of(adapter),
@@ -240,6 +300,8 @@ def training_arguments(experiment: Experiment) -> CTRLConfig:
         | ({"attn_implementation": recipe.attn_implementation} if recipe.attn_implementation else {})
         | model_init,
     }
+    if recipe.solver == "offline":
+        shared |= {"solver": "offline", "loss": recipe.loss, "loss_kwargs": recipe.loss_kwargs}
     defaults: dict[str, Any] = {
         "save_total_limit": 1,
         "logging_steps": 1,
@@ -270,20 +332,29 @@ def kl_settings(experiment: Experiment, ours: Mapping[str, Any]) -> dict[str, fl
     steered = recipe.kl_control and recipe.target_kl is not None and ours.get("beta_start") is None
     if not steered or recipe.target_kl is None:
         return {"beta": aim.beta, "target_kl": None}
-    # the top of Phi is cut off by K for ranks alone
-    if recipe.objective != "transform" or recipe.calibration_method == "pooled":
+    # the top of Phi is cut off by K for ranks alone; offline, the samples are ranked among themselves
+    if recipe.solver == "offline" or recipe.objective != "transform" or recipe.calibration_method == "pooled":
         return {"beta": aim.beta, "target_kl": recipe.target_kl}
     beta = beta_for_kl(aim.transform, recipe.num_calibration_samples, recipe.target_kl)
     return {"beta": beta, "target_kl": recipe.target_kl}
 
 
-def _dataset(experiment: Experiment, table: SampleTable, prompts: tuple[Prompt, ...]) -> Dataset:
-    """A TRL data set: each row's prompt, its tokens, the reference rewards, and the data's own columns."""
+def offline_loss_of(recipe: Recipe) -> OfflineLoss:
+    """The loss of a recipe's offline solver."""
+    return offline_loss(recipe.loss, recipe.loss_kwargs, recipe.target_kl)
+
+
+def _dataset(experiment: Experiment, table: SampleTable, prompts: tuple[Prompt, ...], samples: bool = False) -> Dataset:
+    """A TRL data set: each row's prompt, its tokens, the reference rewards, and the data's own columns.
+
+    With `samples`, also the scored base samples and their log-probabilities.
+    """
     count = experiment.recipe.num_calibration_samples
     terms = dict[str, tuple[int, ...]]()
     if (found := assigned(experiment, prompts)) is not None:
         prompts, terms = tuple(prompt for prompt, _ in found), {prompt.key: numbers for prompt, numbers in found}
     scored = [table_rewards(table, reward, prompts) for reward in experiment.trained_rewards]
+    held = table.samples() if samples else {}
     nothing = np.empty(0)  # of a reward that is for other prompts
     rows = [
         {
@@ -295,10 +366,17 @@ def _dataset(experiment: Experiment, table: SampleTable, prompts: tuple[Prompt, 
             },
             DATA_COLUMNS: dict(prompt.columns),
             **({TERMS: terms[prompt.key]} if terms else {}),
+            **(_base_samples(held[prompt.key][:count], scored[0][prompt.key][:count]) if samples else {}),
         }
         for prompt in prompts
     ]
     return Dataset.from_dict({"row": list(range(len(rows)))}).with_transform(_RowsByNumber(rows))
+
+
+def _base_samples(samples: Sequence[Sample], rewards_K: NDArray[np.float64]) -> dict[str, Any]:
+    """The columns of a prompt's scored base samples."""
+    scored = [sample for sample, reward in zip(samples, rewards_K, strict=True) if not np.isnan(reward)]
+    return {name: [of(sample) for sample in scored] for name, of in REFERENCES.items()}
 
 
 class _RowsByNumber:

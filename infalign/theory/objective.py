@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from infalign.theory.optimum import OptimalTransform, optimal_transform
 from infalign.theory.procedures import Procedure
 from infalign.theory.tilted import TiltedPolicy, one_of, tilt
+from infalign.theory.truncated import UniformAbove
 from infalign.types import InputError
 
 Floats = NDArray[np.float64]
@@ -29,7 +30,7 @@ class Objective:
     procedure: Procedure
     transform: Callable[[ArrayLike], Floats]
     beta: float
-    policy: OptimalTransform | TiltedPolicy | None
+    policy: OptimalTransform | TiltedPolicy | UniformAbove | None
     label: str
 
     @property

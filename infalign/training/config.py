@@ -15,6 +15,7 @@ from infalign.training.checks import check_rollout_settings
 from infalign.training.trl_keys import refusals, without_effect
 from infalign.types import InputError
 
+SOLVERS = ("online", "offline")
 _TOLD: set[tuple[str | None, str]] = set()
 
 
@@ -33,6 +34,10 @@ class CTRLConfig(RLOOConfig):
         kl_interpolation: with `target_kl`, go at the end along the line from the base's weights to the trained ones to
             where the KL is the target (`interpolation`); False leaves the trained ones.
         num_generations: G, rollouts a prompt; the leave-one-out baseline is over them.
+        solver: "online" draws rollouts; "offline" trains on the base samples in the data set, without rollouts and
+            without calls of the reward (`offline`): rows need `ref_completion_ids` and `ref_logps`.
+        loss: of the offline solver: "variance" (None is that), "qrpo", "tup", "ipo" or "bonbon".
+        loss_kwargs: `{threshold: ...}` of "tup", `{alpha: ...}` of "bonbon".
         kl_budget: stop when the rollouts' sequence KL, averaged over three logs (of `logging_steps` each), exceeds this
             many nats.
         max_skipped_steps: a step whose loss or gradients are not finite is skipped; so many in a row stop the run.
@@ -52,6 +57,9 @@ class CTRLConfig(RLOOConfig):
     beta_start: float | None = field(default=None, metadata={"help": "KL coefficient at step 0; None: beta."})
     target_kl: float | None = field(default=None, metadata={"help": "Steer beta to keep this sequence KL (nats)."})
     kl_interpolation: bool = field(default=True, metadata={"help": "At the end, move the weights to target_kl."})
+    solver: str = field(default="online", metadata={"help": "online: rollouts; offline: the base samples."})
+    loss: str | None = field(default=None, metadata={"help": "Of the offline solver; None: variance."})
+    loss_kwargs: dict = field(default_factory=dict, metadata={"help": "Options of the loss."})
     num_generations: int | None = field(default=8, metadata={"help": "Rollouts per prompt (G)."})
     kl_budget: float | None = field(default=None, metadata={"help": "Stop above this sequence KL (nats)."})
     max_skipped_steps: int = field(default=3, metadata={"help": "Stop after so many non-finite steps in a row."})
@@ -87,6 +95,10 @@ class CTRLConfig(RLOOConfig):
                 problems.append(f"{name} must be above 0 for KL-regularised training, got {value}")
         if self.target_kl is not None and self.beta_start is not None:
             problems.append("target_kl steers beta, and beta_start lets it come down by itself: give one of them")
+        if self.solver not in SOLVERS:
+            problems.append(f"solver must be one of {', '.join(SOLVERS)}, got {self.solver!r}")
+        elif self.solver == "online" and (self.loss is not None or self.loss_kwargs):
+            problems.append("loss and loss_kwargs are the offline solver's: set solver: offline, or leave them out")
         if self.max_skipped_steps < 1:
             problems.append(f"max_skipped_steps must be at least 1, got {self.max_skipped_steps}")
         if problems:

@@ -11,9 +11,9 @@ from infalign.runtime.console import Progress
 
 
 def rollouts_note(logs: Mapping[str, float]) -> str | None:
-    """Calibrated reward and sequence KL of a step's rollouts; None for a log of something else."""
+    """Calibrated reward and sequence KL of a step's rollouts, or else its loss; None for a log of something else."""
     if "reward/calibrated" not in logs:
-        return None
+        return f"loss {logs['loss']:.4g}" if "loss" in logs else None
     return f"calibrated {logs['reward/calibrated']:.3f}  KL {logs.get('kl_seq', float('nan')):.3f}"
 
 

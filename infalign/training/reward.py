@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from infalign.calibration.pooling import Visits, pooled_ranks
 from infalign.calibration.quantile import Method, calibrate, clip_to_open
+from infalign.calibration.table import REFERENCES
 from infalign.evaluation.winrate import prompt_win_rate
 from infalign.rewards.loader import Reward, load_reward
 from infalign.runtime.distributed import gathered, rank, together
@@ -32,6 +33,9 @@ PROMPT_IDS = "infalign_prompt_ids"
 """A column of a training set that holds each prompt's tokens, as calibration had them."""
 TERMS = "infalign_terms"
 """A column of a training set with the numbers of the terms that each prompt is trained for, where it is not all."""
+REF_COMPLETIONS, REF_LOGPS = REFERENCES
+"""Columns of a training set with the token ids of each prompt's base samples and their log-probabilities."""
+_OURS = (DATA_COLUMNS, PROMPT_IDS, TERMS, REF_COMPLETIONS, REF_LOGPS)
 
 Array = NDArray[np.float64]
 Transform = Callable[[Array], Array]
@@ -371,7 +375,7 @@ def data_columns(columns: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
     >>> data_columns({"infalign_columns": [{"answer": 5}, {}], "trainer_state": None})
     {'trainer_state': None, 'answer': [5, None]}
     """
-    kept = {name: value for name, value in columns.items() if name not in (DATA_COLUMNS, PROMPT_IDS, TERMS)}
+    kept = {name: value for name, value in columns.items() if name not in _OURS}
     rows = columns.get(DATA_COLUMNS, ())
     names = sorted({name for row in rows for name in row})
     return kept | {name: [row.get(name) for row in rows] for name in names}

@@ -15,6 +15,9 @@ The algorithm stays TRL's: leave-one-out advantages of `Phi(C(x, y)) - beta * su
 - `save_model`: weights that are not finite are never saved.
 - `evaluate`: held-out win rate under the procedure, and sequence KL.
 
+With `solver: offline`, batches are base samples from the data set in place of rollouts, and the loss is a regression on
+them (`offline`); all else is the same.
+
 The sampler, the shared log-probabilities and whole groups are active for TRL versions in `TESTED_TRL`; for another
 version TRL's own path runs there, with a warning.
 """
@@ -81,6 +84,13 @@ from infalign.training.data_sets import check_data_sets
 from infalign.training.held_out import measure
 from infalign.training.interpolation import Interpolated, interpolate
 from infalign.training.kl_control import FARTHEST, FARTHEST_UNKNOWN, USUAL, KLControl, sensitivity
+from infalign.training.offline import (
+    OfflineSamples,
+    check_offline,
+    check_samples_at_start,
+    importance_kl,
+    offline_loss,
+)
 from infalign.training.packages import missing_packages
 from infalign.training.reward import PROMPT_IDS, TERMS, CTRLReward
 from infalign.training.rollouts import PromptOrder, rollout_uniforms, shuffled_groups
@@ -163,6 +173,13 @@ class CTRLTrainer(RLOOTrainer):
         if hasattr(train_dataset, "__len__"):
             check_batch(args, len(train_dataset))
         given = run_identity(functions, self.ctrl_rewards, args.reward_weights, train_dataset, args.beta)
+        self.offline: OfflineSamples | None = None
+        if args.solver == "offline":
+            loss = offline_loss(args.loss, args.loss_kwargs, args.target_kl)
+            reward = check_offline(loss, self.ctrl_rewards, args)
+            self.offline = OfflineSamples(loss, reward, int(args.num_generations or 1), args.seed)
+            self.offline.check_rows(train_dataset)
+            given["loss"] = loss.label
         self._render = render
         self._fast = _trl_is_tested()
         self._shared = self._fast and args.shared_prefix
@@ -200,6 +217,7 @@ class CTRLTrainer(RLOOTrainer):
             self.add_callback(KLBudget(args.kl_budget))
         self._warned: set[str] = set()
         self._shares: dict[int, bool] = {}
+        self._offline_kl: list[float] = []
 
     # --- rollouts -------------------------------------------------------------------------------------------------
 
@@ -274,9 +292,11 @@ class CTRLTrainer(RLOOTrainer):
         return self._step // (self.args.steps_per_generation * self.num_iterations)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        self._scored_logps = []
         self.beta = self._beta_now()
         self._row_ids = [list(row[PROMPT_IDS]) for row in inputs if PROMPT_IDS in row]
+        if self.offline is not None and self.model.training:
+            return self._base_samples(self.offline, inputs)
+        self._scored_logps = []
         try:
             batch = super()._generate_and_score_completions(inputs)
             self._log_rollouts(batch, inputs)
@@ -284,6 +304,24 @@ class CTRLTrainer(RLOOTrainer):
             self._scored_logps = self._sampled_logps = None
             self._row_ids = []
         return batch
+
+    def _base_samples(self, offline: OfflineSamples, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """A batch of base samples of these rows' prompts, in place of rollouts."""
+        prompt_ids = self._tokenize_prompts([row["prompt"] for row in inputs])[0]
+        self._row_ids = []
+        pad_id, device = self._tokenizer.pad_token_id, self.accelerator.device
+        batch = offline.batch(inputs, prompt_ids, self._visit(), self.beta, pad_id, device)
+        tokens = batch["prompt_mask"].sum() + batch["completion_mask"].sum()
+        self._total_train_tokens += int(self.accelerator.gather(tokens).sum())
+        metrics = self._metrics["train"]
+        metrics["num_tokens"] = [self._total_train_tokens]
+        metrics["beta"].append(self.beta)
+        return batch
+
+    def _visit(self) -> int:
+        """How often the offline solver has seen the prompts of this generation before."""
+        prompts_at_once = self.args.generation_batch_size // self.num_generations
+        return self._generation_number() // max(1, len(self.train_dataset) // prompts_at_once)
 
     def _beta_now(self) -> float:
         """The KL coefficient of this step: steered, or geometric from `beta_start` to `beta` over 60 % of the steps."""
@@ -359,9 +397,9 @@ class CTRLTrainer(RLOOTrainer):
             batch = self._generate_and_score_completions(generation_batch)
             # from seed and number alone: every rank shuffles alike, and a resumed run as the first one did
             generator = torch.Generator().manual_seed(hash((self.args.seed, number)) % 2**63)
-            rows = len(batch["advantages"])
+            rows = len(batch["completion_ids"])
             order = shuffled_groups(rows, self.num_generations, generator) if steps > 1 else torch.arange(rows)
-            parts = order.to(batch["advantages"].device).chunk(steps)
+            parts = order.to(batch["completion_ids"].device).chunk(steps)
             # whole groups in each part, because the advantages of a group belong together
             self._buffered_inputs = [{name: value[part] for name, value in batch.items()} for part in parts]
         return self._buffered_inputs[self._step % steps]
@@ -383,11 +421,60 @@ class CTRLTrainer(RLOOTrainer):
             return torch.zeros((), device=self.accelerator.device)
 
     def _compute_loss(self, model: Any, inputs: Any) -> Tensor:
-        loss = super()._compute_loss(model, inputs)
+        if self.offline is not None and "targets" in inputs:
+            loss = self._offline_loss(self.offline, model, inputs)
+        else:
+            loss = super()._compute_loss(model, inputs)
         # all ranks or none: the backward pass is a collective, and one rank that leaves it out would stop the others
         if any_rank(not bool(torch.isfinite(loss.detach()))):
             raise _NotFinite
         return loss
+
+    def _offline_loss(self, offline: OfflineSamples, model: Any, inputs: Any) -> Tensor:
+        """The loss of whole groups of base samples; logs the KL that their importance weights say."""
+        ids, mask = (
+            torch.cat([inputs[f"prompt_{name}"], inputs[f"completion_{name}"]], dim=1) for name in ("ids", "mask")
+        )
+        kept = inputs["completion_ids"].shape[1]
+        logps_BT, _, aux_loss = self._get_per_token_logps_and_entropies(
+            model, ids, mask, kept, compute_aux_loss=self.aux_loss_enabled
+        )
+        logps_B = (logps_BT * inputs["completion_mask"]).sum(1).float()
+        log_ratios_B = logps_B - inputs["ref_logps"]
+        log_ratios_PG, logps_PG, targets_PG = (
+            one.view(-1, offline.group) for one in (log_ratios_B, logps_B, inputs["targets"])
+        )
+        loss = offline.loss(log_ratios_PG, logps_PG, targets_PG, self.beta)
+        if self.aux_loss_enabled:
+            loss = loss + self.router_aux_loss_coef * aux_loss
+            self._metrics["train"]["aux_loss"].append(float(self.accelerator.gather(aux_loss.detach()).mean()))
+        everybodys = self.accelerator.gather(log_ratios_B.detach())
+        if self._step == 0 and self.args.initial_weights is None:
+            name = getattr(self.model.config, "_name_or_path", "the model")
+            check_samples_at_start(everybodys.cpu().numpy(), name)
+        steps = self.args.steps_per_generation
+        first_iteration = self._step % (steps * self.num_iterations) < steps
+        if self._visit() < offline.fresh_visits and first_iteration:
+            raw_B, quantiles_B = (self.accelerator.gather(inputs[name]) for name in ("raw", "quantiles"))
+            self._log_base_samples(everybodys, raw_B, quantiles_B)
+        return loss
+
+    def _log_base_samples(self, log_ratios_B: Tensor, raw_B: Tensor, quantiles_B: Tensor) -> None:
+        """What the importance weights of samples that were not trained on yet say of the policy: KL, mean rewards.
+
+        Of samples that it has been trained on they say nothing: a network of some size knows them again (the KL of a
+        language model of minutes, .5 nats, would be 4; recipes/LOG.md).
+        """
+        kl_B, weights_B = importance_kl(log_ratios_B), log_ratios_B.softmax(0)
+        self._metrics["train"]["reward/raw"].append(float((weights_B * raw_B).sum()))
+        self._metrics["train"]["reward/calibrated"].append(float((weights_B * quantiles_B).sum()))
+        self._metrics["train"]["kl_seq"].append(float(kl_B.mean()))
+        self._metrics["train"]["kl_seq_error"].append(float(kl_B.std() / math.sqrt(len(kl_B))))
+        self._offline_kl.append(float(kl_B.mean()))
+        if len(self._offline_kl) == self.args.steps_per_generation:  # a generation's, as for rollouts
+            if self.kl_control is not None:
+                self.kl_control.update(float(np.mean(self._offline_kl)))
+            self._offline_kl = []
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As TRL's, without `training_args.bin` (a pickle, which may hold a token of the Hub)."""
@@ -426,6 +513,7 @@ class CTRLTrainer(RLOOTrainer):
             self._buffered_inputs, counters, arrays = load_rollout_state(Path(found), self.accelerator.device)
             self._step, self._total_train_tokens = counters["step"], counters["tokens"]
             self._metrics["train"] = defaultdict(list, counters["metrics"])
+            self._offline_kl = list(counters.get("offline_kl", []))
             if counters.get("kl_control"):
                 self.kl_control = KLControl(**counters["kl_control"])
             load_visits(self.ctrl_rewards, counters["visits"], arrays)
@@ -476,6 +564,7 @@ class CTRLTrainer(RLOOTrainer):
                     "metrics": dict(self._metrics["train"]),
                     "loss": float(self._tr_loss),
                     "logged_at": self._globalstep_last_logged,
+                    "offline_kl": self._offline_kl,
                     "kl_control": asdict(self.kl_control) if self.kl_control else None,
                 }
                 counters["visits"], arrays = visits_of(self.ctrl_rewards)
