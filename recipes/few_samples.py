@@ -13,23 +13,37 @@ import math
 from typing import Any
 
 import ctrl_one_page as page
+import numpy as np
 import torch
+from scipy import optimize
 
 from infalign import BestOfN, CTRLReward, WorstOfN, optimal_transform, win_rate_limit
 from infalign.calibration.few_samples import beta_for_kl
 from infalign.training.baselines import Baseline
 from infalign.training.direct import Direct
 from infalign.training.kl_control import FARTHEST, FARTHEST_UNKNOWN, KLControl, sensitivity
+from infalign.training.offline import OfflineLoss
 
 
 def train(
-    reward: CTRLReward, beta: float, kl: float | None, count: int, group: int, steps: int, rate: float, seed: int
+    reward: CTRLReward,
+    beta: float,
+    kl: float | None,
+    count: int,
+    group: int,
+    steps: int,
+    rate: float,
+    seed: int,
+    start: page.Policy | None = None,
 ) -> tuple[page.Policy, page.Policy, torch.Tensor]:
-    """Policy, base and rewards (P, J): the loop of the page, with the package's rewards, and beta steered to `kl`."""
+    """Policy, base and rewards (P, J): the loop of the page, with the package's rewards, and beta steered to `kl`.
+
+    `start` is the policy to begin with; None is the base.
+    """
     base, reward_PJ = page.make_problem(seed)
     rng = torch.Generator().manual_seed(seed)
     references = list(reward_PJ.gather(1, page.sample(base, count, rng)).numpy())
-    policy = page.Policy(*(logits.clone().requires_grad_() for logits in base))
+    policy = page.Policy(*(logits.clone().requires_grad_() for logits in start or base))
     optimizer = torch.optim.Adam(policy, lr=rate)
     bound = FARTHEST_UNKNOWN if isinstance(reward.transform, Baseline) else FARTHEST
     control = None
@@ -54,6 +68,53 @@ def train(
         if control:
             control.update(float(ratio_PG.mean()))
     return page.Policy(*(logits.detach() for logits in policy)), base, reward_PJ
+
+
+def train_offline(
+    loss: OfflineLoss,
+    reward: CTRLReward,
+    beta: float,
+    kl: float | None,
+    count: int,
+    group: int,
+    steps: int,
+    rate: float,
+    seed: int,
+) -> tuple[page.Policy, page.Policy, torch.Tensor]:
+    """The same from the K samples alone: the package's offline loss, and logits moved along the line to `kl`."""
+    base, reward_PJ = page.make_problem(seed)
+    rng = torch.Generator().manual_seed(seed)
+    answers_PK = page.sample(base, count, rng)  # the first draw of `train`, too
+    rewards_PK, log_base_PK = reward_PJ.gather(1, answers_PK), page.log_probs(base).gather(1, answers_PK)
+    targets_PK = torch.tensor(np.stack([loss.targets(reward, row, beta) for row in rewards_PK.numpy()]))
+    policy = page.Policy(*(logits.clone().requires_grad_() for logits in base))
+    optimizer = torch.optim.Adam(policy, lr=rate)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = rate * (1 - step / steps)
+        if step * group % count < group:  # the next pass over all K
+            order_PK = torch.rand(answers_PK.shape, generator=rng).argsort(1)
+        place = step * group % (count - count % group)
+        chosen_PG = order_PK[:, place : place + group]
+        log_pi_PG = page.log_probs(policy).gather(1, answers_PK.gather(1, chosen_PG))
+        ratio_PG = log_pi_PG - log_base_PK.gather(1, chosen_PG)
+        optimizer.zero_grad()
+        loss(ratio_PG, log_pi_PG, targets_PK.gather(1, chosen_PG), beta).backward()
+        optimizer.step()
+    trained = page.Policy(*(logits.detach() for logits in policy))
+    return trained if kl is None else on_the_line(trained, base, kl), base, reward_PJ
+
+
+def on_the_line(policy: page.Policy, base: page.Policy, kl: float) -> page.Policy:
+    """Logits on the line from the base's to the policy's where the exact KL is `kl`; at most twice as far."""
+
+    def at(weight: float) -> page.Policy:
+        return page.Policy(*(torch.lerp(start, end, weight) for start, end in zip(base, policy, strict=True)))
+
+    def over(weight: float) -> float:
+        log_pi, log_base = page.log_probs(at(weight)), page.log_probs(base)
+        return float((log_pi.exp() * (log_pi - log_base)).sum(1).mean()) - kl
+
+    return at(2.0 if over(2.0) < 0 else float(optimize.brentq(over, 0.0, 2.0, xtol=1e-4)))
 
 
 def exact(policy: page.Policy, base: page.Policy, reward_PJ: torch.Tensor, procedure: Any) -> tuple[float, float]:

@@ -17,7 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 import ctrl_one_page as page
-from few_samples import exact, train
+from few_samples import exact, train, train_offline
 
 from infalign import CellSamples, CTRLReward
 from infalign.calibration.few_samples import beta_for_kl
@@ -26,6 +26,7 @@ from infalign.stages.objective import load_objective, load_procedure
 from infalign.stages.recipe import load_recipe
 from infalign.training.baselines import BASELINES, Baseline, base_spread
 from infalign.training.direct import Direct
+from infalign.training.offline import offline_loss
 
 
 def cell(
@@ -44,10 +45,10 @@ def cell(
     Args:
         target_kl, seed, num_calibration_samples, num_generations, max_steps, learning_rate, eval_samples, eval_n: as in
             a recipe.
-        objective: `procedure`, `n`, `transform`, `transform_kwargs`, `objective`, as in a recipe.
+        objective: `procedure`, `n`, `transform`, `transform_kwargs`, `objective`, `solver`, `loss`, as in a recipe.
     """
     keys = {"target_kl": target_kl, "num_calibration_samples": num_calibration_samples}
-    recipe = load_recipe({**keys, **objective})
+    recipe = load_recipe({**keys, "num_generations": num_generations, **objective})
     procedure = load_procedure(recipe)
     aim = load_objective(recipe, procedure)
     value: Any = aim.transform
@@ -60,9 +61,18 @@ def cell(
     else:
         beta = beta_for_kl(value, num_calibration_samples, target_kl)
     reward = CTRLReward(lambda completions, **_: completions, value, num_generations=num_generations)
-    policy, base, reward_PJ = train(
-        reward, beta, target_kl, num_calibration_samples, num_generations, max_steps, learning_rate, seed
-    )
+    shape = num_calibration_samples, num_generations
+    start = None
+    if recipe.solver != "online":
+        loss = offline_loss(recipe.loss, recipe.loss_kwargs, target_kl)
+        steps = max_steps if recipe.solver == "offline" else max_steps // 2
+        offline = train_offline(loss, reward, aim.beta, target_kl, *shape, steps, learning_rate, seed)
+        start = offline[0]
+    if recipe.solver == "offline":
+        policy, base, reward_PJ = offline
+    else:
+        steps = max_steps if recipe.solver == "online" else max_steps // 2
+        policy, base, reward_PJ = train(reward, beta, target_kl, *shape, steps, learning_rate, seed, start)
     log_pi, log_base = page.log_probs(policy), page.log_probs(base)
     kl_P = (log_pi.exp() * (log_pi - log_base)).sum(1)
     # the base's samples are the same for every cell of a seed

@@ -21,6 +21,8 @@ CHECKS = [
     "resume",
     "resume_buffered",
     "resume_lora",
+    "resume_offline",
+    "offline_invariance",
     "sharded_rollouts",
     "padded_batches",
     "evaluate",
@@ -59,7 +61,7 @@ def result(launched, check):
     return json.loads((launched[1] / f"{check}.json").read_text())
 
 
-@pytest.mark.parametrize("check", ["resume", "resume_buffered", "resume_lora"])
+@pytest.mark.parametrize("check", ["resume", "resume_buffered", "resume_lora", "resume_offline"])
 def test_resumed_equals_uninterrupted_bit_by_bit(check, launched):
     found = result(launched, check)
     assert found["processes"] == 2, "the launcher started one process"
@@ -71,7 +73,10 @@ def test_resumed_equals_uninterrupted_bit_by_bit(check, launched):
     assert abs(found["kl"][0]) < 1e-4
 
 
-@pytest.mark.parametrize(("check", "alone"), [("invariance", "whole_batch"), ("groups_over_ranks", "whole_groups")])
+@pytest.mark.parametrize(
+    ("check", "alone"),
+    [("invariance", "whole_batch"), ("groups_over_ranks", "whole_groups"), ("offline_invariance", "whole_offline")],
+)
 def test_two_processes_train_like_one(check, alone, launched, one_process):
     """Eight rollouts, 4 + 4 on two processes: losses and weights with SGD, in float64 (ZeRO-3: float32)."""
     losses, weights, _ = one_process[alone]
@@ -96,7 +101,10 @@ def test_two_processes_move_the_weights_like_one(launched, one_process):
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory):
     """Losses, weights and place on the line from the base of one process with a batch of eight."""
-    folder, checks = tmp_path_factory.mktemp("one"), ["whole_batch", "whole_groups", "whole_interpolated"]
+    folder, checks = (
+        tmp_path_factory.mktemp("one"),
+        ["whole_batch", "whole_groups", "whole_interpolated", "whole_offline"],
+    )
     tiny_causal(folder / "model", "llama")
     command = [sys.executable, "-W", "ignore", str(Path(__file__).parent / "worker.py"), str(folder), *checks]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

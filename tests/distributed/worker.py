@@ -27,6 +27,7 @@ from infalign.training.config import CTRLConfig
 from infalign.training.direct import Direct
 from infalign.training.reward import CTRLReward
 from infalign.training.trainer import CTRLTrainer
+from tests.training.test_offline import base_samples
 from tests.training.test_resume import final, rows
 from tests.training.test_trainer import config, token_sum
 
@@ -40,7 +41,8 @@ def make(folder: Path, reward=token_sum, dtype=None, peft_config=None, **changes
     made = reward if isinstance(reward, (CTRLReward, list)) else CTRLReward(reward, identity)
     arguments = CTRLConfig(**config(folder, **settings))
     policy = MODEL if dtype is None else AutoModelForCausalLM.from_pretrained(MODEL, dtype=dtype)
-    return CTRLTrainer(policy, made, arguments, train_dataset=rows(), peft_config=peft_config)
+    data = base_samples(MODEL) if changes.get("solver") == "offline" else rows()
+    return CTRLTrainer(policy, made, arguments, train_dataset=data, peft_config=peft_config)
 
 
 def saved(subject: CTRLTrainer, folder: Path) -> dict[str, torch.Tensor]:
@@ -83,6 +85,20 @@ def check_resume() -> dict:
 
 def check_resume_buffered() -> dict:
     return resume("buffered", 3, per_device_train_batch_size=2, steps_per_generation=4, num_iterations=2)
+
+
+def check_resume_offline() -> dict:
+    return resume("offline", 3, solver="offline", num_iterations=2)
+
+
+def check_offline_invariance() -> dict:
+    """Two processes with a group each, on base samples."""
+    return invariant(FOLDER / "offline_invariance", per_device_train_batch_size=4, solver="offline")
+
+
+def check_whole_offline() -> dict:
+    """One process with both groups."""
+    return invariant(FOLDER / "whole_offline", per_device_train_batch_size=8, solver="offline")
 
 
 def check_sharded_rollouts() -> dict:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from infalign import BestOfN
 from infalign.calibration.quantile import calibrate
+from infalign.models.loading import replicated
 from infalign.theory.optimum import optimal_transform
 from infalign.theory.pairs import BestAndWorst
 from infalign.theory.procedures import WorstOfN
@@ -195,7 +196,9 @@ def llama(tmp_path_factory):
 
 def base_samples(path, count=12, length=5):
     """Rows with random completions of every prompt and their log-probabilities under the model, prompt by prompt."""
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    with replicated():  # also where weights are sharded from their loading on
+        model = AutoModelForCausalLM.from_pretrained(path)
+    tokenizer = AutoTokenizer.from_pretrained(path)
     rng = np.random.default_rng(0)
     columns = {"prompt": PROMPTS, "ref_rewards": [], REF_COMPLETIONS: [], REF_LOGPS: []}
     for text in PROMPTS:

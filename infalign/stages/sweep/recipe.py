@@ -58,7 +58,7 @@ LONGEST = 120
 """Bytes of a cell's name, which is a folder's."""
 OBJECTIVE = (
     *("procedure", "n", "procedure_kwargs", "objective", "transform", "transform_kwargs", "target_kl", "beta"),
-    *("eval_n", "eval_samples", "confidence", "seed"),
+    *("solver", "loss", "loss_kwargs", "eval_n", "eval_samples", "confidence", "seed"),
 )
 """A recipe's keys that are checked where the sweep's own function makes cells."""
 _INTERNAL = ("keys", "flags", "base_dir")
