@@ -30,6 +30,9 @@ _HOME = {
     "KthOfN": "infalign.theory.procedures",
     "RandomN": "infalign.theory.procedures",
     "SoftBestOfN": "infalign.theory.procedures",
+    "TopOfN": "infalign.theory.procedures",
+    "BottomOfN": "infalign.theory.procedures",
+    "PessimisticOfN": "infalign.theory.procedures",
     "Procedure": "infalign.theory.procedures",
     "optimal_transform": "infalign.theory.optimum",
     "win_rate_limit": "infalign.theory.optimum",
@@ -51,16 +54,19 @@ _MODULES = {"transforms": "infalign.theory.transforms"}
 
 __all__ = [
     "BestOfN",
+    "BottomOfN",
     "CTRLConfig",
     "CTRLReward",
     "CTRLTrainer",
     "CellSamples",
     "InputError",
     "KthOfN",
+    "PessimisticOfN",
     "Procedure",
     "RandomN",
     "RewardError",
     "SoftBestOfN",
+    "TopOfN",
     "WinRate",
     "WorstOfN",
     "calibrate",
@@ -83,7 +89,17 @@ if TYPE_CHECKING:
     from infalign.stages.sweep.run import sweep
     from infalign.theory import transforms
     from infalign.theory.optimum import optimal_transform, win_rate_limit
-    from infalign.theory.procedures import BestOfN, KthOfN, Procedure, RandomN, SoftBestOfN, WorstOfN
+    from infalign.theory.procedures import (
+        BestOfN,
+        BottomOfN,
+        KthOfN,
+        PessimisticOfN,
+        Procedure,
+        RandomN,
+        SoftBestOfN,
+        TopOfN,
+        WorstOfN,
+    )
     from infalign.theory.tilted import tilt
     from infalign.training.config import CTRLConfig
     from infalign.training.reward import CTRLReward

@@ -105,6 +105,12 @@ def test_theory_as_json_and_plot(capsys, tmp_path):
         (["theory", "--procedure", "nowhere.py:p"], "; paths are relative to the working directory"),
         (["reward", "check", "nowhere.py:r"], "; paths are relative to the working directory"),
         (["theory", "--procedure", "kth_of_n", "--k", "9", "--kl", "1"], "9"),
+        (["theory", "--procedure", "top_of_n", "--kl", "1"], "procedure top_of_n needs procedure_kwargs: {k: 2}"),
+        (["theory", "--procedure", "bottom_of_n", "--k", "9", "--kl", "1"], "k must be at most n"),
+        (
+            ["theory", "--procedure", "pessimistic_of_n", "--procedure_kwargs", "{beta: -1}", "--kl", "1"],
+            "beta must be a finite number > 0 (small: BestOfN, large: plain sampling); got -1",
+        ),
         (["theory", "--kl", "1", "--plot", "x.pdf"], "--plot writes a PNG, got 'x.pdf'"),
         (["env", "x"], "env takes no arguments, got x"),
         (["train", "--accelerate_config", "zero33"], "'zero33' is unknown: did you mean 'zero3'? (one of cpu_ddp, "),
@@ -144,6 +150,22 @@ def test_theory_takes_a_procedure_of_ones_own(tmp_path, capsys):
     mine = capsys.readouterr().out
     assert main(["theory", "--procedure", "kth_of_n", "--k", "2", "--n", "8", "--kl", "1"]) == 0
     assert mine == capsys.readouterr().out and "KthOfN(2, 8)" in mine
+
+
+@pytest.mark.parametrize(
+    ("name", "own", "shown"),
+    [
+        ("top_of_n", ["--k", "2"], "TopOfN(2, 4)"),
+        ("bottom_of_n", ["--k", "2", "--n", "8"], "BottomOfN(2, 8)"),
+        ("pessimistic_of_n", ["--procedure_kwargs", "{beta: 0.1}"], "PessimisticOfN(4, 0.1)"),
+    ],
+)
+def test_theory_of_procedures_that_keep_one_of_several_ranks(name, own, shown, capsys):
+    """The optimum leads the table, of transforms whose signs fit the procedure."""
+    assert main(["theory", "--procedure", name, *own, "--kl", "0.5", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["procedure"] == shown and found["transforms"][0]["transform"] == "optimal"
+    assert found["transforms"][0]["win_rate"] > found["transforms"][1]["win_rate"] > 0.5
 
 
 def test_a_recipe_of_nearly_that_name_is_named(tmp_path, monkeypatch, capsys):

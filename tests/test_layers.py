@@ -43,7 +43,7 @@ BEYOND = {  # what a room may import beyond the standard library, infalign and n
     "serving": {"prometheus_client", "pydantic", "starlette", "uvicorn"},
     "cli": set(),
 }
-PURE = ["theory", "calibration/quantile.py", "evaluation/winrate.py"]
+PURE = ["theory", "calibration/quantile.py", "calibration/judged.py", "evaluation/winrate.py"]
 FILES = sorted(ROOT.rglob("*.py"))
 
 

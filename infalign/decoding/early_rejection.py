@@ -25,7 +25,7 @@ class EarlyRejection:
 
     Args:
         procedure: chooses among the candidates that are whole; it must prefer higher ranks (Best-of-N, best of a
-            random N, soft Best-of-N with tilt >= 0), since low ones are given up.
+            random N, soft Best-of-N with tilt >= 0, one of the top k, pessimistic), since low ones are given up.
         check_tokens: length of the beginnings, in tokens.
         keep: share of the n candidates that go on, in (0, 1].
 
@@ -48,7 +48,7 @@ class EarlyRejection:
         if self.procedure.monotone not in ("increasing", "constant"):
             raise InputError(
                 f"early_rejection gives up the lowest candidates, but {self.procedure!r} may choose them: use it with "
-                "best_of_n, random_n, or soft_best_of_n with tilt >= 0"
+                "best_of_n, random_n, top_of_n, pessimistic_of_n, or soft_best_of_n with tilt >= 0"
             )
 
     @property

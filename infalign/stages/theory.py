@@ -24,7 +24,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     """The arguments of `infalign theory`."""
     parser.add_argument("--procedure", default="best_of_n", help=f"{', '.join(BUILT_IN)}, or path.py:name")
     parser.add_argument("--n", type=int, help="candidates drawn [4]")
-    parser.add_argument("--k", type=int, help="for kth_of_n: the k-th best")
+    parser.add_argument("--k", type=int, help="for kth_of_n: the k-th best; for top_of_n and bottom_of_n: one of the k")
     parser.add_argument("--tilt", type=float, help="for soft_best_of_n")
     parser.add_argument("--pmf", type=float, nargs="+", help="for random_n: P(N=1) P(N=2) ...")
     parser.add_argument("--procedure_kwargs", default="{}", help="as in a recipe, e.g. '{k: 2}'")

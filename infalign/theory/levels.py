@@ -13,6 +13,9 @@ a tridiagonal system, solved by Newton steps bordered with the KL. It is unique 
 best of several starts is kept. A coarse reward can be far from the continuous limit: a fair coin's with Best-of-4 never
 exceeds .531.
 
+Where another reward judges than the one that decodes, h_j in place of [G(P_j) + G(P_{j-1})]/2 is what level j is worth,
+and its steps h_{j+1} - h_j stand in place of [G(P_{j+1}) - G(P_{j-1})]/2 (`judged.py`). They may be negative.
+
 A continuous reward is the limit of many levels. On a cut that follows the solution, W, log beta and Q err by
 c/J^2 + O(1/J^4), so J levels and each of them halved extrapolate (Richardson) to some 1e-9 (`continuous_optimum`).
 """
@@ -92,6 +95,20 @@ def tied_optimum(
     masses_J = np.zeros_like(base_J)
     masses_J[kept_J] = best.mass_J
     return TiedPolicy(masses_J, best.beta, best.kl, best.win_rate)
+
+
+def judged_optimum(
+    procedure: Procedure, base_J: Floats, judged_J: Floats, beta: float | None, kl: float | None, peaks: int
+) -> TiedPolicy | None:
+    """`tied_optimum` where level j is worth judged_J[j]: see `judged.gold_optimal`, which checks the arguments.
+
+    base_J: all positive. Returns None where nothing satisfies the equations, or no policy needs `kl` nats.
+    """
+    levels = _Levels(procedure, base_J, judged_J, peaks)
+    if kl is not None and kl >= levels.most_kl - _SUP_SLACK:
+        return None
+    best = levels.at_kl(kl) if kl is not None else levels.at_beta(beta or 0.0)
+    return TiedPolicy(best.mass_J, best.beta, best.kl, best.win_rate) if best.converged else None
 
 
 def tied_limit(procedure: Procedure, base_masses_J: ArrayLike, kl: float) -> float:
@@ -260,34 +277,50 @@ class _Policy:
 
 
 class _Levels:
-    """The problem on levels of base masses (J,), all positive; c_j = [G(P_{j+1}) - G(P_{j-1})]/2, (J-1,)."""
+    """The problem on levels of base masses (J,), all positive; c_j = [G(P_{j+1}) - G(P_{j-1})]/2, (J-1,).
 
-    def __init__(self, procedure: Procedure, base_J: Floats) -> None:
-        self.procedure, self.base_J = procedure, base_J
+    With `judged_J`, the levels' worth (J,) under another reward, c_j are its steps; `peaks` of it are tried as starts.
+    """
+
+    def __init__(self, procedure: Procedure, base_J: Floats, judged_J: Floats | None = None, peaks: int = 0) -> None:
+        self.procedure, self.base_J, self.judged_J, self.peaks = procedure, base_J, judged_J, peaks
         self.log_base_J = np.log(base_J)
         self.from_top = procedure.monotone == "decreasing"
         self.below, self.above = _cumulative(base_J), _from_top(base_J)
         decoded, undecoded = procedure.cdf(self.below), procedure.mirror.cdf(self.above)
         # G(P) near 1 has lost its small differences; those of 1 - G(P), which the mirror knows, have not
         low, high = decoded[2:] - decoded[:-2], undecoded[:-2] - undecoded[2:]
-        self.coupling = np.where(decoded[1:-1] < 0.5, low, high) / 2
-        self.most_kl = -float(self.log_base_J[-1])  # the KL of all mass on the top level
+        self.coupling = np.where(decoded[1:-1] < 0.5, low, high) / 2 if judged_J is None else np.diff(judged_J)
+        self.falls = judged_J is not None and bool(np.any(self.coupling < 0))
+        # where all mass goes as beta -> 0: to the top level, or to those worth most
+        self.highest = np.array([len(base_J) - 1]) if judged_J is None else np.flatnonzero(judged_J == judged_J.max())
+        self.most_kl = -math.log(float(base_J[self.highest].sum()))  # and the KL of that
 
     def at_kl(self, kl: float) -> _Policy:
         """The best policy found within kl."""
         if kl >= self.most_kl - _SUP_SLACK:
             return self._top()
-        return max((self._from_start(shape, kl) for shape in self._starts()), key=lambda policy: policy.win_rate)
+        found = [self._from_start(shape, kl) for shape in self._starts()]
+        # of many local optima some starts find none: a mere tilt must not hide an optimum
+        return max(found, key=lambda policy: (policy.converged or not self.falls, policy.win_rate))
 
     def at_beta(self, beta: float) -> _Policy:
         """The best W - beta KL: a scan over KL, then Newton at fixed beta from the best."""
-        uniform = _Policy(np.zeros_like(self.base_J), self.base_J, math.log(beta), 0.0, 0.5)
+        plain = 0.5 if self.judged_J is None else self._win_rate(self.base_J)
+        uniform = _Policy(np.zeros_like(self.base_J), self.base_J, math.log(beta), 0.0, plain)
         if len(self.base_J) == 1:
             return uniform
         # shares of the largest KL: powers of ten for a large beta, then even steps, denser next to the end
         grid = self.most_kl * np.concatenate([10.0 ** np.arange(-6, -1), np.linspace(0.02, 0.98, 49), [0.995, 1.0]])
+        if self.falls:  # with as many starts each: every fifth will do, for Newton begins from the same rewards at beta
+            grid = grid[::5]
         scanned = [uniform, *(self.at_kl(float(kl)) for kl in grid[grid > _SUP_SLACK])]
         best = max(scanned, key=lambda policy: policy.gain(beta))
+        if self.falls:
+            found = (policy for policy in scanned[1:] if math.isfinite(policy.log_beta))
+            nearest = sorted(found, key=lambda policy: -policy.gain(beta))[:3]
+            polished = [self.newton(self._retilted(policy, math.log(beta)), math.log(beta), None) for policy in nearest]
+            best = max([best, *filter(None, polished)], key=lambda policy: policy.gain(beta))
         # where all mass is on top the other levels have x = -inf, from which Newton can't start
         polished = self.newton(np.maximum(best.log_ratio_J, -50.0), math.log(beta), None)
         if polished is None or polished.gain(beta) < best.gain(beta):
@@ -317,12 +350,16 @@ class _Levels:
         start = self.at_kl(kl)
         if log_beta is None:
             return start
-        # x = R / beta_start + const, so R / beta is x times beta_start / beta
-        reward_J = start.log_ratio_J - start.log_ratio_J.max()
-        scale = math.exp(min(start.log_beta - log_beta, _LARGEST_LOG_BETA))
-        exponent_J = np.maximum(reward_J, -1e300 / scale) * scale  # the tilt of the same rewards
-        found = self.newton(exponent_J - self._log_partition(exponent_J), log_beta, None)
+        found = self.newton(self._retilted(start, log_beta), log_beta, None)
         return found or replace(self.at_kl(self.kl_at(log_beta, kl, 1e-12)), log_beta=log_beta)
+
+    def _retilted(self, policy: _Policy, log_beta: float) -> Floats:
+        """log(p/b) (J,) of the tilt at log beta of the rewards that a policy is a tilt of."""
+        # x = R / beta_start + const, so R / beta is x times beta_start / beta
+        reward_J = policy.log_ratio_J - policy.log_ratio_J.max()
+        scale = math.exp(min(policy.log_beta - log_beta, _LARGEST_LOG_BETA))
+        exponent_J = np.maximum(reward_J, -1e300 / max(scale, 1e-300)) * scale
+        return exponent_J - self._log_partition(exponent_J)
 
     def tilted_kl(self, log_beta: float) -> float:
         """The KL that the first tilt has at log beta, by which to guess that of the optimum."""
@@ -348,26 +385,44 @@ class _Levels:
         above = self.above[level + 1] + (1 - part) * self.base_J[level]
         return np.concatenate([[0.0], below, [1.0]]), np.concatenate([[1.0], above, [0.0]])
 
+    def _win_rate(self, policy_J: Floats) -> float:
+        """W, or the gold W = sum_j h_j [G(Q_j) - G(Q_{j-1})] of judged levels."""
+        if self.judged_J is None:
+            return _win_rate(self.procedure, self.base_J, policy_J)
+        return float(self.judged_J @ np.diff(self.procedure.cdf(_cumulative(policy_J))))
+
     def _top(self) -> _Policy:
-        """All mass on the top level: the limit beta -> 0 of every procedure."""
+        """All mass on the top level (or those worth most): the limit beta -> 0 of every procedure."""
         top_J = np.zeros_like(self.base_J)
-        top_J[-1] = 1.0
+        top_J[self.highest] = self.base_J[self.highest] / self.base_J[self.highest].sum()
         with np.errstate(divide="ignore"):
             log_ratio_J = np.log(top_J) - self.log_base_J
-        return _Policy(log_ratio_J, top_J, -math.inf, self.most_kl, _win_rate(self.procedure, self.base_J, top_J))
+        return _Policy(log_ratio_J, top_J, -math.inf, self.most_kl, self._win_rate(top_J))
 
     def _starts(self) -> list[Floats]:
         """Rewards (J,) to start from: the gradient at the base and, where optima may be many, at other policies."""
         p = self.below[1:-1]
         # Q at P of three policies: the base, its Best-of-4 and its Worst-of-4. With a non-decreasing g the optimum is
-        # unique, and the first will do.
-        at = [p] if self.procedure.monotone in ("increasing", "constant") else [p, p**4, 1 - (1 - p) ** 4]
-        return [self._reward(self.procedure.density(Q)) for Q in at]
+        # unique, and the first will do; but where a judged level is worth less than the one below, W is not concave.
+        unique = self.procedure.monotone == "constant" or (self.procedure.monotone == "increasing" and not self.falls)
+        at = [p] if unique else [p, p**4, 1 - (1 - p) ** 4]
+        starts = [self._reward(self.procedure.density(Q)) for Q in at]
+        return starts if unique or not self.falls else [*starts, *self._peaked()]
+
+    def _peaked(self) -> list[Floats]:
+        """Rewards (J,) that lead to judged levels worth much: h itself, and tents over its highest local maxima."""
+        assert self.judged_J is not None
+        h, middle = self.judged_J, (self.below[1:] + self.below[:-1]) / 2
+        sides = np.concatenate([[-np.inf], h, [-np.inf]])
+        local = np.flatnonzero((h >= sides[:-2]) & (h > sides[2:]))  # of a plateau, its upper end
+        highest = local[np.argsort(-h[local], kind="stable")][: self.peaks]
+        return [h - h.max(), *(-np.abs(middle - middle[peak]) for peak in highest)]
 
     def _reward(self, density: Floats) -> Floats:
-        """The levels' rewards R_j - R_J <= 0 (J,) for g at the policy's cumulative masses (J-1,)."""
+        """The levels' rewards (J,), the highest 0, for g at the policy's cumulative masses (J-1,)."""
         # R_{j+1} - R_j = c_j g(Q_j), added up from the top: R_J = 0, so that e^{R/beta} never overflows
-        return np.concatenate([-np.cumsum((self.coupling * density)[::-1])[::-1], [0.0]])
+        reward_J = np.concatenate([-np.cumsum((self.coupling * density)[::-1])[::-1], [0.0]])
+        return reward_J - reward_J.max() if self.falls else reward_J
 
     def _decoded(self, mass_J: Floats) -> tuple[Floats, Floats]:
         """g and g' at Q_1..Q_{J-1}; from the top down where g lives on 1-Q, to keep its relative accuracy."""
@@ -438,6 +493,8 @@ class _Levels:
         below = np.cumsum(mass_J)[:-1]
         # sum_j w_j (x_{j+1} - x_j) = sum_j w_j c_j g(Q_j) / beta, solved for beta; the ends weigh little
         weight = np.minimum(below, 1 - below)
+        if self.falls:  # steps down count as they should be: down
+            weight = weight * np.sign(self.coupling)
         pull, steps = weight @ (self.coupling * self._decoded(mass_J)[0]), weight @ np.diff(log_ratio_J)
         return math.log(pull / steps) if pull > 0 and steps > 0 else log_beta
 
@@ -454,7 +511,7 @@ class _Levels:
     def _policy(self, log_ratio_J: Floats, log_beta: float) -> _Policy:
         """The policy with its KL and win rate."""
         mass_J = self.base_J * np.exp(log_ratio_J)
-        win_rate = min(_win_rate(self.procedure, self.base_J, mass_J), 1.0)
+        win_rate = min(self._win_rate(mass_J), 1.0)
         return _Policy(log_ratio_J, mass_J, log_beta, self._kl(log_ratio_J), win_rate)
 
     def newton(self, log_ratio_J: Floats, log_beta: float, kl: float | None) -> _Policy | None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from infalign.theory.judged import JudgedTransform
 from infalign.theory.optimum import OptimalTransform, optimal_transform
 from infalign.theory.procedures import Procedure
 from infalign.theory.tilted import TiltedPolicy, one_of, tilt
@@ -25,12 +26,13 @@ class Objective:
 
     `policy` is what it aims at, in base quantiles: None where a transform has no such policy (it diverges on [0, 1],
     and is trained on clipped quantiles all the same). `label` says which transform it is, the same in every run.
+    With a `gold_optimal` transform at its own beta `win_rate` is the one under the gold reward.
     """
 
     procedure: Procedure
     transform: Callable[[ArrayLike], Floats]
     beta: float
-    policy: OptimalTransform | TiltedPolicy | UniformAbove | None
+    policy: OptimalTransform | JudgedTransform | TiltedPolicy | UniformAbove | None
     label: str
 
     @property
@@ -71,7 +73,7 @@ def objective(
     one_of(beta, kl)
     if transform is None:
         transform = optimal_transform(procedure, beta, kl)
-    if isinstance(transform, OptimalTransform):
+    if isinstance(transform, OptimalTransform | JudgedTransform):
         given = transform.beta if beta is None else beta
         policy = transform if math.isclose(given, transform.beta) else tilt(transform, given)
         return Objective(procedure, transform, given, policy, label or transform.label)

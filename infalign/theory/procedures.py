@@ -10,17 +10,19 @@ Theory: InfAlign (arXiv:2412.19792), calibrated procedures; the polynomial form 
 from __future__ import annotations
 
 import inspect
+import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from numbers import Real
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
-from infalign.theory.order_statistics import beta_law, powers_law, soft_law
+from infalign.theory.order_statistics import beta_law, falling_line_law, line_law, powers_law, soft_law
 from infalign.types import InputError
 
 Floats = NDArray[np.float64]
@@ -33,13 +35,17 @@ LARGEST_TILT = 500.0
 class Component:
     """With probability `probability`, draw `n` candidates and keep one rank: `picks` are (ascending rank, weight).
 
-    Ranks that are not listed have weight 0. `tilt` marks weights ~ e^{tilt r/n}, which have closed forms.
+    Ranks that are not listed have weight 0. Two kinds of weights have closed forms: `tilt` marks those ~ e^{tilt r/n},
+    `line` = (first, level, step) marks ranks r >= first with weights level + step (r - first); with `falling`, the
+    ranks are counted from the top (n + 1 - r in place of r).
     """
 
     probability: float
     n: int
     picks: tuple[tuple[int, float], ...]
     tilt: float | None = None
+    line: tuple[int, float, float] | None = None
+    falling: bool = False
 
     @property
     def weights(self) -> Floats:
@@ -106,7 +112,12 @@ class Procedure:
         """The procedure that keeps rank n+1-r where this keeps r: its G at 1-p is 1 - G(p), accurate near p = 1."""
         turned = tuple(
             Component(
-                c.probability, c.n, tuple((c.n + 1 - r, w) for r, w in c.picks), None if c.tilt is None else -c.tilt
+                c.probability,
+                c.n,
+                tuple((c.n + 1 - r, w) for r, w in c.picks),
+                None if c.tilt is None else -c.tilt,
+                c.line,
+                c.line is not None and not c.falling,
             )
             for c in self.components
         )
@@ -226,9 +237,7 @@ def KthOfN(k: int, n: int) -> Procedure:
     >>> KthOfN(1, 4) == BestOfN(4)
     True
     """
-    k, n = _whole("k", k), _whole("n", n)
-    if k > n:
-        raise InputError(f"k must be at most n (the k-th best of n); got k={k}, n={n}")
+    k, n = _k_of_n(k, n)
     return Procedure((Component(1.0, n, ((n - k + 1, 1.0),)),), "kth_of_n", f"KthOfN({k}, {n})")
 
 
@@ -266,12 +275,80 @@ def SoftBestOfN(n: int, tilt: float) -> Procedure:
     return Procedure((Component(1.0, n, picks, None if n == 1 else float(tilt)),), "soft_best_of_n", label)
 
 
+def TopOfN(k: int, n: int) -> Procedure:
+    """Keep one of the k best of n, each with probability 1/k: g = (n/k) P(Binomial(n-1, p) >= n-k), which rises.
+
+    It gives up some reward for a weaker pull at the very top, where a reward is hacked (Sriraman & Block,
+    arXiv:2603.05739, by its definition). k = 1 is BestOfN(n), k = n plain sampling.
+    Raises InputError unless 1 <= k <= n.
+
+    >>> TopOfN(2, 4).order_weights(4).tolist()
+    [0.0, 0.0, 0.5, 0.5]
+    """
+    k, n = _k_of_n(k, n)
+    picks = tuple((rank, 1 / k) for rank in range(n - k + 1, n + 1))
+    line = (n - k + 1, 1 / k, 0.0) if k > 1 else None
+    return Procedure((Component(1.0, n, picks, line=line),), "top_of_n", f"TopOfN({k}, {n})")
+
+
+def BottomOfN(k: int, n: int) -> Procedure:
+    """Keep one of the k worst of n, each with probability 1/k: the mirror of `TopOfN`. k = 1 is WorstOfN(n).
+
+    Raises InputError unless 1 <= k <= n.
+
+    >>> BottomOfN(2, 4).order_weights(4).tolist()
+    [0.5, 0.5, 0.0, 0.0]
+    """
+    components = TopOfN(k, n).mirror.components
+    return Procedure(components, "bottom_of_n", f"BottomOfN({k}, {n})")
+
+
+def PessimisticOfN(n: int, beta: float) -> Procedure:
+    """Keep ascending rank r of n with the weight that f(u) = max((u - lam)/beta, 0) has between (r-1)/n and r/n.
+
+    f is the decoder of InferenceTimePessimism (Huang et al., arXiv:2503.21878) for infinitely many candidates: the
+    policy's best expected reward less a chi-squared penalty. Ours is that the reward is the calibrated quantile u, so
+    that lam, which makes the integral of f one, is known: 1 - sqrt(2 beta) for beta <= 1/2, and 1/2 - beta beyond,
+    where f is positive everywhere. Ours are also the weights at finite n, in place of the paper's rejection sampling:
+    g is then the Kantorovich polynomial of f, which rises like f and tends to it as n grows (SoftBestOfN and TopOfN
+    are that of e^{tilt u} and of the step at 1 - k/n). beta -> 0 is Best-of-N (exactly from sqrt(2 beta) = 1/n down),
+    beta -> infinity plain sampling. Raises InputError unless n >= 1 and beta is a finite number > 0.
+
+    >>> PessimisticOfN(4, 0.5).order_weights(4).tolist()  # f(u) = 2 u
+    [0.0625, 0.1875, 0.3125, 0.4375]
+    """
+    n = _whole("n", n)
+    if isinstance(beta, bool) or not isinstance(beta, Real) or not 0 < beta < math.inf:
+        raise InputError(f"beta must be a finite number > 0 (small: BestOfN, large: plain sampling); got {beta!r}")
+    beta = float(beta)
+    # Weights up to their sum. The line through those of whole cells begins at rank `first`; the cell below it, the one
+    # that f rises from 0 in, has the rest.
+    if beta <= 0.5:
+        width = min(n * math.sqrt(2 * beta), float(n))  # n (1 - lam): f is 0 below n - width
+        whole = math.ceil(width) - 1
+        rest, first, step = width - whole, n - whole + 1, 1.0
+        lowest, level = rest * rest / 2, rest + 0.5
+    else:
+        lowest, first, step = 0.0, 1, 1 / beta / n
+        level = 1 + (0.5 / n - 0.5) / beta
+    heights = [level + step * index for index in range(n - first + 1)]
+    weights = [lowest, *heights] if first > 1 else heights
+    ranks = range(n - len(weights) + 1, n + 1)
+    total = math.fsum(weights)
+    picks = tuple((rank, weight / total) for rank, weight in zip(ranks, weights, strict=True))
+    line = (first, level / total, step / total) if len(heights) > 1 else None
+    return Procedure((Component(1.0, n, picks, line=line),), "pessimistic_of_n", f"PessimisticOfN({n}, {beta:g})")
+
+
 BUILT_IN: dict[str, Callable[..., Procedure]] = {
     "best_of_n": BestOfN,
     "worst_of_n": WorstOfN,
     "kth_of_n": KthOfN,
     "random_n": RandomN,
     "soft_best_of_n": SoftBestOfN,
+    "top_of_n": TopOfN,
+    "bottom_of_n": BottomOfN,
+    "pessimistic_of_n": PessimisticOfN,
 }
 """Procedures a recipe knows by name: `procedure: best_of_n`, with `n` and `procedure_kwargs` as the arguments."""
 
@@ -279,6 +356,9 @@ NEEDS: dict[str, tuple[str, str]] = {
     "kth_of_n": ("k", "{k: 2} for the second best"),
     "soft_best_of_n": ("tilt", "{tilt: 8}"),
     "random_n": ("pmf", "{pmf: [0.5, 0.5]}, the chances of 1, 2, ... samples"),
+    "top_of_n": ("k", "{k: 2} for one of the two best"),
+    "bottom_of_n": ("k", "{k: 2} for one of the two worst"),
+    "pessimistic_of_n": ("beta", "{beta: 0.1}"),
 }
 """What one of them takes in `procedure_kwargs`, with an example."""
 
@@ -328,6 +408,14 @@ def _whole(name: str, value: Any) -> int:
     return whole
 
 
+def _k_of_n(k: Any, n: Any) -> tuple[int, int]:
+    """k and n as ints with 1 <= k <= n."""
+    k, n = _whole("k", k), _whole("n", n)
+    if k > n:
+        raise InputError(f"k must be at most n, the number of candidates; got k={k}, n={n}")
+    return k, n
+
+
 def _drawn_ranks(
     procedure: Procedure, rows: int, rng: np.random.Generator | None
 ) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
@@ -358,7 +446,18 @@ def _evaluate(procedure: Procedure, p: ArrayLike, order: int) -> Floats:
         if component.tilt is not None:
             total = total + component.probability * soft_law(component.n, component.tilt, p, order)
             continue
-        for rank, weight in component.picks:
+        picks = component.picks
+        if component.line is not None:
+            law = falling_line_law if component.falling else line_law
+            total = total + component.probability * law(*component.line, component.n, p, order)
+            # what the line does not hold: ranks below its first one, counted from its side
+            first = component.line[0]
+            picks = tuple(
+                (rank, weight)
+                for rank, weight in picks
+                if (component.n + 1 - rank if component.falling else rank) < first
+            )
+        for rank, weight in picks:
             if rank == component.n:
                 power_shares[rank] += component.probability * weight
             else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from infalign import BestOfN, KthOfN, SoftBestOfN, WorstOfN
+from infalign import BestOfN, BottomOfN, KthOfN, PessimisticOfN, SoftBestOfN, TopOfN, WorstOfN
 from infalign.decoding.decode import decode, plan_decoding
 from infalign.runtime.seeds import uniforms
 from infalign.types import Prompt, Sample, prompt_key
@@ -51,8 +51,19 @@ def test_it_picks_the_rank(procedure, rank):
         assert len(one.candidates) == 4
 
 
-def test_order_and_batches_do_not_matter():
-    procedure = SoftBestOfN(4, 2.0)
+@pytest.mark.parametrize(
+    ("procedure", "ranks"),
+    [(TopOfN(2, 4), {2, 3}), (BottomOfN(2, 4), {0, 1}), (PessimisticOfN(4, 0.1), {2, 3})],
+    ids=repr,
+)
+def test_it_picks_one_of_the_ranks(procedure, ranks):
+    """lam = 1 - sqrt(.2) = .55: the pessimistic decoder's weight begins in the third of four cells."""
+    found = [one for seed in range(8) for one in chosen(procedure, seed=seed).values()]
+    assert {int((one.rewards_N < float(one.text)).sum()) for one in found} == ranks
+
+
+@pytest.mark.parametrize("procedure", [SoftBestOfN(4, 2.0), TopOfN(2, 4), PessimisticOfN(4, 0.1)], ids=repr)
+def test_order_and_batches_do_not_matter(procedure):
     reordered = {"prompts": PROMPTS[::-1], "ids": IDS[::-1], "tokens": 9}
     first = {name: one.chosen for name, one in chosen(procedure).items()}
     assert first == {name: one.chosen for name, one in chosen(procedure, **reordered).items()}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from infalign import BestOfN, RandomN, SoftBestOfN, WorstOfN
+from infalign import BestOfN, BottomOfN, RandomN, SoftBestOfN, TopOfN, WorstOfN
 from infalign.decoding.early_rejection import EarlyRejection
 from infalign.generation.hf import HFSampler
 from infalign.generation.plan import Request
@@ -62,7 +62,9 @@ def test_a_check_beyond_the_limit_draws_whole_completions(sampler):
     assert [s.token_ids for s in sampler.begin(REQUESTS, 99)] == [s.token_ids for s in sampler.sample(REQUESTS)]
 
 
-@pytest.mark.parametrize("procedure", [BestOfN(5), SoftBestOfN(5, 3.0), RandomN([0.2, 0.3, 0.5])], ids=repr)
+@pytest.mark.parametrize(
+    "procedure", [BestOfN(5), SoftBestOfN(5, 3.0), RandomN([0.2, 0.3, 0.5]), TopOfN(2, 5)], ids=repr
+)
 @pytest.mark.parametrize("length", [1, 3, 6, 50])
 def test_keeping_all_is_the_procedure_itself(procedure, length):
     given = prompts(40)
@@ -136,6 +138,7 @@ def test_a_sampler_that_cannot_stop_is_named_before_it_draws():
     [
         ((WorstOfN(4), 2), r"gives up the lowest candidates, but WorstOfN\(4\) may choose them"),
         ((SoftBestOfN(4, -1.0), 2), "may choose them"),
+        ((BottomOfN(2, 4), 2), "may choose them"),
         ((BestOfN(4), 0), "check_tokens must be a whole number >= 1; got 0"),
         ((BestOfN(4), 2, 0.0), "keep must be a number above 0 and at most 1"),
         ((BestOfN(4), 2, 1.1), "keep must be"),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from infalign import BestOfN, KthOfN, SoftBestOfN, WorstOfN
+from infalign import BestOfN, KthOfN, SoftBestOfN, TopOfN, WorstOfN
 from infalign.decoding.adaptive import Adaptive
 from infalign.decoding.by_procedure import ByProcedure, as_strategy
 from infalign.decoding.decode import decode, plan_decoding
@@ -89,7 +89,9 @@ def test_what_was_drawn_is_what_is_counted(name):
     assert all(one.spent.candidates <= STRATEGIES[name].n for one in found)
 
 
-@pytest.mark.parametrize("procedure", [BestOfN(4), WorstOfN(4), KthOfN(2, 4), SoftBestOfN(4, 1.0)], ids=repr)
+@pytest.mark.parametrize(
+    "procedure", [BestOfN(4), WorstOfN(4), KthOfN(2, 4), SoftBestOfN(4, 1.0), TopOfN(2, 4)], ids=repr
+)
 def test_a_procedure_is_its_own_strategy(procedure):
     """The same samples and the same choice as select on the whole row with the prompt's stream."""
     given = prompts(30)

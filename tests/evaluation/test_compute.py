@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from infalign import BestOfN, KthOfN, SoftBestOfN, WorstOfN
+from infalign import BestOfN, KthOfN, PessimisticOfN, SoftBestOfN, TopOfN, WorstOfN
 from infalign.decoding.adaptive import Adaptive
 from infalign.decoding.by_procedure import ByProcedure
 from infalign.decoding.early_rejection import EarlyRejection
@@ -48,6 +48,7 @@ def enumerated(procedure, ours, opponents_of):
 
 
 PROCEDURES = [BestOfN(1), BestOfN(3), BestOfN(5), WorstOfN(2), KthOfN(2, 4), SoftBestOfN(3, 2.0)]
+PROCEDURES += [TopOfN(2, 3), PessimisticOfN(3, 0.2)]
 
 
 @pytest.mark.parametrize("procedure", PROCEDURES, ids=repr)

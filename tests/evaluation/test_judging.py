@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from infalign import BestOfN, KthOfN, WorstOfN, win_rate
+from infalign import BestOfN, KthOfN, TopOfN, WorstOfN, win_rate
 from infalign.evaluation.judging import DecodedPair, draw_pairs, judged_wins
 from infalign.types import InputError
 
 NAN = np.nan
 
 
-@pytest.mark.parametrize("procedure", [BestOfN(2), WorstOfN(2), KthOfN(2, 3)], ids=repr)
+@pytest.mark.parametrize("procedure", [BestOfN(2), WorstOfN(2), KthOfN(2, 3), TopOfN(2, 3)], ids=repr)
 def test_pairs_follow_the_decoder_s_law(procedure):
     """Frequencies of the drawn samples against the order weights, a sample without score never drawn."""
     rewards = np.array([0.3, -1.0, NAN, 2.0, 0.9])

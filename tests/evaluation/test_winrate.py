@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from infalign import BestOfN, KthOfN, RandomN, SoftBestOfN, WorstOfN, win_rate
+from infalign import BestOfN, BottomOfN, KthOfN, PessimisticOfN, RandomN, SoftBestOfN, TopOfN, WorstOfN, win_rate
 from infalign.evaluation.winrate import bootstrap_interval, difference, judged_win_rate, summarise
 from infalign.types import InputError
 
 PROCEDURES = [BestOfN(1), BestOfN(3), WorstOfN(2), KthOfN(2, 3), RandomN([0.5, 0.0, 0.5]), SoftBestOfN(3, 2.0)]
+PROCEDURES += [TopOfN(2, 3), BottomOfN(2, 4), PessimisticOfN(4, 0.1)]
 
 
 def by_subsets(ours, theirs, procedure):

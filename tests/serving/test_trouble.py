@@ -532,6 +532,15 @@ def test_a_procedure_that_does_not_take_n(tmp_path):
         assert served.post(json={**ASK, "infalign": {"n": 2}}).status_code == 200
 
 
+def test_a_procedure_that_keeps_one_of_several_ranks(tmp_path):
+    keys = tiny_keys(tmp_path, procedure="top_of_n", n=3, procedure_kwargs={"k": 2})
+    with running(tmp_path, keys) as served:
+        assert served.post(json=ASK).status_code == 200
+        assert served.post(json={**ASK, "infalign": {"n": 4}}).status_code == 200
+        response = served.post(json={**ASK, "infalign": {"n": 1}})
+        assert response.status_code == 400 and "k must be at most n" in response.text
+
+
 def test_early_rejection_needs_a_sampler_that_stops_half_way(tmp_path):
     keys = tiny_keys(tmp_path, strategy="early_rejection", strategy_kwargs={"check_tokens": 2})
     (tmp_path / "tiny").rename(tmp_path / "policy")

@@ -277,3 +277,19 @@ def test_a_reader_that_has_had_enough_ends_it_quietly(keys, tmp_path):
     assert json.loads(line)["prompt"] == "the cat 0"
     assert "Broken" not in err and "Traceback" not in err and "Exception" not in err
     assert "400 prompts in" not in err
+
+
+@pytest.mark.parametrize(
+    ("procedure", "own", "never"),
+    [("top_of_n", {"k": 2}, min), ("bottom_of_n", {"k": 2}, max), ("pessimistic_of_n", {"beta": 0.2}, min)],
+)
+def test_procedures_that_keep_one_of_several_ranks(procedure, own, never, keys, tmp_path):
+    """lam = 1 - sqrt(.4) = .37: the pessimistic decoder has no weight in the lowest of three cells."""
+    (tmp_path / "prompts.txt").write_text("\n".join(TEXTS))
+    recipe = load_recipe({**keys, "procedure": procedure, "procedure_kwargs": own})
+    path = generate(recipe, prompts=str(tmp_path / "prompts.txt"), output=str(tmp_path / "out.jsonl"))
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rewards = [[one["reward"] for one in row["candidates"]] for row in rows]
+    apart = [len(set(three)) == 3 for three in rewards]
+    assert any(apart) and len(rows) == len(TEXTS)
+    assert all(row["reward"] != never(three) for row, three, one in zip(rows, rewards, apart, strict=True) if one)

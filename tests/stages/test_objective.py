@@ -7,7 +7,19 @@ import re
 import numpy as np
 import pytest
 
-from infalign import BestOfN, KthOfN, RandomN, SoftBestOfN, WorstOfN, optimal_transform, tilt, transforms
+from infalign import (
+    BestOfN,
+    BottomOfN,
+    KthOfN,
+    PessimisticOfN,
+    RandomN,
+    SoftBestOfN,
+    TopOfN,
+    WorstOfN,
+    optimal_transform,
+    tilt,
+    transforms,
+)
 from infalign.stages.objective import find_procedure, load_objective, load_procedure
 from infalign.stages.recipe import load_recipe
 from infalign.theory.objective import differing
@@ -59,6 +71,9 @@ def own(tmp_path):
         ({"procedure": "kth_of_n", "procedure_kwargs": {"k": 2}}, KthOfN(2, 4)),
         ({"procedure": "random_n", "procedure_kwargs": {"pmf": [0.5, 0.5]}}, RandomN([0.5, 0.5])),
         ({"procedure": "soft_best_of_n", "procedure_kwargs": {"tilt": 3.0}}, SoftBestOfN(4, 3.0)),
+        ({"procedure": "top_of_n", "n": 8, "procedure_kwargs": {"k": 2}}, TopOfN(2, 8)),
+        ({"procedure": "bottom_of_n", "procedure_kwargs": {"k": 3}}, BottomOfN(3, 4)),
+        ({"procedure": "pessimistic_of_n", "procedure_kwargs": {"beta": 0.1}}, PessimisticOfN(4, 0.1)),
         ({"procedure": "own.py:second_best"}, KthOfN(2, 8)),
         ({"procedure": "own.py:best", "procedure_kwargs": {"n": 3}}, BestOfN(3)),
     ],
@@ -169,8 +184,32 @@ def test_a_procedure_that_is_made_already_takes_no_arguments(own):
 
 
 @pytest.mark.parametrize(
-    ("name", "example"), [("kth_of_n", "{k: 2}"), ("soft_best_of_n", "{tilt: 8}"), ("random_n", "{pmf: [0.5, 0.5]}")]
+    ("name", "example"),
+    [
+        ("kth_of_n", "{k: 2}"),
+        ("soft_best_of_n", "{tilt: 8}"),
+        ("random_n", "{pmf: [0.5, 0.5]}"),
+        ("top_of_n", "{k: 2}"),
+        ("bottom_of_n", "{k: 2}"),
+        ("pessimistic_of_n", "{beta: 0.1}"),
+    ],
 )
 def test_a_built_in_says_what_else_it_takes(name, example):
     with pytest.raises(InputError, match=f"procedure {name} needs procedure_kwargs: {re.escape(example)}"):
         load_procedure(load_recipe({"procedure": name}))
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "message"),
+    [
+        ("top_of_n", {"k": 5}, "k must be at most n, the number of candidates; got k=5, n=4"),
+        ("bottom_of_n", {"k": 1.5}, "k must be a whole number >= 1; got 1.5"),
+        ("pessimistic_of_n", {"beta": 0}, "beta must be a finite number > 0 .*; got 0"),
+        ("pessimistic_of_n", {"beta": "low"}, "beta must be a finite number > 0 .*; got 'low'"),
+        ("pessimistic_of_n", {"beta": 0.1, "k": 2}, "does not take procedure_kwargs {'beta': 0.1, 'k': 2}"),
+        ("topofn", {"k": 2}, "procedure 'topofn' is unknown: did you mean 'top_of_n'"),
+    ],
+)
+def test_wrong_arguments_of_a_built_in(name, kwargs, message):
+    with pytest.raises(InputError, match=message):
+        load_procedure(load_recipe({"procedure": name, "procedure_kwargs": kwargs}))

@@ -19,7 +19,17 @@ from scipy import integrate, optimize
 from infalign.theory import exponential, identity, log, normal_icdf, optimum, tilt
 from infalign.theory.levels import tied_limit
 from infalign.theory.optimum import optimal_transform, win_rate_limit
-from infalign.theory.procedures import BestOfN, KthOfN, Procedure, RandomN, SoftBestOfN, WorstOfN
+from infalign.theory.procedures import (
+    BestOfN,
+    BottomOfN,
+    KthOfN,
+    PessimisticOfN,
+    Procedure,
+    RandomN,
+    SoftBestOfN,
+    TopOfN,
+    WorstOfN,
+)
 from infalign.types import InputError
 
 GENERAL = [
@@ -33,6 +43,11 @@ GENERAL = [
     SoftBestOfN(8, 4.0),
     SoftBestOfN(8, -4.0),
     SoftBestOfN(32, 30.0),
+    TopOfN(2, 4),
+    TopOfN(8, 32),
+    BottomOfN(2, 8),
+    PessimisticOfN(8, 0.1),
+    PessimisticOfN(32, 2.0),
 ]
 EXTREMES = [make(n) for make in (BestOfN, WorstOfN) for n in (2, 3, 4, 8, 32, 128, 1024)]
 U = np.linspace(0, 1, 401)
@@ -236,7 +251,19 @@ def test_never_beaten_at_equal_kl(procedure: Procedure, kl: float) -> None:
         assert again.beta == pytest.approx(best.beta, rel=1e-5)
 
 
-@pytest.mark.parametrize("procedure", [BestOfN(3), WorstOfN(3), KthOfN(2, 3), SoftBestOfN(4, -2.0)], ids=repr)
+@pytest.mark.parametrize(
+    "procedure",
+    [
+        BestOfN(3),
+        WorstOfN(3),
+        KthOfN(2, 3),
+        SoftBestOfN(4, -2.0),
+        TopOfN(2, 4),
+        BottomOfN(2, 4),
+        PessimisticOfN(4, 0.1),
+    ],
+    ids=repr,
+)
 def test_perturbations_never_gain(procedure: Procedure) -> None:
     best = optimal_transform(procedure, beta=0.1)
     value = best.win_rate - best.beta * best.kl
@@ -318,6 +345,9 @@ WIDE = [
     *(SoftBestOfN(n, tilt) for n in (2, 32) for tilt in (-50.0, -8.0, -1.0, 1.0, 8.0, 50.0)),
     *(SoftBestOfN(32, tilt) for tilt in (-400.0, -100.0, 400.0)),
     RandomN([0.01, *[0.0] * 30, 0.99]).mirror,
+    *(make(k, 32) for make in (TopOfN, BottomOfN) for k in (2, 8, 24, 31)),
+    *(PessimisticOfN(32, beta) for beta in (0.002, 0.1, 10.0)),
+    PessimisticOfN(32, 0.1).mirror,
     RandomN([0.5, *[0.0] * 30, 0.5]),
     RandomN([0.01, *[0.0] * 30, 0.99]),
     RandomN([0.99, *[0.0] * 30, 0.01]),
@@ -326,6 +356,8 @@ WIDE = [
 ]
 LARGE = [KthOfN(k, n) for n in (128, 1024) for k in (2, n // 4, n // 2, 3 * n // 4, n - 1)]
 LARGE.append(RandomN([0.5, *[0.0] * 1022, 0.5]))
+LARGE += [make(k, 1024) for make in (TopOfN, BottomOfN) for k in (2, 32, 768, 1023)]
+LARGE += [PessimisticOfN(1024, beta) for beta in (1e-5, 1e-3, 0.1, 10.0)]
 NEAR_WORST = [KthOfN(n + 1 - rank, n) for n in (128, 256, 512, 1024) for rank in (2, 3, 4, 7, 12, 15, 25, n // 8)]
 
 
@@ -408,6 +440,9 @@ FAST = [
     SoftBestOfN(32, -100.0),
     SoftBestOfN(32, -400.0),
     SoftBestOfN(32, 400.0),
+    TopOfN(2, 4),
+    BottomOfN(16, 32),
+    PessimisticOfN(32, 0.05),
 ]
 
 

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
 from fractions import Fraction
 from itertools import combinations
 from math import comb
 
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import integrate, optimize, stats
 
 from infalign.theory.procedures import (
     BUILT_IN,
     BestOfN,
+    BottomOfN,
     Component,
     KthOfN,
+    PessimisticOfN,
     Procedure,
     RandomN,
     SoftBestOfN,
+    TopOfN,
     WorstOfN,
     check_procedure,
 )
@@ -35,6 +39,12 @@ PROCEDURES = [
     SoftBestOfN(5, 3.0),
     SoftBestOfN(5, -3.0),
     SoftBestOfN(5, 0.0),
+    TopOfN(2, 4),
+    TopOfN(5, 5),
+    BottomOfN(3, 5),
+    PessimisticOfN(5, 0.02),
+    PessimisticOfN(5, 0.2),
+    PessimisticOfN(4, 2.0),
     Procedure((Component(0.25, 2, ((1, 0.5), (2, 0.5))), Component(0.75, 3, ((2, 0.4), (1, 0.6))))),
 ]
 GRID = np.concatenate([[0.0, 1e-9, 1e-3], np.linspace(0.05, 0.95, 19), [1 - 1e-3, 1 - 1e-9, 1.0]])
@@ -152,11 +162,18 @@ def test_equality_repr_and_names() -> None:
     assert WorstOfN(1) == BestOfN(1)
     assert repr(BestOfN(4)) == "BestOfN(4)" and BestOfN(4).name == "best_of_n"
     assert repr(KthOfN(2, 4)) == "KthOfN(2, 4)" and repr(RandomN([0.5, 0.5])) == "RandomN([0.5, 0.5])"
-    assert set(BUILT_IN) == {"best_of_n", "worst_of_n", "kth_of_n", "random_n", "soft_best_of_n"}
+    assert set(BUILT_IN) == {"best_of_n", "worst_of_n", "kth_of_n", "random_n", "soft_best_of_n"} | {
+        "top_of_n", "bottom_of_n", "pessimistic_of_n",
+    }  # fmt: skip
     assert BUILT_IN["soft_best_of_n"](n=3, tilt=1.0) == SoftBestOfN(3, 1.0)
     assert all(BUILT_IN[p.name] for p in PROCEDURES[:-1])
     assert pickle.loads(pickle.dumps(KthOfN(2, 4))) == KthOfN(2, 4)
     assert RandomN([0.2, 0.0, 0.8]).n == 3
+    assert TopOfN(1, 4) == BestOfN(4) and BottomOfN(1, 4) == WorstOfN(4) and not TopOfN(1, 4).is_random
+    assert PessimisticOfN(4, 0.03) == BestOfN(4) != PessimisticOfN(4, 0.04)  # from sqrt(2 beta) = 1/4 down
+    assert PessimisticOfN(1, 0.2) == PessimisticOfN(1, 7) == BestOfN(1) and PessimisticOfN(2, 1e-300) == BestOfN(2)
+    assert repr(TopOfN(2, 4)) == "TopOfN(2, 4)" and repr(PessimisticOfN(4, 0.1)) == "PessimisticOfN(4, 0.1)"
+    assert BUILT_IN["top_of_n"](n=4, k=2) == BottomOfN(2, 4).mirror == TopOfN(2, 4).mirror.mirror
 
 
 @pytest.mark.parametrize(
@@ -170,6 +187,11 @@ def test_equality_repr_and_names() -> None:
         (WorstOfN(1024), "decreasing"),
         (SoftBestOfN(6, -2.0), "decreasing"),
         (KthOfN(2, 4), "neither"),
+        (TopOfN(2, 4), "increasing"),
+        (TopOfN(300, 300), "constant"),
+        (BottomOfN(512, 1024), "decreasing"),
+        (PessimisticOfN(1024, 0.3), "increasing"),
+        (PessimisticOfN(1024, 300.0), "increasing"),
     ],
     ids=repr,
 )
@@ -228,6 +250,15 @@ def test_random_n_uses_the_first_candidates() -> None:
         (lambda: WorstOfN(2.5), "n must be a whole number"),
         (lambda: KthOfN(5, 4), "k must be at most n"),
         (lambda: KthOfN(0, 4), "k must be a whole number"),
+        (lambda: TopOfN(5, 4), "k must be at most n, the number of candidates; got k=5, n=4"),
+        (lambda: BottomOfN(5, 4), "k must be at most n"),
+        (lambda: TopOfN(1.5, 4), "k must be a whole number >= 1; got 1.5"),
+        (lambda: BottomOfN(2, 0), "n must be a whole number"),
+        (lambda: PessimisticOfN(4, 0.0), r"beta must be a finite number > 0 \(small: BestOfN.*; got 0.0"),
+        (lambda: PessimisticOfN(4, float("inf")), "beta must be a finite number > 0"),
+        (lambda: PessimisticOfN(4, float("nan")), "beta must be a finite number > 0"),
+        (lambda: PessimisticOfN(4, "0.1"), "beta must be a finite number > 0 .*; got '0.1'"),
+        (lambda: PessimisticOfN(0, 0.1), "n must be a whole number"),
         (lambda: RandomN([]), "pmf must be probabilities"),
         (lambda: RandomN([0.5, 0.6]), "pmf must be probabilities"),
         (lambda: RandomN([1.5, -0.5]), "pmf must be probabilities"),
@@ -259,8 +290,76 @@ def test_mistakes(make: object, message: str) -> None:
 
 def test_limits() -> None:
     p = np.linspace(0, 1, 21)
-    for plain in (BestOfN(1), WorstOfN(1), SoftBestOfN(6, 0.0), SoftBestOfN(1, 3.0)):
+    plains = [BestOfN(1), WorstOfN(1), SoftBestOfN(6, 0.0), SoftBestOfN(1, 3.0), TopOfN(6, 6), BottomOfN(6, 6)]
+    for plain in [*plains, PessimisticOfN(6, 1e300), PessimisticOfN(1, 0.3)]:
         np.testing.assert_allclose(plain.cdf(p), p, atol=1e-15)
     np.testing.assert_allclose(SoftBestOfN(6, 1e-9).cdf(p), p, atol=1e-9)
     np.testing.assert_allclose(SoftBestOfN(4, 400.0).cdf(p), p**4, atol=1e-14)
     np.testing.assert_allclose(SoftBestOfN(4, -400.0).cdf(p), 1 - (1 - p) ** 4, atol=1e-14)
+
+
+@pytest.mark.parametrize(("k", "n"), [(2, 3), (3, 8), (8, 8), (40, 64), (100, 1024), (1000, 1024)])
+def test_one_of_k_is_the_mean_of_its_ranks(k: int, n: int) -> None:
+    """What the closed form sums up, term by term: the k-th bests of n, all as likely."""
+    for procedure, ranks in ((TopOfN(k, n), range(1, k + 1)), (BottomOfN(k, n), range(n - k + 1, n + 1))):
+        singles = [KthOfN(one, n) for one in ranks]
+        for law, scale in (("cdf", 1.0), ("density", n / k)):
+            expected = sum(getattr(one, law)(GRID) for one in singles) / k
+            np.testing.assert_allclose(getattr(procedure, law)(GRID), expected, rtol=1e-9, atol=1e-12 * scale)
+
+
+@pytest.mark.parametrize("n", [3, 64])
+@pytest.mark.parametrize("make", [lambda n: TopOfN(2, n), lambda n: PessimisticOfN(n, 0.1)])
+def test_straight_lines_of_ranks_are_exact_in_the_tails(n: int, make: Callable[[int], Procedure]) -> None:
+    """G by its definition in rational numbers, from either side: relative to itself where it is small."""
+    procedure = make(n)
+    for p in (1e-9, 1e-3, 0.3, 0.7, 0.999):
+        exact, rising, falling = Fraction(p), Fraction(0), Fraction(0)
+        weights = [Fraction(float(w)) for w in procedure.components[0].weights]
+        for drawn in range(1, n + 1):
+            chance = comb(n, drawn) * exact**drawn * (1 - exact) ** (n - drawn)
+            rising += chance * sum(weights[:drawn])
+            falling += chance * sum(weights[::-1][:drawn])
+        assert procedure.cdf(p) == pytest.approx(float(rising), rel=1e-11, abs=1e-300)
+        assert procedure.mirror.cdf(p) == pytest.approx(float(falling), rel=1e-11)
+
+
+def pessimistic_limit(beta: float) -> Callable[[float], float]:
+    """f(u) = relu((u - lam)/beta) with the lam that makes its integral one, by a root find."""
+
+    def excess(lam: float) -> float:
+        top, start = (1 - lam) / beta, max(-lam / beta, 0.0)
+        return (top + start) / 2 * (1 - max(lam, 0.0)) - 1  # a triangle or a trapezium
+
+    lam = optimize.brentq(excess, -1e4, 1.0, xtol=1e-15)
+    return lambda u: max((u - lam) / beta, 0.0)
+
+
+@pytest.mark.parametrize("beta", [1e-4, 0.05, 0.3, 0.5, 0.7, 20.0])
+def test_pessimistic_weights_are_the_mass_in_their_cells(beta: float) -> None:
+    limit = pessimistic_limit(beta)
+    for n in (1, 2, 7):
+        cells = [integrate.quad(limit, r / n, (r + 1) / n, limit=500)[0] for r in range(n)]
+        np.testing.assert_allclose(PessimisticOfN(n, beta).components[0].weights, cells, atol=1e-9)
+
+
+@pytest.mark.parametrize("beta", [0.02, 0.3, 0.5, 3.0])
+def test_pessimistic_tends_to_its_law(beta: float) -> None:
+    """f rises by at most 1/beta: its Kantorovich polynomial errs by E|cell - u|/beta < (1/sqrt(n) + 1/n)/beta."""
+    u = np.linspace(0, 1, 101)
+    limit = np.vectorize(pessimistic_limit(beta))(u)
+    errors = []
+    for n in (64, 1024, 16384):
+        errors.append(np.abs(PessimisticOfN(n, beta).density(u) - limit).max())
+        assert errors[-1] <= (1 / np.sqrt(n) + 1 / n) / beta
+    assert errors[2] < errors[1] / 3 < errors[0] / 9
+
+
+def test_pessimistic_lies_between_its_limits() -> None:
+    p = np.linspace(0, 1, 21)
+    np.testing.assert_allclose(PessimisticOfN(6, 1e6).cdf(p), p, atol=1e-6)
+    np.testing.assert_array_equal(PessimisticOfN(6, 1e-9).cdf(p), BestOfN(6).cdf(p))
+    by_beta = np.array([PessimisticOfN(6, beta).cdf(p) for beta in np.geomspace(1e-3, 1e3, 40)])
+    assert np.all(np.diff(by_beta, axis=0) >= -1e-15)  # the less pessimistic, the nearer to the best
+    around = [PessimisticOfN(6, 0.5 + step).cdf(p) for step in (-1e-12, 0.0, 1e-12)]
+    np.testing.assert_allclose(around, [around[1]] * 3, atol=1e-11)

@@ -13,7 +13,17 @@ from scipy import integrate, optimize
 
 from infalign.theory import exponential, identity, log, log_mirror, normal_icdf, optimal_transform, tilt, win_rate_limit
 from infalign.theory.levels import tied_limit, tied_optimum, tied_win_rate
-from infalign.theory.procedures import BestOfN, KthOfN, Procedure, RandomN, SoftBestOfN, WorstOfN
+from infalign.theory.procedures import (
+    BestOfN,
+    BottomOfN,
+    KthOfN,
+    PessimisticOfN,
+    Procedure,
+    RandomN,
+    SoftBestOfN,
+    TopOfN,
+    WorstOfN,
+)
 from infalign.types import InputError
 
 # Known to six digits: 1/beta and W_1, W_2, W_4, W_8, W_32 of Best-of-N at KL = 1 nat
@@ -264,6 +274,9 @@ TIE_PROCEDURES = [
     RandomN([0.3, 0.3, 0.4]),
     SoftBestOfN(6, 3.0),
     SoftBestOfN(6, -3.0),
+    TopOfN(2, 4),
+    BottomOfN(3, 4),
+    PessimisticOfN(5, 0.1),
 ]
 
 
@@ -337,7 +350,9 @@ def test_binary_reward_hardly_needs_best_of_four() -> None:
     assert (top.kl, top.beta, top.policy_masses_J.tolist()) == (pytest.approx(math.log(2)), 0.0, [0.0, 1.0])
 
 
-@pytest.mark.parametrize("procedure", [BestOfN(4), WorstOfN(4), KthOfN(2, 4), SoftBestOfN(6, 3.0)], ids=repr)
+@pytest.mark.parametrize(
+    "procedure", [BestOfN(4), WorstOfN(4), KthOfN(2, 4), SoftBestOfN(6, 3.0), TopOfN(2, 6)], ids=repr
+)
 def test_many_levels_approach_the_continuous_limit(procedure: Procedure) -> None:
     limit = optimal_transform(procedure, kl=1.0).win_rate
     coarse, fine = (tied_limit(procedure, np.full(j, 1 / j), 1.0) for j in (50, 1000))

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from infalign import BestOfN, KthOfN, RandomN, SoftBestOfN, WorstOfN, win_rate
+from infalign import BestOfN, KthOfN, PessimisticOfN, RandomN, SoftBestOfN, TopOfN, WorstOfN, win_rate
 from infalign.stages.objective import load_objective
 from infalign.stages.recipe import load_recipe
 from infalign.training.config import CTRLConfig
@@ -19,6 +19,7 @@ from tests.tiny import tiny_causal
 from tests.training.test_trainer import config, references, token_sum
 
 PROCEDURES = [BestOfN(1), BestOfN(2), WorstOfN(2), KthOfN(2, 2), RandomN((0.3, 0.7)), SoftBestOfN(2, 3.0)]
+PROCEDURES += [TopOfN(2, 2), PessimisticOfN(2, 0.2)]
 REWARDS = np.array([0.0, 1.0, 1.0, 2.0])  # four answers, two of which tie
 BASE = np.array([0.4, 0.3, 0.2, 0.1])
 LOGITS = np.array([0.3, -0.2, 0.5, 0.1])

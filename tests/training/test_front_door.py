@@ -13,7 +13,17 @@ from datasets import Dataset, DatasetDict
 from transformers import AutoModelForCausalLM
 from trl import RLOOTrainer
 
-from infalign.theory.procedures import BestOfN, KthOfN, Procedure, RandomN, SoftBestOfN, WorstOfN
+from infalign.theory.procedures import (
+    BestOfN,
+    BottomOfN,
+    KthOfN,
+    PessimisticOfN,
+    Procedure,
+    RandomN,
+    SoftBestOfN,
+    TopOfN,
+    WorstOfN,
+)
 from infalign.theory.transforms import identity, log, log_mirror
 from infalign.training.card import model_card
 from infalign.training.config import CTRLConfig
@@ -257,6 +267,9 @@ class TestResumingWithSomethingElse:
         (KthOfN(2, 4), "kth-of-n"),
         (RandomN([0.5, 0.5]), "random-n"),
         (SoftBestOfN(4, 2.0), "soft-best-of-n"),
+        (TopOfN(2, 4), "top-of-n"),
+        (BottomOfN(2, 4), "bottom-of-n"),
+        (PessimisticOfN(4, 0.1), "pessimistic-of-n"),
         (Procedure(BestOfN(4).components, "mine"), None),
         (None, None),
     ],
