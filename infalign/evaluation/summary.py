@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from infalign.evaluation.compute import Compute
+from infalign.evaluation.deployment import Deployment
 from infalign.evaluation.forgetting import TextFit
 from infalign.evaluation.judging import JudgedWins
 from infalign.evaluation.length import LengthControlled, Side, decoded_reward, length_controlled_win_rate
@@ -208,6 +209,7 @@ class Evaluation:
         base, policy: what their samples look like.
         examples: a few prompts with their answers.
         compute: win rate against compute.
+        deployment: gold wins against N, where a gold reward judges.
         drawn: samples drawn now, in place of found on disk; not part of the file.
     """
 
@@ -225,6 +227,7 @@ class Evaluation:
     policy: SampleFacts
     examples: tuple[Example, ...] = ()
     compute: Compute | None = None
+    deployment: Deployment | None = None
     pairwise: JudgedWins | None = None
     texts: tuple[TextFit, ...] = ()
     target_kl: float | None = None

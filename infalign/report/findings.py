@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from infalign.calibration.judged import JudgedCurve, read_curve
 from infalign.calibration.table import SampleTable
 from infalign.evaluation.summary import Evaluation, evaluation_from_json
 from infalign.runtime.artifacts import read_json, read_manifest
@@ -23,7 +24,8 @@ class Findings:
     """What was found.
 
     `references` are the calibration's rewards, one row a prompt, in the order they were drawn; `rewards` are those of
-    "base" and "policy" from evaluation, one flat array each, without NaN.
+    "base" and "policy" from evaluation, one flat array each, without NaN. `judged` is what the reward's quantiles are
+    worth under the gold reward, of `gold_optimal`.
     """
 
     recipe: Mapping[str, Any] | None
@@ -33,6 +35,7 @@ class Findings:
     evaluation: Evaluation | None
     references: list[Floats] | None
     rewards: Mapping[str, Floats] | None
+    judged: JudgedCurve | None = None
 
     @property
     def is_empty(self) -> bool:
@@ -84,6 +87,7 @@ def read_findings(folder: Path) -> Findings:
         evaluation=evaluation,
         references=None if calibration is None else _references(folder / "calibration", calibration),
         rewards=None if evaluation is None else _evaluation_rewards(folder / "evaluation", evaluation, calibration),
+        judged=read_curve(folder / "calibration"),
     )
 
 

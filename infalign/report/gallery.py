@@ -8,16 +8,20 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
+from infalign.calibration.judged import JudgedCurve
 from infalign.evaluation.summary import Evaluation
 from infalign.report.calibration_plot import COVERAGE, draw_calibration, held_out_ranks
 from infalign.report.compute_plot import COMPUTE_CAPTION, draw_compute
+from infalign.report.deployment_plot import DEPLOYMENT_CAPTION, draw_deployment
 from infalign.report.evaluation_plot import draw_rewards, draw_win_rates
 from infalign.report.findings import Findings
+from infalign.report.judged_plot import draw_judged
 from infalign.report.limit_plot import Point, draw_limit
 from infalign.report.page import Plot
 from infalign.report.style import to_png
 from infalign.report.training_plot import draw_training
 from infalign.report.transform_plot import draw_transform
+from infalign.theory.judged import JudgedTransform
 from infalign.theory.objective import Objective
 
 Floats = NDArray[np.float64]
@@ -34,7 +38,7 @@ def draw_all(found: Findings, objective: Objective | None, seed: int = 0) -> lis
     return [
         *_of_evaluation(found, objective),
         *_of_training(found, objective),
-        *_of_objective(objective),
+        *_of_objective(objective, found.judged),
         *_of_calibration(found, seed),
     ]
 
@@ -53,6 +57,8 @@ def _of_evaluation(found: Findings, objective: Objective | None) -> Iterator[Plo
         return
     if objective is not None:
         aim = None if objective.kl is None or objective.win_rate is None else (objective.kl, objective.win_rate)
+        if isinstance(objective.policy, JudgedTransform):  # whose win rate is gold's
+            aim = objective.policy.kl, objective.policy.proxy_win_rate()
         point = measured_point(evaluation, aim)
         yield Plot("limit", "evaluation", _limit_caption(point), to_png(draw_limit(objective.procedure, point)))
     yield Plot(
@@ -64,6 +70,9 @@ def _of_evaluation(found: Findings, objective: Objective | None) -> Iterator[Plo
     )
     if evaluation.compute is not None and evaluation.compute.curves:
         yield Plot("compute", "evaluation", COMPUTE_CAPTION, to_png(draw_compute(evaluation.compute)))
+    if evaluation.deployment is not None:
+        plot = draw_deployment(evaluation.deployment)
+        yield Plot("deployment", "evaluation", DEPLOYMENT_CAPTION, to_png(plot))
     if found.rewards:
         yield Plot(
             "rewards",
@@ -99,7 +108,15 @@ def _of_training(found: Findings, objective: Objective | None) -> Iterator[Plot]
         yield Plot("training", "training", caption, to_png(draw_training(found.log, target)), wide=True)
 
 
-def _of_objective(objective: Objective | None) -> Iterator[Plot]:
+def _of_objective(objective: Objective | None, judged: JudgedCurve | None) -> Iterator[Plot]:
+    if judged is not None:
+        caption = (
+            "How often a sample at a quantile of the reward beats the base's decoded one under the gold reward, with "
+            "its standard error. Where it falls (right of the dotted line) the reward misleads, and the "
+            "transform falls with it."
+        )
+        plot = draw_judged(judged.h_J, judged.error_J)
+        yield Plot("judged", "objective", caption, to_png(plot))
     if objective is not None and objective.policy is not None:
         caption = (
             "Left: what a completion earns at each quantile of the base policy's rewards. Right: how often the optimal "

@@ -77,6 +77,8 @@ def remarks(evaluation: Evaluation) -> list[str]:
         found.append(f"It was trained for several at once, of which this is the first: {' + '.join(parts)}.")
     gold = [row for row in evaluation.win_rates if row.judge == GOLD and row.label == main.label]
     found += [_gold(row, evaluation.gold_reward) for row in gold]
+    if evaluation.deployment is not None:
+        found.append(f"Under the gold reward, of the policy {evaluation.deployment.policy}.")
     return found
 
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from infalign.calibration.diagnostics import Diagnostics, duplicate_rate, tie_rate, uniformity
 from infalign.calibration.few_samples import expected_cost
+from infalign.calibration.judged import JudgedCurve, write_curve
 from infalign.calibration.table import SampleTable, Wanted
 from infalign.rewards.calibrated_sum import members_to_score
 from infalign.rewards.loader import Reward
@@ -19,6 +20,7 @@ from infalign.runtime.artifacts import fingerprint, write_manifest
 from infalign.runtime.console import notice, say
 from infalign.runtime.distributed import is_main
 from infalign.stages.experiment import CALIBRATION, Experiment
+from infalign.stages.judged import GOLD_OPTIMAL
 from infalign.stages.output import SAMPLES, clear_if_stale, forget_scores, leaves_nothing
 from infalign.stages.recipe import Recipe, require_plain
 from infalign.stages.sampling import fill, table_rewards
@@ -39,7 +41,7 @@ def calibrate(recipe: Recipe, experiment: Experiment | None = None) -> dict[str,
     require_plain(recipe)
     experiment = experiment or Experiment(recipe)
     experiment.claim_output()
-    objective, rewards = experiment.objective, experiment.rewards  # their mistakes come before anything is made
+    _, rewards = experiment.objective, experiment.calibrated_rewards  # their mistakes come before anything is made
     prompts = calibration_prompts(experiment)
     table = open_table(experiment)
     count = recipe.num_calibration_samples
@@ -59,13 +61,16 @@ def calibrate(recipe: Recipe, experiment: Experiment | None = None) -> dict[str,
             asks=experiment.asks,
             look=see_noise if is_main() else None,
         )
-    diagnostics = describe(experiment, table, prompts, objective)
+    diagnostics = describe(experiment, table, prompts, experiment.objective)
     parts = calibration_parts(experiment)
     if is_main():
         more = {"diagnostics": dataclasses.asdict(diagnostics), "prompts": len(prompts), "samples_per_prompt": count}
         write_manifest(table.folder, "calibration", parts, **more)
         experiment.record()
         _tell(diagnostics, drawn)
+        if experiment.judged is not None:
+            write_curve(table.folder, experiment.judged)
+            _tell_judged(experiment.judged)
     return {"drawn": drawn, "diagnostics": diagnostics, "folder": table.folder}
 
 
@@ -89,7 +94,7 @@ def calibration_parts(experiment: Experiment) -> dict[str, Any]:
     rows = sorted((prompt.key, ids[prompt.key], columns_digest(reward, prompt)) for prompt in prompts)
     others = [
         [one.name, one.fingerprint, sorted((prompt.key, columns_digest(one, prompt)) for prompt in prompts)]
-        for one in experiment.rewards[1:]
+        for one in experiment.calibrated_rewards[1:]
     ]
     return {
         "sampling": fingerprint(experiment.sampling_parts(experiment.base_path, CALIBRATION)),
@@ -143,7 +148,9 @@ def describe(experiment: Experiment, table: SampleTable, prompts: list[Prompt], 
     samples = table.samples()
     kept = [samples[prompt.key][:count] for prompt in prompts]
     flat = [sample for row in kept for sample in row]
-    kl = objective.kl if experiment.recipe.objective == "transform" else None  # no transform, no quantiles to miss
+    # no transform, no quantiles to miss; under another judge the cost is not known
+    known = experiment.recipe.objective == "transform" and experiment.recipe.transform != GOLD_OPTIMAL
+    kl = objective.kl if known else None
     cost = None if kl is None else expected_cost(objective.transform, objective.procedure, count, kl)
     return Diagnostics(
         prompts=len(prompts),
@@ -165,6 +172,19 @@ def see_noise(
     line = noise_line(reward, prompts, samples, rewards_B)
     if line is not None:
         notice(line)
+
+
+def _tell_judged(curve: JudgedCurve) -> None:
+    """One line on what the proxy's quantiles are worth under gold, and where they begin to be worth less."""
+    J = curve.h_J.size
+    top = int(np.argmax(curve.h_J))
+    say(
+        f"  under the gold reward a sample of the proxy's lowest, middle and highest quantile beats the decoded base "
+        f"{curve.h_J[0]:.1%}, {curve.h_J[J // 2]:.1%} and {curve.h_J[-1]:.1%} of the time"
+    )
+    fall = curve.h_J[top] - curve.h_J[-1]
+    if fall > 2.0 * max(curve.error_J[top], curve.error_J[-1]) and top < J - 1:
+        say(f"  above quantile {(top + 0.5) / J:.2f} the proxy misleads: what it likes more, gold likes less")
 
 
 def _tell(diagnostics: Diagnostics, drawn: int) -> None:

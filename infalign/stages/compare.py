@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from infalign.data.columns import parse_columns
 from infalign.data.completions import Completions, read_completions
 from infalign.data.pairing import Pair, paired
+from infalign.evaluation.deployment import Deployment, deployment
 from infalign.evaluation.judging import JudgedWins, judge_decoded
 from infalign.evaluation.length import Side
 from infalign.evaluation.summary import GOLD, PROXY, DecoderRow, decoder_row, decoders
@@ -252,6 +253,7 @@ class Compared:
         judged_by: `PROXY` or `GOLD`.
         confidence, seed, kl: as asked for.
         judge: a pairwise judge's word.
+        deployment: gold wins against N, where gold rewards judge.
     """
 
     procedure: str
@@ -263,6 +265,7 @@ class Compared:
     kl: float | None
     win_rates: list[DecoderRow]
     judge: JudgedWins | None
+    deployment: Deployment | None = None
 
 
 def compare(comparison: Comparison) -> Compared:
@@ -301,6 +304,9 @@ def compare(comparison: Comparison) -> Compared:
             for decoder in _decoders(comparison, procedure, least)
         ],
         judge=_judged(comparison, table, procedure),
+        deployment=deployment(policy, base, procedure, level, seed)
+        if table.gold and procedure.monotone == "increasing"
+        else None,
     )
     if output is not None:
         write_json(output, dataclasses.asdict(result))
@@ -357,6 +363,10 @@ def tell(comparison: Comparison, result: Compared) -> None:
             "" if comparison.kl is None else "; the limit holds for the reward that decodes, so there is none here"
         )
         say(f"    judged by {named}{no_limit}.")
+    if result.deployment is not None:
+        say(f"  judged so, against the base decoded by {result.deployment.opponent}:")
+        say(f"    base: {result.deployment.base}")
+        say(f"    policy: {result.deployment.policy}")
     if result.judge:
         say(f"  {result.judge}")
     if comparison.output:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from infalign.calibration.diagnostics import tie_rate
 from infalign.calibration.table import SampleTable, Wanted
+from infalign.evaluation.deployment import Deployment, deployment
 from infalign.evaluation.judging import JudgedWins, judge_decoded
 from infalign.evaluation.limits import Estimate, attainment, cluster_mean, tie_limit
 from infalign.evaluation.summary import GOLD, PROXY, DecoderRow, Evaluation, SequenceKL, Ties
@@ -246,9 +247,20 @@ def summarise(
         policy=measured.policy.facts(keys),
         examples=examples(procedure, measured),
         compute=compute_facts(experiment, measured),
+        deployment=_deployment(experiment, measured),
         pairwise=_judged(recipe, procedure, measured),
         texts=measure_texts(experiment),
     )
+
+
+def _deployment(experiment: Experiment, measured: Measured) -> Deployment | None:
+    """Which N to deploy under the gold reward; None without one, or for a decoder that does not seek the best."""
+    if experiment.gold is None or experiment.procedure.monotone != "increasing":
+        return None
+    measured = measured.with_scores(GOLD, candidates_needed(experiment))
+    policy, base = (side.side(measured.keys, GOLD, PROXY) for side in (measured.policy, measured.base))
+    recipe = experiment.recipe
+    return deployment(policy, base, experiment.procedure, recipe.confidence, recipe.seed)
 
 
 def _judged(recipe: Recipe, procedure: Procedure, measured: Measured) -> JudgedWins | None:
@@ -295,3 +307,7 @@ def tell(result: Evaluation) -> None:
         say(f"  {result.pairwise}")
     for one in result.texts:
         say(f"  {one}")
+    if result.deployment is not None:
+        say(f"  under the gold reward {result.gold_reward}, against the base decoded by {result.deployment.opponent}:")
+        say(f"    base: {result.deployment.base}")
+        say(f"    policy: {result.deployment.policy}")

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from infalign.calibration.judged import JudgedCurve
 from infalign.calibration.table import SampleTable
 from infalign.data.columns import parse_columns
 from infalign.data.mixture import load_mixture
@@ -50,6 +51,7 @@ from infalign.runtime.artifacts import (
 from infalign.runtime.console import notice, say
 from infalign.runtime.distributed import barrier, is_main, together
 from infalign.runtime.launch import join
+from infalign.stages.judged import GOLD_OPTIMAL, judged_curve
 from infalign.stages.objective import load_objective, load_procedure, load_procedures
 from infalign.stages.recipe import Recipe, require
 from infalign.stages.servers import served_end_ids, server_of, server_url, warn_of_exposed_key
@@ -82,6 +84,7 @@ class Experiment:
         self.recipe = recipe
         self._models: dict[tuple[str, bool], Any] = {}
         self._policy_folder = "policy"
+        self._judged: JudgedCurve | None = None
 
     def part(self, folder: str, **changes: Any) -> Experiment:
         """A part of this experiment's training: other keys of the recipe, and its policy in a folder of its own.
@@ -94,7 +97,7 @@ class Experiment:
         """
         part = copy.copy(self)
         part.recipe, part._policy_folder = dataclasses.replace(self.recipe, **changes), folder
-        part.__dict__.pop("objective", None)
+        part.__dict__.pop("_objective", None)
         return part
 
     # --- models ---------------------------------------------------------------------------------------------------
@@ -399,10 +402,29 @@ class Experiment:
         """The inference procedure."""
         return load_procedure(self.recipe)
 
-    @cached_property
+    @property
     def objective(self) -> Objective:
-        """What is trained for: the procedure, the transform of the calibrated reward, the KL coefficient."""
-        return load_objective(self.recipe, self.procedure)
+        """What is trained for: the procedure, the transform of the calibrated reward, the KL coefficient.
+
+        Of `gold_optimal` it is known when calibration has scored its samples with both rewards.
+        """
+        if self.recipe.transform == GOLD_OPTIMAL and self._judged is None:
+            self._judged = judged_curve(self)
+        if "_objective" not in self.__dict__ or self._objective[0] is not self._judged:
+            self._objective = self._judged, load_objective(self.recipe, self.procedure, self._judged)
+        return self._objective[1]
+
+    @property
+    def judged(self) -> JudgedCurve | None:
+        """What the proxy's quantiles are worth under the gold reward, where the objective needs it and it is known."""
+        _ = self.objective
+        return self._judged
+
+    @property
+    def calibrated_rewards(self) -> list[Reward]:
+        """What calibration scores its samples with: the terms' rewards, and gold where the objective needs it."""
+        needed = [self.gold] if self.recipe.transform == GOLD_OPTIMAL and self.gold is not None else []
+        return [*self.rewards, *needed]
 
     # --- the output folder ----------------------------------------------------------------------------------------
 

@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from infalign.calibration.judged import JudgedCurve
 from infalign.rewards.fingerprint import callable_digest, digest
 from infalign.runtime.plugins import built, find_own
+from infalign.stages.judged import GOLD_OPTIMAL, check_gold_optimal, judged_objective
 from infalign.stages.recipe import Recipe
 from infalign.stages.terms import TermKeys
 from infalign.theory.objective import Objective, objective
@@ -85,8 +87,14 @@ def objective_name(recipe: Recipe) -> str:
     return "direct objective" if recipe.objective == "direct" else f"objective {recipe.objective} (a baseline)"
 
 
-def load_objective(recipe: Recipe, procedure: Procedure) -> Objective:
+def load_objective(recipe: Recipe, procedure: Procedure, curve: JudgedCurve | None = None) -> Objective:
     """The recipe's objective; `target_kl` gives the beta at which its transform aims at that KL.
+
+    Args:
+        recipe: whose.
+        procedure: the recipe's.
+        curve: what the proxy's quantiles are worth under gold, for `gold_optimal`; None while it is not known: the
+            ordinary optimum stands in.
 
     Raises:
         InputError: an unknown transform, wrong arguments, or not exactly one of beta and target_kl.
@@ -100,6 +108,11 @@ def load_objective(recipe: Recipe, procedure: Procedure) -> Objective:
         return _direct(recipe, trained_procedures(recipe) if recipe.objectives else [procedure])
     if recipe.objective != "transform":
         return _baseline(recipe, recipe.objective, procedure)
+    if recipe.transform == GOLD_OPTIMAL:
+        check_gold_optimal(recipe)
+        if curve is not None:
+            return judged_objective(recipe, procedure, curve)
+        return objective(procedure, None, recipe.beta, recipe.target_kl, f"{GOLD_OPTIMAL}, not calibrated yet")
     if recipe.transform == "optimal":
         return objective(procedure, None, recipe.beta, recipe.target_kl)
     transform = _transform(recipe)
@@ -188,7 +201,7 @@ def _transform(recipe: Recipe) -> Any:
                 "negative for Worst-of-N"
             )
         return built(CATALOGUE[name], kwargs, name, what="transform", kwargs=kwargs)
-    transform = find_own(name, ["optimal", *CATALOGUE], recipe.base_dir, what="transform")
+    transform = find_own(name, ["optimal", GOLD_OPTIMAL, *CATALOGUE], recipe.base_dir, what="transform")
     if kwargs:
         transform = built(transform, kwargs, name, what="transform", kwargs=kwargs)
     check_transform(transform, f"transform {name!r}")

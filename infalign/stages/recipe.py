@@ -138,8 +138,10 @@ class Recipe:
         [], "in place of weights: each training prompt is for one of objectives, drawn with these chances", "ctrl"
     )
     group_column: str = key("group", "the data's column that the groups of objectives are values of", "ctrl")
-    transform: str = key("optimal", f"optimal, {', '.join(CATALOGUE)}, or path.py:name", "ctrl")
-    transform_kwargs: dict = key({}, "{t: 10} for exponential; a builder's arguments", "ctrl")
+    transform: str = key("optimal", f"optimal, gold_optimal, {', '.join(CATALOGUE)}, or path.py:name", "ctrl")
+    transform_kwargs: dict = key(
+        {}, "{t: 10} for exponential, {shape: monotone} for gold_optimal; a builder's arguments", "ctrl"
+    )
     beta: float | None = key(None, "KL coefficient; give exactly one of beta and target_kl", "ctrl")
     target_kl: float | None = key(None, "sequence KL in nats that training keeps; beta follows from it", "ctrl")
     kl_control: bool = key(True, "steer beta in training so that the measured KL comes to target_kl", "ctrl")
@@ -354,6 +356,8 @@ def _check_together(recipe: Recipe) -> None:
             "leave one of them out"
         )
     problems += _solver_problems(recipe)
+    if recipe.transform == "gold_optimal" and recipe.objectives:
+        problems.append("transform: gold_optimal is for one reward and one judge of it: leave objectives out")
     if recipe.judge_samples < 1:
         problems.append(f"judge_samples must be at least 1, got {recipe.judge_samples}")
     if recipe.target_kl is not None and not recipe.target_kl > 0:

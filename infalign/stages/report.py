@@ -17,6 +17,7 @@ from infalign.report.sweep_page import FILE as SWEEP
 from infalign.report.sweep_page import report_sweep
 from infalign.runtime.artifacts import write_whole
 from infalign.runtime.console import say
+from infalign.stages.judged import GOLD_OPTIMAL
 from infalign.stages.objective import load_objective, load_procedure
 from infalign.stages.recipe import Recipe, own_keys, require
 from infalign.theory.objective import Objective, differing
@@ -81,7 +82,7 @@ def objective_of(recipe: Recipe, found: Findings) -> tuple[Objective | None, str
     if found.recipe is None:
         return None, "No limit and transform plots: recipe.json is missing."
     try:
-        objective = load_objective(recipe, load_procedure(recipe))
+        objective = load_objective(recipe, load_procedure(recipe), found.judged)
     except InputError as error:
         return None, f"No limit and transform plots: {error}"
     if objective.policy is None and recipe.objective == "transform":
@@ -114,7 +115,7 @@ def limited_by(
     count = recipe.num_calibration_samples
     ranks_alone = recipe.objective == "transform" and recipe.calibration_method != "pooled"
     cost = None
-    if ranks_alone and objective.kl:
+    if ranks_alone and objective.kl and recipe.transform != GOLD_OPTIMAL:
         cost = expected_cost(objective.transform, objective.procedure, count, objective.kl)
     rollouts = last_rollouts(log)
     return shortfall(evaluation, objective.procedure, rollouts, target_kl=recipe.target_kl, count=count, cost=cost)

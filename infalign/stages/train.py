@@ -25,6 +25,7 @@ from infalign.runtime.console import notice, say
 from infalign.runtime.distributed import barrier, is_main, together
 from infalign.stages.calibrate import calibration_parts, open_table, reference_rewards
 from infalign.stages.experiment import Experiment
+from infalign.stages.judged import GOLD_OPTIMAL
 from infalign.stages.objective import trained_procedures
 from infalign.stages.output import STARTED, leaves_nothing, refuse_stale_start, reusable
 from infalign.stages.policy_folder import initial_model, load_initial_adapter, save_policy
@@ -85,6 +86,11 @@ def train(recipe: Recipe, experiment: Experiment | None = None) -> dict[str, Any
         table = open_table(experiment)
         for reward in experiment.rewards:
             reference_rewards(experiment, table, reward)
+        if recipe.transform == GOLD_OPTIMAL and experiment.judged is None:
+            raise InputError(
+                f"transform: gold_optimal needs calibration samples that the gold reward has scored, too, and "
+                f"{table.folder} has none: run `infalign calibrate` with this recipe"
+            )
     experiment.release_models()
     if recipe.solver == "offline+online":
         refuse_stale_start(folder, parts, recipe.overwrite)
