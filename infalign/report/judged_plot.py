@@ -19,7 +19,8 @@ def draw_judged(h_J: ArrayLike, error_J: ArrayLike) -> Figure:
     h, error = np.asarray(h_J, dtype=np.float64), np.nan_to_num(np.asarray(error_J, dtype=np.float64))
     u_J = (np.arange(h.size) + 0.5) / h.size
     figure, (axes,) = new_figure(1, 1, (6.0, 3.6))
-    axes.fill_between(u_J, h - error, h + error, color=GOLD, alpha=0.25, linewidth=0)
+    low, high = np.clip([h - error, h + error], 0.0, 1.0)
+    axes.fill_between(u_J, low, high, color=GOLD, alpha=0.25, linewidth=0)
     axes.plot(u_J, h, color=GOLD)
     axes.axhline(0.5, color=MUTED, linewidth=1.0, linestyle="--")
     top = int(np.argmax(h))
