@@ -30,7 +30,8 @@ _SHOWN = 5
 class Completions:
     """M samples of one prompt: rewards and gold rewards (M,), NaN for no score, None where the file has none.
 
-    `lengths_M` in characters; `texts` is None where they were not asked for.
+    `lengths_M` in characters; `texts` is None where they were not asked for. `logps_M` are log-probabilities of each
+    sample's tokens, or one number, their sum.
     """
 
     prompt: Prompt
@@ -38,6 +39,7 @@ class Completions:
     lengths_M: NDArray[np.int32]
     rewards_M: Floats | None
     gold_M: Floats | None
+    logps_M: tuple[Floats | None, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.lengths_M)
@@ -153,7 +155,19 @@ def _completions(row: SampleRow, contents: dict[str, Any], keep_texts: bool) -> 
         np.array([len(text) for text in row.texts], dtype=np.int32),
         _scores(row.rewards, len(row.texts), "rewards"),
         _scores(row.gold, len(row.texts), "gold_rewards"),
+        None if row.logps is None else tuple(_logps(value, place) for place, value in enumerate(row.logps)),
     )
+
+
+def _logps(value: Any, place: int) -> Floats | None:
+    """Numbers of at most 0; None where nothing is said."""
+    if value is None:
+        return None
+    values = value if isinstance(value, (list, tuple)) else [value]
+    found = np.array([_number(one, f"logps[{place}]") for one in values])
+    if not len(found) or not np.all(found <= 1e-3):  # also NaN; rounding gives a token of chance 1 a little more than 0
+        raise InputError(f"logps[{place}] must be log-probabilities in nats, none above 0, got {value!r:.40}")
+    return found
 
 
 def _scores(values: Sequence[Any] | None, count: int, name: str) -> Floats | None:

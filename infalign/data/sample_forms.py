@@ -3,6 +3,7 @@
 | who | the prompt | its completions | rewards |
 |---|---|---|---|
 | infalign, TRL, vBoN, ... | as in `infalign.data.forms` | `completions`, `responses`, `outputs`, `generations`; a row a sample: `completion`, `response`, `output` | `rewards`, `scores`, `ratings`; `reward`, `score`; `gold_...` |
+| QRPO | likewise | `ref_completions` | `ref_rewards` |
 | UltraFeedback, vLLM | likewise | objects in such a list, each with its `response` or `text` | their `reward`, `score`, `overall_score` |
 | `infalign generate` | `prompt` | `candidates`, each with its reward | theirs |
 | AlpacaEval | `instruction` | `output` | |
@@ -22,13 +23,15 @@ from infalign.data.forms import find_form, from_prompt
 from infalign.data.sources import Row
 from infalign.types import InputError, Messages
 
-MANY = ("completions", "responses", "outputs", "generations")
+MANY = ("completions", "responses", "outputs", "generations", "ref_completions")
 ONE = ("completion", "response", "output")
-REWARDS = ("rewards", "scores", "ratings")
+REWARDS = ("rewards", "scores", "ratings", "ref_rewards")
 REWARD = ("reward", "score")
 GOLD = ("gold_rewards", "gold_scores")
 GOLD_ONE = ("gold_reward", "gold_score")
-_OURS = {*MANY, *ONE, *REWARDS, *REWARD, *GOLD, *GOLD_ONE, "candidates", "chosen", "rejected", "spent", "error"}
+LOGPS = ("logps", "ref_logps", "logprobs", "logp", "logprob")
+"""Log-probabilities of completions under the model that drew them, nats: of each token, or their sum."""
+_OURS = {*MANY, *ONE, *REWARDS, *REWARD, *GOLD, *GOLD_ONE, *LOGPS, "candidates", "chosen", "rejected", "spent", "error"}
 _OWN_TEXTS = ("content", "text", "response", "completion", "output")
 _OWN_SCORES = (*REWARD, "overall_score")
 _CHATS = ("messages", "conversations", "conversation")
@@ -43,6 +46,7 @@ class SampleRow:
     rewards: list[Any] | None = None
     gold: list[Any] | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)
+    logps: list[Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -137,12 +141,21 @@ def _listed(row: Row, name: str, prompt: Callable[[Row], Any], taken: set[str]) 
         rewards,
         _values(row, (*GOLD, *GOLD_ONE), len(texts)),
         _rest(row, taken),
+        _values(row, LOGPS, len(texts)),
     )
 
 
 def _one(row: Row, name: str, prompt: Callable[[Row], Any], taken: set[str]) -> SampleRow:
     values = [_values(row, names, 1) for names in ((*REWARD, *REWARDS), (*GOLD_ONE, *GOLD))]
-    return SampleRow(prompt(row), [_text(row[name], 0, name)], values[0], values[1], _rest(row, taken))
+    logps = next((row[one] for one in LOGPS if row.get(one) is not None), None)
+    return SampleRow(
+        prompt(row),
+        [_text(row[name], 0, name)],
+        values[0],
+        values[1],
+        _rest(row, taken),
+        None if logps is None else [logps],
+    )
 
 
 def _answered_chat(row: Row, name: str) -> SampleRow:

@@ -20,6 +20,7 @@ from infalign.runtime.artifacts import fingerprint, write_manifest
 from infalign.runtime.console import notice, say
 from infalign.runtime.distributed import is_main
 from infalign.stages.experiment import CALIBRATION, Experiment
+from infalign.stages.imported import check_imported, take_rewards
 from infalign.stages.judged import GOLD_OPTIMAL
 from infalign.stages.output import SAMPLES, clear_if_stale, forget_scores, leaves_nothing
 from infalign.stages.recipe import Recipe, require_plain
@@ -49,6 +50,18 @@ def calibrate(recipe: Recipe, experiment: Experiment | None = None) -> dict[str,
     drawn = 0
     members = [member for reward in rewards for member in members_to_score(reward)]
     forget_scores(table, [*members, *rewards], recipe.overwrite)
+    if recipe.calibration_samples:
+        check_imported(experiment, wanted)
+        drawn += fill(
+            table,
+            wanted,
+            [],
+            lambda: experiment.sampler(experiment.base_path, CALIBRATION),
+            max_tokens=recipe.max_completion_length,
+            tokens_per_batch=recipe.tokens_per_batch,
+            title="calibrate",
+        )
+        take_rewards(experiment, table, wanted)
     for scoring in filter(None, (members, rewards)):  # a sum needs its members' scores of all samples
         drawn += fill(
             table,

@@ -51,6 +51,7 @@ from infalign.runtime.artifacts import (
 from infalign.runtime.console import notice, say
 from infalign.runtime.distributed import barrier, is_main, together
 from infalign.runtime.launch import join
+from infalign.stages.imported import imported_digest, imported_sampler
 from infalign.stages.judged import GOLD_OPTIMAL, judged_curve
 from infalign.stages.objective import load_objective, load_procedure, load_procedures
 from infalign.stages.recipe import Recipe, require
@@ -179,6 +180,8 @@ class Experiment:
             InputError: the model can't be loaded, or the server's API key is not in the environment.
         """
         recipe, seed = self.recipe, f"{self.recipe.seed}/{purpose}"
+        if recipe.calibration_samples and purpose == CALIBRATION:
+            return imported_sampler(self)
         quantization = self.quantization if purpose == CALIBRATION else None
         server = server_of(recipe, policy=str(path) != self.base_path)
         if server is None:
@@ -196,6 +199,7 @@ class Experiment:
 
     def sampling_parts(self, path: str | Path, purpose: str) -> dict[str, Any]:
         """Everything that shapes the samples of the model at `path`, for fingerprints."""
+        imported = self.recipe.calibration_samples
         quantised = {name: self.recipe.training[name] for name in QUANTISED if self.recipe.training.get(name)}
         return {
             **(quantised if purpose == CALIBRATION and self.quantization is not None else {}),
@@ -206,6 +210,7 @@ class Experiment:
             "purpose": purpose,
             "engine": ENGINE,
             **(SERVED if server_url(self.recipe, policy=str(path) != self.base_path) else {}),
+            **({"samples": imported_digest(self.recipe)} if imported and purpose == CALIBRATION else {}),
         }
 
     # --- prompts --------------------------------------------------------------------------------------------------

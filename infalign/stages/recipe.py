@@ -156,6 +156,11 @@ class Recipe:
     offline_training: dict = key(
         {}, "training keys of the offline part of offline+online, e.g. {max_steps: 100, learning_rate: 1e-4}", "ctrl"
     )
+    calibration_samples: str | None = key(
+        None,
+        "file of base samples that exist: prompts, completions; where known rewards and logps",
+        "ctrl",
+    )
     calibration_method: Literal["midrank", "interpolated", "pooled"] = key(
         "midrank", "interpolated: for K below about 32; pooled: rank among the prompt's rollouts, too", "ctrl"
     )
