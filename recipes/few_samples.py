@@ -35,12 +35,14 @@ def train(
     rate: float,
     seed: int,
     start: page.Policy | None = None,
+    rewards: torch.Tensor | None = None,
 ) -> tuple[page.Policy, page.Policy, torch.Tensor]:
     """Policy, base and rewards (P, J): the loop of the page, with the package's rewards, and beta steered to `kl`.
 
-    `start` is the policy to begin with; None is the base.
+    `start` is the policy to begin with; None is the base. `rewards` stand in for the page's.
     """
     base, reward_PJ = page.make_problem(seed)
+    reward_PJ = reward_PJ if rewards is None else rewards
     rng = torch.Generator().manual_seed(seed)
     references = list(reward_PJ.gather(1, page.sample(base, count, rng)).numpy())
     policy = page.Policy(*(logits.clone().requires_grad_() for logits in start or base))

@@ -33,7 +33,7 @@ Shape = Literal["smooth", "monotone", "free"]
 FILE = "judged.json"
 """A curve in a calibration's folder, for the report."""
 SHAPES = ("smooth", "monotone", "free")
-LARGEST_DEGREE, MONOTONE_DEGREE = 6, 12
+PLAIN, LARGEST_DEGREE, MONOTONE_DEGREE = 3, 15, 12
 RESAMPLES = 200
 
 
@@ -41,8 +41,8 @@ RESAMPLES = 200
 class JudgedCurve:
     """`h_J` on J levels of equal base mass, ascending in the proxy, in [0, 1]; `error_J` its standard errors.
 
-    The errors are by bootstrap over prompts (at the chosen degree), NaN for one prompt. `degree` is the polynomial's,
-    None for other shapes. `prompts` and `samples` say what it rests on.
+    The errors are by bootstrap over prompts (at the chosen degree), NaN for one prompt. `degree` is the number of
+    the terms beside the constant, None for other shapes. `prompts` and `samples` say what it rests on.
     """
 
     h_J: Floats
@@ -89,8 +89,9 @@ def estimate_h(
             more tell its shape.
         procedure: decodes the base by the proxy.
         levels: J.
-        shape: "smooth" is a polynomial of degree 0 to 6: the lowest one whose error on prompts left out is within one
-            standard error of the best (1 for a single prompt). "monotone" is one of degree 12 that does not fall: it
+        shape: "smooth" is a polynomial of degree 0 to 3, to which powers are added that see the two ends, u^8, (1-u)^8,
+            u^16 and so on: as many as have the smallest error on prompts left out (degree 1 for a single prompt).
+            "monotone" is one of degree 12 that does not fall: it
             can't see a hacked top. "free" is the mean over ranks, blurred by what a rank leaves open.
         splits: random splits of each prompt's samples that are averaged over.
         seed: of the splits and the bootstrap.
@@ -207,7 +208,10 @@ def _scored(proxy_PK: Rewards, gold_PK: Rewards, procedure: Procedure) -> list[t
 def _basis(shape: Shape, degree: int, u: Floats) -> Floats:
     """What h is a sum of, at quantiles u: (len(u), degree + 1)."""
     if shape == "smooth":
-        return np.asarray(np.polynomial.legendre.legvander(2 * u - 1, degree), dtype=np.float64)
+        plain = np.asarray(np.polynomial.legendre.legvander(2 * u - 1, min(degree, PLAIN)), dtype=np.float64)
+        powers = 2.0 ** (1 + np.arange(PLAIN + 1, degree + 1) // 2)  # 8, 8, 16, 16, ...: the top, then the bottom
+        ends = np.where(np.arange(PLAIN + 1, degree + 1) % 2 == 0, u[:, None], 1.0 - u[:, None]) ** powers
+        return np.concatenate([plain, np.asarray(ends, dtype=np.float64)], axis=1)
     # 1 and the CDFs of order statistics of `degree` uniforms: sums of them with weights >= 0 are all the polynomials
     # whose Bernstein coefficients do not fall
     i = np.arange(1, degree + 1)
@@ -218,7 +222,8 @@ def _basis(shape: Shape, degree: int, u: Floats) -> Floats:
 def _rank_means_of(shape: Shape, degree: int, a: int) -> Floats:
     """The basis' means at U ~ Beta(k, a-k+1), k = 1..a: (a, degree + 1)."""
     # a Gauss rule of (a + degree)/2 nodes is exact: the density is a polynomial of degree a - 1
-    x, weight = np.polynomial.legendre.leggauss((a + degree) // 2 + 1)
+    highest = degree if shape != "smooth" or degree <= PLAIN else 2 ** (1 + degree // 2)
+    x, weight = np.polynomial.legendre.leggauss((a + highest) // 2 + 1)
     k, u = np.arange(1, a + 1)[:, None], (1 + x) / 2
     log_density = special.xlogy(k - 1, u) + special.xlog1py(a - k, -u) - special.betaln(k, a - k + 1)
     return np.asarray((np.exp(log_density) * weight / 2) @ _basis(shape, degree, u), dtype=np.float64)
@@ -232,7 +237,7 @@ def _normal_equations(design: dict[int, Floats], means: list[dict[int, Floats]])
 
 
 def _chosen_degree(design: dict[int, Floats], means: list[dict[int, Floats]], most: int) -> int:
-    """The lowest degree whose squared error on the prompt left out is within one standard error of the best one's."""
+    """The degree with the smallest squared error on the prompt left out."""
     if len(means) == 1:
         return min(1, most)
     left_PDD, right_PD = _normal_equations(design, means)
@@ -248,9 +253,8 @@ def _chosen_degree(design: dict[int, Floats], means: list[dict[int, Floats]], mo
         # |v - X c|^2 less |v|^2, which no degree changes
         squares = np.einsum("pd,pde,pe->p", coefficients_PD, left, coefficients_PD)
         losses.append(np.asarray(squares - 2 * (coefficients_PD * right).sum(1), dtype=float))
-    best = losses[int(np.argmin([loss.sum() for loss in losses]))]
-    excesses = [loss - best for loss in losses]  # the best one's is 0, so that one is found
-    return next(d for d, one in enumerate(excesses) if one.mean() <= one.std(ddof=1) / np.sqrt(len(means)))
+    # No margin for a lower degree: what a decoder lives on, the top few quantiles, is a small part of the error.
+    return int(np.argmin([loss.sum() for loss in losses]))
 
 
 @dataclass(frozen=True)
