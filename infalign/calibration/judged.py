@@ -13,16 +13,14 @@ that: E[value | rank k] = int h dBeta(k, a-k+1), so that few samples a prompt do
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import optimize, special
 
-from infalign.runtime.artifacts import read_json, without_nan, write_json
 from infalign.theory.procedures import Procedure, check_procedure
 from infalign.types import InputError
 
@@ -30,8 +28,6 @@ Floats = NDArray[np.float64]
 Rewards = NDArray[np.float64] | Sequence[ArrayLike]
 Shape = Literal["smooth", "monotone", "free"]
 
-FILE = "judged.json"
-"""A curve in a calibration's folder, for the report."""
 SHAPES = ("smooth", "monotone", "free")
 PLAIN, LARGEST_DEGREE, MONOTONE_DEGREE = 3, 15, 12
 RESAMPLES = 200
@@ -50,25 +46,6 @@ class JudgedCurve:
     degree: int | None
     prompts: int
     samples: int
-
-
-def write_curve(folder: Path, curve: JudgedCurve) -> None:
-    """Write a curve into a calibration's folder."""
-    plain = {**asdict(curve), "h_J": curve.h_J.tolist(), "error_J": curve.error_J.tolist()}
-    write_json(folder / FILE, without_nan(plain))
-
-
-def read_curve(folder: Path) -> JudgedCurve | None:
-    """The curve in a calibration's folder, None without one.
-
-    Raises:
-        InputError: the file is damaged.
-    """
-    if not (folder / FILE).exists():
-        return None
-    content: dict[str, Any] = read_json(folder / FILE, "the curve of gold_optimal")
-    arrays = {name: np.array(content[name], dtype=np.float64) for name in ("h_J", "error_J")}  # null is NaN
-    return JudgedCurve(**{**content, **arrays})
 
 
 def estimate_h(

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from infalign.calibration.judged import JudgedCurve, read_curve
+from infalign.calibration.judged import JudgedCurve
+from infalign.calibration.judged_file import read_curve
 from infalign.calibration.table import SampleTable
 from infalign.evaluation.summary import Evaluation, evaluation_from_json
 from infalign.runtime.artifacts import read_json, read_manifest

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from infalign.calibration.diagnostics import Diagnostics, duplicate_rate, tie_rate, uniformity
 from infalign.calibration.few_samples import expected_cost
-from infalign.calibration.judged import JudgedCurve, write_curve
+from infalign.calibration.judged import JudgedCurve
+from infalign.calibration.judged_file import write_curve
 from infalign.calibration.table import SampleTable, Wanted
 from infalign.rewards.calibrated_sum import members_to_score
 from infalign.rewards.loader import Reward
