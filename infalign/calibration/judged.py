@@ -196,10 +196,15 @@ def _basis(shape: Shape, degree: int, u: Floats) -> Floats:
     return np.concatenate([np.ones((len(u), 1)), above], axis=1)
 
 
+def _highest_power(degree: int) -> int:
+    """Of u, in the smooth shape of so many terms."""
+    return degree if degree <= PLAIN else 2 ** (1 + degree // 2)
+
+
 def _rank_means_of(shape: Shape, degree: int, a: int) -> Floats:
     """The basis' means at U ~ Beta(k, a-k+1), k = 1..a: (a, degree + 1)."""
     # a Gauss rule of (a + degree)/2 nodes is exact: the density is a polynomial of degree a - 1
-    highest = degree if shape != "smooth" or degree <= PLAIN else 2 ** (1 + degree // 2)
+    highest = _highest_power(degree) if shape == "smooth" else degree
     x, weight = np.polynomial.legendre.leggauss((a + highest) // 2 + 1)
     k, u = np.arange(1, a + 1)[:, None], (1 + x) / 2
     log_density = special.xlogy(k - 1, u) + special.xlog1py(a - k, -u) - special.betaln(k, a - k + 1)
@@ -272,6 +277,8 @@ def _pooled(means: list[dict[int, Floats]], shape: Shape) -> _Pool:
     }
     # no more coefficients than ranks in the largest part: beyond, they are not determined
     degree = min({"smooth": LARGEST_DEGREE, "monotone": MONOTONE_DEGREE, "free": 0}[shape], counts[-1] - 1)
+    while shape == "smooth" and _highest_power(degree) > max(PLAIN, counts[-1] - 1):
+        degree -= 1
     design = {a: _rank_means_of(shape, degree, a) for a in counts}
     if shape == "smooth":
         degree = _chosen_degree(design, means, degree)
