@@ -75,6 +75,7 @@ def calibrate(recipe: Recipe, experiment: Experiment | None = None) -> dict[str,
             asks=experiment.asks,
             look=see_noise if is_main() else None,
         )
+    experiment.renew_objective()
     diagnostics = describe(experiment, table, prompts, experiment.objective)
     parts = calibration_parts(experiment)
     if is_main():

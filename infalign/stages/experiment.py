@@ -419,6 +419,10 @@ class Experiment:
             self._objective = self._judged, load_objective(self.recipe, self.procedure, self._judged)
         return self._objective[1]
 
+    def renew_objective(self) -> None:
+        """Samples or scores have changed: what the objective took from them is found anew."""
+        self._judged = None
+
     @property
     def judged(self) -> JudgedCurve | None:
         """What the proxy's quantiles are worth under the gold reward, where the objective needs it and it is known."""

@@ -80,6 +80,26 @@ def test_training_needs_the_gold_scores(finished, tmp_path):
     assert train(load_recipe(keys))["trained"]
 
 
+def test_scores_that_are_made_anew_make_the_curve_anew(finished, tmp_path):
+    """`--overwrite` scores all samples again: a gold reward that reads a file may say something else by then."""
+    folder, keys, _ = finished
+    (folder / "sign.txt").write_text("1")
+    (folder / "signed.py").write_text(
+        "from pathlib import Path\n\n\ndef gold(completion_ids, **_):\n"
+        f"    sign = float(Path({str(folder / 'sign.txt')!r}).read_text())\n"
+        "    return [sign * (sum(ids) + 0.01 * ids[0]) for ids in completion_ids]\n"
+    )
+    keys = {**keys, "gold_reward": f"{folder / 'signed.py'}:gold", "output_dir": str(tmp_path / "out")}
+    curves = []
+    for sign in ("1", "-1"):
+        (folder / "sign.txt").write_text(sign)
+        experiment = Experiment(load_recipe({**keys, "overwrite": sign == "-1"}))
+        _ = experiment.objective
+        calibrate(experiment.recipe, experiment)
+        curves.append(experiment.judged.h_J)
+    assert curves[0][-1] > curves[0][0] and curves[1][-1] < curves[1][0]
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
