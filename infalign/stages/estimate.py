@@ -17,7 +17,7 @@ from infalign.runtime.launch import sharding
 from infalign.stages.calibrate import calibration_prompts
 from infalign.stages.experiment import Experiment
 from infalign.stages.objective import objective_name
-from infalign.stages.train import training_arguments
+from infalign.stages.train import offline_part, training_arguments
 from infalign.stages.training_keys import adapter_of, split_training
 from infalign.training.config import CTRLConfig
 from infalign.training.memory import (
@@ -192,26 +192,36 @@ def _reward_bytes(experiment: Experiment) -> int:
 
 
 def _tokens(experiment: Experiment, arguments: Any) -> dict[str, int]:
-    """Tokens through the policy by stage; a training step is one sampling, one reference and three policy passes."""
+    """Tokens through the policy by stage.
+
+    A training step is one sampling, one reference and three policy passes; offline it is the policy's alone.
+    """
     recipe, splits, longest = experiment.recipe, experiment.splits, experiment.recipe.max_completion_length
     length = {key: len(ids) for key, ids in experiment.prompt_ids.items()}
     calibrated = calibration_prompts(experiment)
     count = recipe.num_calibration_samples
-    rollouts = int(arguments.generation_batch_size)
-    groups = rollouts // int(arguments.num_generations)
-    steps = int(arguments.max_steps)
-    if steps <= 0:
-        steps = int(arguments.num_train_epochs * len(splits.train) / max(groups, 1))
     mean_prompt = sum(length[prompt.key] for prompt in splits.train) / max(len(splits.train), 1)
-    # each prompt once for its group, each rollout at its longest
-    step_tokens = groups * mean_prompt + rollouts * longest
+
+    def trained(given: Any) -> float:
+        """Of all steps, one pass."""
+        rows = int(given.generation_batch_size)
+        groups = rows // int(given.num_generations)
+        steps = int(given.max_steps)
+        if steps <= 0:
+            steps = int(given.num_train_epochs * len(splits.train) / max(groups, 1))
+        # each prompt once for its group, each completion at its longest
+        return steps * (groups * mean_prompt + rows * longest)
+
+    training = trained(arguments) * (3 if recipe.solver == "offline" else 5)
+    if recipe.solver == "offline+online":
+        training += 3 * trained(training_arguments(offline_part(experiment)))
     test_prompts = sum(length[prompt.key] for prompt in splits.test)
     # base and policy both sample, and both judge the policy's own samples for the KL
     sampled = 2 * (test_prompts + len(splits.test) * recipe.eval_samples * longest)
     judged = 2 * (test_prompts + len(splits.test) * min(recipe.kl_samples, recipe.eval_samples) * longest)
     return {
         "calibrate": sum(length[prompt.key] for prompt in calibrated) + len(calibrated) * count * longest,
-        "train": round(5 * steps * step_tokens),
+        "train": round(training),
         "evaluate": sampled + judged,
     }
 

@@ -14,6 +14,7 @@ from infalign.stages.estimate import dry_run
 from infalign.stages.evaluate import check_samples, evaluate, tell
 from infalign.stages.experiment import Experiment
 from infalign.stages.forgetting import text_files
+from infalign.stages.imported import imported_path
 from infalign.stages.objective import objective_name
 from infalign.stages.recipe import Recipe, load_recipe, require, require_plain
 from infalign.stages.report import limited_by, report
@@ -35,6 +36,8 @@ def preflight(experiment: Experiment) -> None:
             "policy_name_or_path is for evaluate and generate: `run` trains a policy and evaluates that one"
         )
     check_samples(recipe)
+    if recipe.calibration_samples:
+        imported_path(recipe)
     text_files(experiment)
     _ = experiment.objective
     check_ready(experiment)  # before rewards, which may be models

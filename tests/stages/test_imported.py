@@ -160,8 +160,10 @@ def test_what_does_not_fit_is_one_line(change, told, keys, rows, tmp_path):
 
 
 def test_files_and_settings_that_can_not_be(keys, rows, tmp_path):
-    with pytest.raises(InputError, match=r"calibration_samples '.*nothing.jsonl': no such file"):
-        run({**keys, "calibration_samples": str(tmp_path / "nothing.jsonl"), "output_dir": str(tmp_path / "out")})
+    missing = {**keys, "calibration_samples": str(tmp_path / "nothing.jsonl"), "output_dir": str(tmp_path / "out")}
+    for dry in (True, False):
+        with pytest.raises(InputError, match=r"calibration_samples '.*nothing.jsonl': no such file"):
+            run(missing, dry=dry)
     with pytest.raises(InputError, match=r"without log-probabilities, at temperature 0\.7"):
         calibrate(recipe(keys, tmp_path, rows, temperature=0.7))
     calibrate(recipe(keys, tmp_path, rows, output_dir=str(tmp_path / "first")))

@@ -49,6 +49,18 @@ def test_training_calls_no_reward(finished, tmp_path, monkeypatch):
     assert train(load_recipe({**keys, "output_dir": str(tmp_path / "out")}))["steps"] == 6
 
 
+def test_the_estimate_knows_the_solver(finished, tmp_path):
+    """An offline step is the policy's passes alone; `offline+online` is both parts."""
+    _, keys, _ = finished
+    tokens = {}
+    for solver, more in (("online", {}), ("offline", {}), ("offline+online", {"offline_training": {"max_steps": 3}})):
+        tokens[solver] = infalign.run(
+            {**keys, "solver": solver, **more, "output_dir": str(tmp_path / "out")}, dry=True
+        )["tokens"]["train"]
+    assert tokens["offline"] == pytest.approx(tokens["online"] * 3 / 5, abs=1)
+    assert tokens["offline+online"] == pytest.approx(tokens["online"] + tokens["offline"] / 2, abs=2)  # 3 of 6 steps
+
+
 def test_another_loss_is_another_policy(finished):
     _, keys, _ = finished
     with pytest.raises(InputError, match='loss: "variance" -> "qrpo"'):
