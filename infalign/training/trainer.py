@@ -451,7 +451,10 @@ class CTRLTrainer(RLOOTrainer):
         everybodys = self.accelerator.gather(log_ratios_B.detach())
         if self._step == 0 and self.args.initial_weights is None:
             name = getattr(self.model.config, "_name_or_path", "the model")
-            check_samples_at_start(everybodys.cpu().numpy(), name)
+            weights = next(self.model.parameters()).dtype
+            rough = self.args.bf16 or self.args.fp16 or weights in (torch.bfloat16, torch.float16)
+            tokens = float(inputs["completion_mask"].sum(1).float().mean()) if rough else None
+            check_samples_at_start(everybodys.cpu().numpy(), name, tokens)
         steps = self.args.steps_per_generation
         first_iteration = self._step % (steps * self.num_iterations) < steps
         if self._visit() < offline.fresh_visits and first_iteration:
