@@ -12,8 +12,8 @@ PYTEST := OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n 2 --dist loadfil
 help:
 	@echo "make quickstart   install, then the whole method on a small real model (5 to 25 minutes on 2 CPU cores)"
 	@echo "make headline     every objective at equal KL on a table, where all is known exactly (10 to 25 minutes)"
-	@echo "make test         install, then the fast tests (5 to 15 minutes); THREADS=2 gives each test process two"
-	@echo "make test-slow    the tests that take minutes (9 to 20 in all)"
+	@echo "make test         install, then the fast tests (some 30 minutes on 2 cores); THREADS=2 gives each test process two"
+	@echo "make test-slow    the tests that take minutes (some 25 in all)"
 	@echo "make bench        speed beside TRL and transformers, one thread (about half an hour)"
 	@echo "make lint         ruff and pyright; make format lets ruff write"
 

@@ -76,7 +76,7 @@ class OfflineLoss:
         more = {"tup": f" above {self.threshold}", "bonbon": f" {self.alpha:g}"}
         return self.name + more.get(self.name, "")
 
-    def targets(self, reward: CTRLReward, rewards_K: Array, beta: float) -> Array:
+    def targets(self, reward: CTRLReward, rewards_K: Array, beta: float, quantiles_K: Array | None = None) -> Array:
         """(K,) what the loss wants to know of each of a prompt's samples, from the rewards of all of them.
 
         `variance`: Phi(C). `qrpo`: Phi(C) - beta log Z. `tup`: the density of the truncated policy. The others: C.
@@ -85,8 +85,9 @@ class OfflineLoss:
             reward: its transform is Phi.
             rewards_K: raw rewards, without NaN.
             beta: the KL coefficient.
+            quantiles_K: `mid_ranks` of the rewards, where they are known already.
         """
-        quantiles_K = calibrate(rewards_K[None], rewards_K[None])[0]
+        quantiles_K = mid_ranks(rewards_K) if quantiles_K is None else quantiles_K
         if self.name == "tup":
             assert self.threshold is not None
             ties_K = (rewards_K[:, None] == rewards_K).mean(1)  # the width of a sample's cell: its tie block's mass
@@ -112,6 +113,15 @@ class OfflineLoss:
             beta: the KL coefficient; `tup` and `bonbon` have none.
         """
         return _LOSS[self.name](self, log_ratios_PG, logps_PG, targets_PG, beta)
+
+
+def mid_ranks(rewards_K: Array) -> Array:
+    """(K,) mid-ranks in (0, 1) of a prompt's samples among themselves.
+
+    >>> mid_ranks(np.array([3.0, 1.0, 1.0, 2.0])).tolist()
+    [0.875, 0.25, 0.25, 0.625]
+    """
+    return calibrate(rewards_K[None], rewards_K[None])[0]
 
 
 def offline_loss(
@@ -273,10 +283,11 @@ class OfflineSamples:
             rewards_K = np.asarray(row[self.reward.column], dtype=np.float64)
             chosen = self._chosen(prompt_ids[start], rewards_K.size, visit)
             completions += [[int(token) for token in row[REF_COMPLETIONS][number]] for number in chosen]
-            found["targets"].append(self.loss.targets(self.reward, rewards_K, beta)[chosen])
+            quantiles_K = mid_ranks(rewards_K)
+            found["targets"].append(self.loss.targets(self.reward, rewards_K, beta, quantiles_K)[chosen])
             found["ref_logps"].append(np.asarray(row[REF_LOGPS], dtype=np.float64)[chosen])
             found["raw"].append(rewards_K[chosen])
-            found["quantiles"].append(calibrate(rewards_K[None], rewards_K[None])[0][chosen])
+            found["quantiles"].append(quantiles_K[chosen])
         ids_BP, mask_BP = pad_left(prompt_ids, pad_id, device)
         ids_BT, mask_BT = pad_right(completions, pad_id, device)
         tensors = {
