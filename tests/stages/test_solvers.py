@@ -140,3 +140,13 @@ def test_the_command_line_takes_it(finished, tmp_path, capsys):
     assert "offline loss ipo" in capsys.readouterr().out
     assert main([*given, "--loss", "variancee"]) == 2
     assert "variancee" in capsys.readouterr().err
+
+
+def test_a_sweep_that_keeps_no_policies_keeps_no_first_part(finished, tmp_path):
+    _, keys, _ = finished
+    out = tmp_path / "sweep"
+    shared = {name: value for name, value in {**keys, **BOTH}.items() if name not in ("target_kl", "output_dir")}
+    infalign.sweep({**shared, "grid": {"target_kl": [0.5]}, "keep_policies": False, "output_dir": str(out)})
+    cell = out / "cells" / "target_kl=0.5"
+    assert (cell / "policy" / "manifest.json").is_file()
+    assert not list(cell.rglob("*.safetensors")) and not (cell / "offline").exists()

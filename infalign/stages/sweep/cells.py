@@ -59,7 +59,7 @@ from infalign.stages.sweep.draws import write_own_data
 from infalign.stages.sweep.gap import GAP_SAMPLES, gap_facts
 from infalign.stages.sweep.recipe import EVALUATED, Cell
 from infalign.stages.sweep.sources import beside, parent_sources, record_of, source_of
-from infalign.stages.train import train
+from infalign.stages.train import OFFLINE, train
 from infalign.types import InputError, Interrupted
 
 SHARED = (CALIBRATION, "evaluation/base")
@@ -445,6 +445,9 @@ def drop_weights(folder: Path) -> None:
     for pattern in ("*.safetensors", "*.bin", "adapter/*.safetensors"):
         for path in (folder / "policy").glob(pattern):
             path.unlink()
+    shutil.rmtree(
+        folder / OFFLINE, ignore_errors=True
+    )  # the first part of `offline+online`, of no use without the rest
 
 
 def _plain(value: Any) -> Any:
