@@ -19,7 +19,7 @@ Log = Sequence[Mapping[str, Any]]
 
 @styled()
 def draw_training(log: Log, target_kl: float | None = None) -> Figure:
-    """Calibrated reward, transformed reward, sequence KL, and held-out win rates (or completion length).
+    """Calibrated reward, transformed reward (offline: loss), sequence KL, held-out win rates or completion length.
 
     Args:
         log: rows with `step` and whatever was logged there.
@@ -28,7 +28,10 @@ def draw_training(log: Log, target_kl: float | None = None) -> Figure:
     figure, (calibrated, transformed, kl, last) = new_figure(2, 2, (9.0, 6.2))
     _draw_reward(calibrated, log, "reward/calibrated", "Calibrated reward")
     calibrated.axhline(0.5, color=MUTED, linewidth=1.0, linestyle="--")
-    _draw_reward(transformed, log, "reward/transformed", "Transformed reward")
+    if any("reward/transformed" in row for row in log):
+        _draw_reward(transformed, log, "reward/transformed", "Transformed reward")
+    else:  # offline: there are no rollouts to earn it
+        _draw_reward(transformed, log, "loss", "Loss")
     _draw_kl(kl, log, target_kl)
     if any("eval_winrate" in row for row in log):
         _draw_held_out(last, log)
@@ -89,7 +92,13 @@ def _draw_kl(axes: Axes, log: Log, target_kl: float | None) -> None:
         axes.fill_between(
             steps, values - errors, values + errors, color=POLICY, alpha=0.2, linewidth=0, label="± standard error"
         )
-    axes.plot(steps, values, color=POLICY, linewidth=1.4, label="rollouts")
+    axes.plot(
+        steps,
+        values,
+        color=POLICY,
+        linewidth=1.4,
+        label="rollouts" if any("reward/transformed" in row for row in log) else "importance weights",
+    )
     held_steps, held = series(log, "eval_kl_seq")
     if held.size:
         axes.plot(held_steps, held, "o", color=BASE, markersize=5, label="held-out prompts")

@@ -458,19 +458,24 @@ class CTRLTrainer(RLOOTrainer):
         steps = self.args.steps_per_generation
         first_iteration = self._step % (steps * self.num_iterations) < steps
         if self._visit() < offline.fresh_visits and first_iteration:
-            raw_B, quantiles_B = (self.accelerator.gather(inputs[name]) for name in ("raw", "quantiles"))
-            self._log_base_samples(everybodys, raw_B, quantiles_B)
+            of_samples = {
+                "reward/raw": inputs["raw"],
+                "reward/calibrated": inputs["quantiles"],
+                "completions/mean_length": inputs["completion_mask"].sum(1).float(),
+            }
+            gathered_B = {name: self.accelerator.gather(values) for name, values in of_samples.items()}
+            self._log_base_samples(everybodys, gathered_B)
         return loss
 
-    def _log_base_samples(self, log_ratios_B: Tensor, raw_B: Tensor, quantiles_B: Tensor) -> None:
-        """What the importance weights of samples that were not trained on yet say of the policy: KL, mean rewards.
+    def _log_base_samples(self, log_ratios_B: Tensor, values_B: dict[str, Tensor]) -> None:
+        """What the importance weights of samples that were not trained on yet say of the policy: KL, mean `values_B`.
 
         Of samples that it has been trained on they say nothing: a network of some size knows them again (the KL of a
         language model of minutes, .5 nats, would be 4; recipes/LOG.md).
         """
         kl_B, weights_B = importance_kl(log_ratios_B), log_ratios_B.softmax(0)
-        self._metrics["train"]["reward/raw"].append(float((weights_B * raw_B).sum()))
-        self._metrics["train"]["reward/calibrated"].append(float((weights_B * quantiles_B).sum()))
+        for name, value_B in values_B.items():
+            self._metrics["train"][name].append(float((weights_B * value_B).sum()))
         self._metrics["train"]["kl_seq"].append(float(kl_B.mean()))
         self._metrics["train"]["kl_seq_error"].append(float(kl_B.std() / math.sqrt(len(kl_B))))
         self._offline_kl.append(float(kl_B.mean()))
