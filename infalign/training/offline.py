@@ -228,7 +228,8 @@ class OfflineSamples:
             where: its name, for messages.
 
         Raises:
-            InputError: a column is missing, lengths differ, or a prompt has fewer than G samples.
+            InputError: a column is missing, lengths differ, a number is not finite, or a prompt has fewer than G
+                samples.
         """
         wanted = (self.reward.column, REF_COMPLETIONS, REF_LOGPS)
         if not hasattr(rows, "__len__"):
@@ -245,6 +246,13 @@ class OfflineSamples:
             if len(set(counts)) > 1:
                 told = ", ".join(f"{count} {name}" for name, count in zip(wanted, counts, strict=True))
                 raise InputError(f"{where}, row {number}: samples, rewards and log-probabilities differ: {told}")
+            for name in (self.reward.column, REF_LOGPS):
+                values = np.asarray(row[name], dtype=np.float64)  # None is NaN
+                if (bad := np.flatnonzero(~np.isfinite(values))).size:
+                    raise InputError(
+                        f"{where}, row {number}: {name} must be finite numbers, got {row[name][bad[0]]} at index "
+                        f"{bad[0]}: leave out samples without a score or a log-probability"
+                    )
             if counts[0] < self.group:
                 raise InputError(
                     f"{where}, row {number}: {counts[0]} scored samples are fewer than num_generations {self.group}: "

@@ -58,7 +58,8 @@ def test_kills_lose_and_double_nothing(wanted, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_training_ends_with_the_same_policy(tmp_path):
+@pytest.mark.parametrize("solver", ["online", "offline", "offline+online"])
+def test_killed_training_ends_with_the_same_policy(solver, tmp_path):
     """A checkpoint after every step, in the middle of generations, too: weights and log are the uninterrupted run's."""
     keys = {
         **tiny_experiment(tmp_path),
@@ -68,7 +69,10 @@ def test_killed_training_ends_with_the_same_policy(tmp_path):
         "steps_per_generation": 4,
         "per_device_train_batch_size": 4,
         "num_iterations": 2,
+        "solver": solver,
     }
+    if solver == "offline+online":
+        keys |= {"offline_training": {"max_steps": 20}, "max_steps": 20}
     recipe = tmp_path / "recipe.yaml"
     found = {}
     for name, kills in (("whole", 0), ("killed", 20)):

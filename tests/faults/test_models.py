@@ -182,11 +182,18 @@ def test_a_kl_that_is_not_zero_at_step_0_names_both(tmp_path):
     check_kl_at_start(np.array([1e-4, -1e-4, 0.0]), policy="a", reference="b")
 
 
-def test_dropout_is_off(llama, tmp_path):
-    """A GPT-2 with half of everything dropped trains as one without: sampling and training see one policy."""
+DROPOUT = {
+    "gpt2": ("attn_pdrop", "embd_pdrop", "resid_pdrop"),  # modules
+    "llama": ("attention_dropout",),  # a number that the attention hands to its kernel while it trains
+}
+
+
+@pytest.mark.parametrize("family", DROPOUT)
+def test_dropout_is_off(family, tmp_path):
+    """A model with half of everything dropped trains as one without: sampling and training see one policy."""
     ends = []
     for share in (0.5, 0.0):
-        model = tiny_causal(tmp_path / f"m{share}", "gpt2", attn_pdrop=share, embd_pdrop=share, resid_pdrop=share)
+        model = tiny_causal(tmp_path / f"m{share}", family, **dict.fromkeys(DROPOUT[family], share))
         subject, _ = train(model, tmp_path / f"out{share}", num_iterations=2, max_steps=2)
         ends.append(weights(subject))
         assert abs(subject.state.log_history[0]["kl_seq"]) < 1e-4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from pathlib import Path
 
@@ -12,14 +13,29 @@ from transformers import TrainerCallback
 
 from infalign.training.checkpoints import newest_whole
 from infalign.types import TrainingError
-from tests.faults.test_rewards import make
+from tests.faults import test_rewards
 from tests.tiny import tiny_causal
+from tests.training import test_offline
 from tests.training.test_resume import assert_same, final
 
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
     return tiny_causal(tmp_path_factory.mktemp("llama"), "llama")
+
+
+@pytest.fixture(scope="module", params=["online", "offline"])
+def make(request, llama):
+    """Makes a trainer with a checkpoint after every step, `make(folder, **changes)`."""
+    if request.param == "online":
+        return functools.partial(test_rewards.make, llama)
+    samples = test_offline.base_samples(llama)
+
+    def offline(folder, **changes):
+        settings = {"max_steps": test_rewards.STEPS, "save_strategy": "steps", "save_steps": 1, **changes}
+        return test_offline.trainer(llama, folder, samples, **settings)
+
+    return offline
 
 
 class Watch(TrainerCallback):
@@ -74,8 +90,8 @@ def is_sound(checkpoint: Path) -> bool:
 
 @pytest.mark.parametrize("clip", [1.0, 0.0])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_gradient_that_is_not_finite_skips_its_step(value, clip, llama, tmp_path, capsys):
-    subject = make(llama, tmp_path, max_steps=4, max_grad_norm=clip, save_strategy="no")
+def test_a_gradient_that_is_not_finite_skips_its_step(value, clip, make, tmp_path, capsys):
+    subject = make(tmp_path, max_steps=4, max_grad_norm=clip, save_strategy="no")
     watch = spoil_gradients(subject, value, {2})
     subject.train()
     moved = [not torch.equal(one, other) for one, other in zip(watch.weights, watch.weights[1:], strict=False)]
@@ -85,10 +101,10 @@ def test_a_gradient_that_is_not_finite_skips_its_step(value, clip, llama, tmp_pa
     assert "warning: step 3 is skipped: its loss or gradients are not finite" in capsys.readouterr().err
 
 
-def test_a_loss_that_is_not_finite_skips_its_step(llama, tmp_path, capsys):
+def test_a_loss_that_is_not_finite_skips_its_step(make, tmp_path, capsys):
     """One micro-step of two: the whole step goes, as its gradient would be half of one."""
     layout = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "save_strategy": "no"}
-    subject = make(llama, tmp_path, max_steps=3, **layout)
+    subject = make(tmp_path, max_steps=3, **layout)
     watch = spoil_loss(subject, {1})
     subject.train()
     assert torch.equal(watch.weights[0], watch.weights[1]) and not torch.equal(watch.weights[1], watch.weights[2])
@@ -96,16 +112,16 @@ def test_a_loss_that_is_not_finite_skips_its_step(llama, tmp_path, capsys):
     assert "step 2 is skipped" in capsys.readouterr().err
 
 
-def test_two_in_a_row_are_survived_and_a_good_step_starts_the_count_anew(llama, tmp_path):
-    subject = make(llama, tmp_path, max_steps=6, save_strategy="no")
+def test_two_in_a_row_are_survived_and_a_good_step_starts_the_count_anew(make, tmp_path):
+    subject = make(tmp_path, max_steps=6, save_strategy="no")
     spoil_gradients(subject, math.nan, {0, 1, 3, 4})
     subject.train()
     assert (subject.not_finite.skipped, subject.not_finite.in_a_row) == (4, 0)
 
 
 @pytest.mark.parametrize("spoil", ["gradient", "loss"])
-def test_three_in_a_row_stop_and_the_newest_checkpoint_goes_on(spoil, llama, tmp_path):
-    subject = make(llama, tmp_path / "bad", max_steps=4, save_total_limit=1)
+def test_three_in_a_row_stop_and_the_newest_checkpoint_goes_on(spoil, make, tmp_path):
+    subject = make(tmp_path / "bad", max_steps=4, save_total_limit=1)
     steps = {1, 2, 3}
     watch = spoil_gradients(subject, math.inf, steps) if spoil == "gradient" else spoil_loss(subject, steps)
     with pytest.raises(TrainingError, match=r"^3 steps in a row had a loss or gradients .* \(the last: 4\): lower"):
@@ -113,7 +129,7 @@ def test_three_in_a_row_stop_and_the_newest_checkpoint_goes_on(spoil, llama, tmp
     assert len(watch.weights) == 3 and all(torch.equal(one, watch.weights[0]) for one in watch.weights)
     newest, skipped = newest_whole(tmp_path / "bad")
     assert newest == tmp_path / "bad" / "checkpoint-3" and not skipped and is_sound(newest)
-    resumed = make(llama, tmp_path / "bad", max_steps=4)
+    resumed = make(tmp_path / "bad", max_steps=4)
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 4
     assert all(bool(torch.isfinite(value).all()) for value in final(resumed)[0].values())
@@ -130,11 +146,11 @@ def spoil_weights(subject, step: int) -> None:
     subject.callback_handler.callbacks.insert(0, Break())
 
 
-def test_a_model_that_is_not_finite_is_never_saved(llama, tmp_path):
+def test_a_model_that_is_not_finite_is_never_saved(make, tmp_path):
     """Rotation keeps one checkpoint: the sound one, from which the run goes on as if nothing had been."""
-    whole = make(llama, tmp_path / "whole")
+    whole = make(tmp_path / "whole")
     whole.train()
-    subject = make(llama, tmp_path / "bad", save_total_limit=1)
+    subject = make(tmp_path / "bad", save_total_limit=1)
     spoil_weights(subject, 2)
     with pytest.raises(
         TrainingError, match=r"weights are not finite \(model.layers.0.*\): it is not saved; go on from"
@@ -143,14 +159,14 @@ def test_a_model_that_is_not_finite_is_never_saved(llama, tmp_path):
     newest, _ = newest_whole(tmp_path / "bad")
     assert newest == tmp_path / "bad" / "checkpoint-1" and is_sound(newest)
     assert {path.parent for path in (tmp_path / "bad").rglob("*.safetensors")} == {newest}
-    resumed = make(llama, tmp_path / "bad")
+    resumed = make(tmp_path / "bad")
     resumed.train(resume_from_checkpoint=True)
     assert_same(final(resumed), final(whole))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_save_model_refuses_and_leaves_no_file(value, llama, tmp_path):
-    subject = make(llama, tmp_path / "out", save_strategy="no")
+def test_save_model_refuses_and_leaves_no_file(value, make, tmp_path):
+    subject = make(tmp_path / "out", save_strategy="no")
     with torch.no_grad():
         subject.model.lm_head.weight[3, 4] = value
     with pytest.raises(TrainingError, match=r"weights are not finite \(lm_head.weight\)"):
