@@ -128,8 +128,9 @@ def _of_a_loss(recipe: Recipe, procedure: Procedure) -> Objective:
     if recipe.loss == "ipo":
         return objective(procedure, BestAndWorst(group), recipe.beta, recipe.target_kl, f"ipo on pairs of {group}")
     if recipe.loss == "bonbon":
-        policy = tilt(log, beta=1.0 / (group - 1))
-        return Objective(procedure, log, policy.beta, policy, f"bonbon {group} {options.get('alpha', '')}".strip())
+        # the Best-of-G policy is a tilt of log u, and so is every policy on the line of logits from the base to it
+        name = f"bonbon {group} {options.get('alpha', '')}".strip()
+        return objective(procedure, log, recipe.beta, recipe.target_kl, name)
     threshold = options.get("threshold", -math.expm1(-(recipe.target_kl or 1.0)))
     policy = UniformAbove(threshold)
     return Objective(procedure, policy, 1.0, policy, repr(policy))

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy import special
 
 from infalign.types import InputError
 
@@ -44,9 +45,13 @@ class BestAndWorst:
             raise InputError(f"BestAndWorst: n must be at least 2, got {n!r}")
         self.n = n
         u_Q = (np.arange(_CELLS) + 0.5) / _CELLS
-        weights_QQ = np.abs(u_Q[:, None] - u_Q) ** (n - 2) / _CELLS
-        asked_Q = (u_Q ** (n - 1) - (1.0 - u_Q) ** (n - 1)) / (2.0 * (n - 1))
-        system_QQ = np.diag(weights_QQ.sum(1)) - weights_QQ + 1.0 / _CELLS  # the last term fixes the constant: mean 0
+        # both sides divided by int |u - v|^(n-2) dv = (u^(n-1) + (1-u)^(n-1)) / (n-1), which at the median of many
+        # samples is 2^-n: the kernel's rows sum to one, and the right side is a hyperbolic tangent
+        with np.errstate(divide="ignore"):
+            log_QQ = (n - 2) * np.log(np.abs(u_Q[:, None] - u_Q)) if n > 2 else np.zeros((_CELLS, _CELLS))
+        kernel_QQ = special.softmax(log_QQ, axis=1)
+        asked_Q = 0.5 * np.tanh((n - 1) / 2.0 * special.logit(u_Q))
+        system_QQ = np.eye(_CELLS) - kernel_QQ + 1.0 / _CELLS  # the last term fixes the constant: mean 0
         phi_Q = np.linalg.solve(system_QQ, asked_Q)
         ends = 1.5 * phi_Q[[0, -1]] - 0.5 * phi_Q[[1, -2]]  # half a cell beyond the outermost middles
         self._u = np.concatenate([[0.0], u_Q, [1.0]])

@@ -45,11 +45,12 @@ def test_all_cells_of_a_seed_have_the_same_base():
 
 
 def test_the_sweep_runs_for_a_few_steps(tmp_path):
-    flags = {"max_steps": "2", "num_calibration_samples": "16", "num_generations": "8", "eval_samples": "8"}
+    flags = {"max_steps": "2", "num_calibration_samples": "64", "eval_samples": "8"}
     grid = "{target_kl: [0.5, 1.0], seed: [0]}"
     result = sweep(RECIPES / "headline.yaml", output_dir=str(tmp_path / "out"), grid=grid, **flags)
-    assert len(result.cells) == 34 and all(cell.finished for cell in result.cells)
-    assert {"raw", "pkpo", "iama", "par", "grpo", "identity", "log", "direct"} <= set(result.arms)
+    assert len(result.cells) == 46 and all(cell.finished for cell in result.cells)
+    few = {"raw", "pkpo", "iama", "par", "grpo", "identity", "log", "direct", "offline", "qrpo", "tup", "ipo", "bonbon"}
+    assert few <= set(result.arms)
     assert all("WorstOfN(4)" in cell.exact and "BestOfN(4)" in cell.exact for cell in result.cells)
 
 

@@ -270,6 +270,14 @@ def test_what_theory_predicts_of_an_arm():
     direct = load_recipe({**BASE, "objective": "direct", "n": 4})
     assert predicted(direct, BestOfN(4), 1.0) == pytest.approx(0.941123, abs=1e-5)
     assert math.isnan(predicted(load_recipe({**BASE, "objective": "raw"}), BestOfN(4), 1.0))
+    # moved along the line of logits, the Best-of-8 policy that BoNBoN aims at is the tilt of log u with that KL
+    bonbon = load_recipe({**BASE, "solver": "offline", "loss": "bonbon", "num_generations": 8})
+    log_tilt = predicted(load_recipe({**BASE, "transform": "log"}), BestOfN(4), 0.25)
+    assert predicted(bonbon, BestOfN(4), 0.25) == pytest.approx(log_tilt, abs=1e-9)
+    above = {"solver": "offline", "loss": "tup"}
+    fixed = load_recipe({**BASE, **above, "loss_kwargs": {"threshold": 0.5}})  # its KL is log 2, whatever is asked for
+    assert predicted(load_recipe({**BASE, **above}), BestOfN(4), 1.0) == pytest.approx(0.754, abs=5e-4)
+    assert math.isnan(predicted(fixed, BestOfN(4), 1.0))
 
 
 def test_the_untrained_base_with_more_samples(own, tmp_path):

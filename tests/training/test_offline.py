@@ -115,6 +115,15 @@ def test_pairs_of_two_are_the_identity():
     assert BestAndWorst(3)(fine) == pytest.approx(whole - whole[-1] / 2.0, abs=2e-5)
 
 
+@pytest.mark.parametrize("group", [32, 64, 256])
+def test_pairs_of_many_are_a_step_at_the_median(group):
+    """The pairs' density falls off like 2^-n at the median, and no number of the equation may get lost in that."""
+    phi = BestAndWorst(group)
+    assert phi([0.1, 0.4, 0.5, 0.6, 0.9]) == pytest.approx([-0.25, -0.25, 0.0, 0.25, 0.25], abs=0.01)
+    u = np.linspace(0.0, 1.0, 1001)
+    assert phi(u) == pytest.approx(-phi(1.0 - u), abs=1e-9) and np.isfinite(phi(u)).all()
+
+
 @pytest.mark.parametrize("name", ["ipo", "bonbon"])
 def test_the_losses_of_pairs_at_their_own_formula(name):
     """Against the formula of the paper, group by group in plain numpy."""

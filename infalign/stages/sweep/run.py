@@ -353,7 +353,7 @@ def predicted(recipe: Recipe, decoder: Procedure, kl: float) -> float:
     """The win rate under a decoder of the exact policy that a recipe's objective aims at with `kl` nats.
 
     NaN for baselines on the raw reward, whose policy depends on how rewards are distributed, and where a transform
-    reaches no such KL.
+    reaches no such KL, or a loss aims at one policy with a KL of its own.
     """
     if recipe.objective not in ("transform", "direct"):
         return math.nan
@@ -361,7 +361,9 @@ def predicted(recipe: Recipe, decoder: Procedure, kl: float) -> float:
         aim = load_objective(dataclasses.replace(recipe, target_kl=kl, beta=None), load_procedure(recipe))
     except InputError:
         return math.nan
-    return math.nan if aim.policy is None else float(aim.policy.win_rate(decoder))
+    if aim.policy is None or not math.isclose(aim.policy.kl, kl, rel_tol=1e-3):
+        return math.nan
+    return float(aim.policy.win_rate(decoder))
 
 
 def _same_columns(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
