@@ -25,6 +25,7 @@ from infalign.types import InputError
 Array = NDArray[np.float64]
 
 RESAMPLES = 1000
+_COINCIDE = 1e-6  # in sqrt(nats)
 
 
 @dataclass(frozen=True)
@@ -81,14 +82,16 @@ def interpolated(kl_C: Array, win_C: Array, at_Q: Array) -> Array:
 
 
 def _along(kl_C: Array, win_C: Array, at_Q: Array) -> Array:
-    """Beyond the range the win rate at its end; KLs that coincide count as one with the mean win rate."""
-    kls, place_C = np.unique(np.maximum(kl_C, 0.0), return_inverse=True)
-    wins = np.bincount(place_C, win_C) / np.bincount(place_C)
-    if kls[0] > 0.0:  # the base against itself
-        kls, wins = np.append(0.0, kls), np.append(0.5, wins)
-    if kls.size < 2:
+    """Beyond the range the win rate at its end; KLs that coincide up to rounding count as one with the mean win rate."""
+    order = np.argsort(kl_C)
+    roots = np.sqrt(np.maximum(kl_C[order], 0.0))
+    place_C = np.concatenate([[0], np.cumsum(np.diff(roots) > _COINCIDE)])
+    nodes, wins = (np.bincount(place_C, values) / np.bincount(place_C) for values in (roots, win_C[order]))
+    if nodes[0] > _COINCIDE:  # the base against itself
+        nodes, wins = np.append(0.0, nodes), np.append(0.5, wins)
+    if nodes.size < 2:
         return np.full(at_Q.shape, wins[0])
-    return PchipInterpolator(np.sqrt(kls), wins)(np.sqrt(np.clip(at_Q, kls[0], kls[-1])))
+    return PchipInterpolator(nodes, wins)(np.clip(np.sqrt(at_Q), nodes[0], nodes[-1]))
 
 
 def at_equal_kl(

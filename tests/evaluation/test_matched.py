@@ -148,3 +148,11 @@ def test_mistakes():
     with pytest.raises(InputError, match="'b' was measured on other prompts than the others"):
         at_equal_kl(curves, "a", [0.2])
     assert isinstance(at_equal_kl({"a": curves["a"]}, "a", [0.2], resamples=5)["a"][0], AtKL)
+
+
+@pytest.mark.parametrize("beside", [0.0, 1e-17, 1e-13])
+def test_cells_that_end_at_one_kl_count_as_one(beside):
+    """Two cells at the same KL, or a rounding beside it, also at 0 nats: the mean of their win rates, and no error."""
+    found = interpolated(np.array([0.3 + beside, 1.0, 0.3]), np.array([0.6, 0.8, 0.7]), np.array([0.3, 1.0]))
+    assert found == pytest.approx([0.65, 0.8], abs=1e-6)
+    assert interpolated(np.array([beside, 0.0]), np.array([0.5, 0.52]), np.array([0.0])) == pytest.approx([0.51])
