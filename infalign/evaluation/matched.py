@@ -82,7 +82,7 @@ def interpolated(kl_C: Array, win_C: Array, at_Q: Array) -> Array:
 
 
 def _along(kl_C: Array, win_C: Array, at_Q: Array) -> Array:
-    """Beyond the range the win rate at its end; KLs that coincide up to rounding count as one with the mean win rate."""
+    """Beyond the range the win rate at its end; KLs equal up to rounding count as one with the mean win rate."""
     order = np.argsort(kl_C)
     roots = np.sqrt(np.maximum(kl_C[order], 0.0))
     place_C = np.concatenate([[0], np.cumsum(np.diff(roots) > _COINCIDE)])
