@@ -16,6 +16,7 @@ from typing import Any
 
 from infalign.stages.calibrate import calibrate
 from infalign.stages.evaluate import evaluate
+from infalign.stages.experiment import Experiment
 from infalign.stages.objective import load_procedure
 from infalign.stages.recipe import load_recipe
 from infalign.stages.train import train
@@ -45,6 +46,7 @@ def keys_of(arm: str) -> dict[str, Any]:
 def measured(arm: str, seed: int, folder: Path, donor: Path) -> str:
     """Train and measure one arm in `folder`, with the samples of `donor` where there are some; a row of the table."""
     recipe = load_recipe(RECIPE, {**SIZE, **keys_of(arm), "seed": seed, "output_dir": str(folder)})
+    Experiment(recipe).claim_output()
     for name in SHARED:
         if (donor / name).exists() and not (folder / name).exists():
             shutil.copytree(donor / name, folder / name)

@@ -48,6 +48,7 @@ FOREIGN: dict[str, str] = {
     "use_liger_loss": "the head is computed in pieces already: leave it out",
     "vllm_guided_decoding_regex": "it constrains rollouts, and calibration samples are free: leave it out",
     "vllm_device": "TRL has taken it out: set vllm_mode: server or colocate",
+    "vllm_importance_sampling_cap": "it is vllm_importance_sampling_clip_max",
     "vllm_dtype": "TRL has taken it out: rollouts use the policy's dtype",
     "vllm_max_model_len": "it is vllm_max_model_length",
     "ref_model_name": "the reference is model_name_or_path itself, which the KL is measured against: leave it out",
@@ -175,7 +176,6 @@ OPEN_R1_REWARDS: dict[str, str] = {
 }  # fmt: skip
 """Names in open-r1's `reward_funcs`, which are no models of the Hub."""
 FAMILIES = {
-    "vllm_importance_sampling_": _RATIOS,
     "sapo_": _ONE_LOSS,
     "vespo_": _ONE_LOSS,
     "wandb_": _TRACKING,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
@@ -12,6 +13,7 @@ from trl import RLOOConfig
 
 from infalign.runtime.console import notice
 from infalign.training.checks import check_rollout_settings
+from infalign.training.engine import MODES
 from infalign.training.trl_keys import refusals, without_effect
 from infalign.types import InputError
 
@@ -43,6 +45,12 @@ class CTRLConfig(RLOOConfig):
         max_skipped_steps: a step whose loss or gradients are not finite is skipped; so many in a row stop the run.
         initial_weights: a checkpoint or policy folder to start the policy from (optimizer, schedule and step count
             begin anew; the reference stays the base model). The way to go on with another number of processes.
+        vllm_tolerance: with `use_vllm`, nats a token that the engine's distribution may be off by (`engine`); beyond,
+            the run stops. Half precision needs some 1e-3.
+        vllm_importance_sampling_correction: weigh the engine's completions by policy over engine, as TRL's GRPO does.
+        vllm_importance_sampling_mode: "sequence_mask" leaves completions out whose weight is out of bounds,
+            "sequence_truncate" cuts the weight.
+        vllm_importance_sampling_clip_min, vllm_importance_sampling_clip_max: the bounds; None is none.
         shared_prefix: compute each prompt once and repeat its KV cache (exact); False draws the same rollouts row by
             row and takes TRL's own log-probabilities.
         disable_dropout: True, so that sampling and training see one policy.
@@ -64,6 +72,11 @@ class CTRLConfig(RLOOConfig):
     kl_budget: float | None = field(default=None, metadata={"help": "Stop above this sequence KL (nats)."})
     max_skipped_steps: int = field(default=3, metadata={"help": "Stop after so many non-finite steps in a row."})
     initial_weights: str | None = field(default=None, metadata={"help": "Start from these weights, all else anew."})
+    vllm_tolerance: float = field(default=2e-3, metadata={"help": "Nats a token that vLLM may be off by."})
+    vllm_importance_sampling_correction: bool = field(default=True, metadata={"help": "Weigh vLLM's completions."})
+    vllm_importance_sampling_mode: str = field(default="sequence_mask", metadata={"help": "Or sequence_truncate."})
+    vllm_importance_sampling_clip_min: float | None = field(default=None, metadata={"help": "Smallest such weight."})
+    vllm_importance_sampling_clip_max: float | None = field(default=3.0, metadata={"help": "Largest such weight."})
     shared_prefix: bool = field(default=True, metadata={"help": "Compute each prompt once (exact)."})
     disable_dropout: bool = field(default=True, metadata={"help": "Disable dropout."})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Trade compute for memory."})
@@ -99,6 +112,18 @@ class CTRLConfig(RLOOConfig):
             problems.append(f"solver must be one of {', '.join(SOLVERS)}, got {self.solver!r}")
         elif self.solver == "online" and (self.loss is not None or self.loss_kwargs):
             problems.append("loss and loss_kwargs are the offline solver's: set solver: offline, or leave them out")
+        if self.vllm_importance_sampling_mode not in MODES:
+            problems.append(
+                f"vllm_importance_sampling_mode must be {' or '.join(MODES)} (RLOO's ratio is that of a whole "
+                f"completion), got {self.vllm_importance_sampling_mode!r}"
+            )
+        if not self.vllm_tolerance > 0:
+            problems.append(f"vllm_tolerance must be above 0 (nats a token), got {self.vllm_tolerance}")
+        low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
+        if not (low or 0.0) < 1.0 < (high or math.inf):
+            problems.append(
+                f"vllm_importance_sampling_clip_min and _max must have 1 between them, got {low} and {high}"
+            )
         if self.max_skipped_steps < 1:
             problems.append(f"max_skipped_steps must be at least 1, got {self.max_skipped_steps}")
         if problems:

@@ -46,6 +46,7 @@ from packaging.version import Version
 from torch import Tensor
 from transformers.trainer_utils import rotate_checkpoints
 from trl import RLOOConfig, RLOOTrainer
+from trl.extras.profiling import profiling_context
 from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import get_config_model_id
 
@@ -81,6 +82,7 @@ from infalign.training.checks import check_batch, check_calibration_at_start, ch
 from infalign.training.chunked_head import add_chunked_head
 from infalign.training.config import CTRLConfig, as_ctrl_config, own_beta, resolve_beta
 from infalign.training.data_sets import check_data_sets
+from infalign.training.engine import check_engine, engine_logps, importance_weights, token_kl
 from infalign.training.held_out import measure
 from infalign.training.interpolation import Interpolated, interpolate
 from infalign.training.kl_control import FARTHEST, FARTHEST_UNKNOWN, USUAL, KLControl, sensitivity
@@ -187,6 +189,7 @@ class CTRLTrainer(RLOOTrainer):
         self._sampled_logps: Tensor | None = None
         self._row_ids: list[list[int]] = []
         self._scored_logps: list[Tensor] | None = None
+        self._engine_logps: list[Any] | None = None
         self.kl_control: KLControl | None = None
         self.interpolated: Interpolated | None = None
         super().__init__(
@@ -205,6 +208,8 @@ class CTRLTrainer(RLOOTrainer):
         if is_peft_model(self.model) and self.model.active_peft_config.is_prompt_learning:
             kind = self.model.active_peft_config.peft_type.value
             raise InputError(f"peft_type {kind}: rollouts would be drawn without its virtual tokens; use LoRA")
+        if self.use_vllm:
+            self.vllm_generation.logprobs = 0  # that of the drawn token, which TRL's RLOO does not ask for
         pad_within_the_vocabulary(self.model, self._tokenizer)
         keep_four_bits_plain(self.model)
         if args.disable_dropout:
@@ -236,6 +241,8 @@ class CTRLTrainer(RLOOTrainer):
         return found
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], images: Any, multimodal_fields: Any) -> Any:
+        if self.use_vllm and not (images or multimodal_fields):
+            return self._from_vllm(prompt_ids)
         if not self._fast or images or multimodal_fields or self.use_vllm or self.use_transformers_continuous_batching:
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields)
         uniforms_BT = rollout_uniforms(
@@ -254,6 +261,44 @@ class CTRLTrainer(RLOOTrainer):
             padded = [logps + [0.0] * (width - len(logps)) for _, logps in rows]
             self._sampled_logps = torch.tensor(padded, device=self.accelerator.device)
         return [ids for ids, _ in rows]
+
+    def _from_vllm(self, prompt_ids: list[list[int]]) -> list[list[int]]:
+        """TRL's way, and the engine's log-probabilities with it."""
+        if self.state.global_step != self._last_loaded_step:
+            self.vllm_generation.sync_weights()
+            self._last_loaded_step = self.state.global_step
+        count = self.num_generations if self.model.training else self.num_generations_eval
+        _, ids, logps, _ = self.vllm_generation.generate(
+            prompts=prompt_ids, images=None, num_generations=count, profiler=profiling_context(self, "vLLM.generate")
+        )
+        self._engine_logps = logps
+        return ids
+
+    def _weigh_engine(self, batch: dict[str, Any]) -> None:
+        """See that the engine draws from the policy, and weigh its completions by policy over engine."""
+        drawn, self._engine_logps = self._engine_logps, None
+        if drawn is None or not self._scored_logps:
+            return
+        policy_BT = self._scored_logps[0]
+        drawn_BT = self._drawn(batch["completion_mask"])
+        log_ratios_BT = (policy_BT - engine_logps(drawn, policy_BT.shape[1], policy_BT.device)) * drawn_BT
+        everybodys_BT, everywhere_BT = (
+            self.accelerator.gather(self.accelerator.pad_across_processes(one, dim=1))
+            for one in (log_ratios_BT, drawn_BT)
+        )
+        kl_token, kl = token_kl(everybodys_BT, everywhere_BT)
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        metrics["vllm/kl_seq"].append(kl)
+        metrics["vllm/kl_token"].append(kl_token)
+        check_engine(kl_token, kl, self.args.vllm_tolerance, self.state.global_step)
+        if not (self.args.vllm_importance_sampling_correction and self.model.training):
+            return
+        bounds = self.args.vllm_importance_sampling_clip_min, self.args.vllm_importance_sampling_clip_max
+        weights_B = importance_weights(log_ratios_BT.sum(1), self.args.vllm_importance_sampling_mode, *bounds)
+        batch["advantages"] = batch["advantages"] * weights_B.to(batch["advantages"].dtype)
+        everybodys_B = self.accelerator.gather(weights_B)
+        metrics["vllm/weight"].append(float(everybodys_B.mean()))
+        metrics["vllm/left_out"].append(float((everybodys_B == 0).double().mean()))
 
     def _decode(
         self, prompt_ids: Sequence[Sequence[int]], uniforms_BT: np.ndarray
@@ -301,6 +346,7 @@ class CTRLTrainer(RLOOTrainer):
         self._scored_logps = []
         try:
             batch = super()._generate_and_score_completions(inputs)
+            self._weigh_engine(batch)
             self._log_rollouts(batch, inputs)
         finally:
             self._scored_logps = self._sampled_logps = None

@@ -190,7 +190,7 @@ class TestRecipe:
             ("dataset_prompt_column", "it is prompt_column"),
             ("dataset_mixture", "it is datasets"),
             ("importance_sampling_level", "ratios are of whole sequences"),
-            ("vllm_importance_sampling_cap", "no such correction"),
+            ("vllm_importance_sampling_cap", "it is vllm_importance_sampling_clip_max"),
             ("evaluation_strategy", "it is eval_strategy"),
             ("warmup_ratio", "it is warmup_steps"),
             ("rloo_k", "it is num_generations"),
