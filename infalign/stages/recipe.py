@@ -178,8 +178,11 @@ class Recipe:
     repetition_penalty: float = key(1.0, "only 1.0 outside `generate`", "sampling")
     tokens_per_batch: int = key(16384, "KV-cache tokens of a sampling batch", "sampling")
 
-    generation: Literal["transformers", "openai"] = key(
-        "transformers", "openai: calibrate, evaluate and generate sample from a server; rollouts never do", "server"
+    generation: Literal["transformers", "openai", "vllm"] = key(
+        "transformers",
+        "what calibrate, evaluate and generate sample with; openai: a server; vllm: an engine in this process "
+        "(rollouts: use_vllm)",
+        "server",
     )
     base_url: str | None = key(None, "server of the base, e.g. http://127.0.0.1:8000/v1; unset: in process", "server")
     policy_base_url: str | None = key(None, "server of the policy (evaluate, generate); unset: in process", "server")
