@@ -208,7 +208,7 @@ class CTRLTrainer(RLOOTrainer):
         if is_peft_model(self.model) and self.model.active_peft_config.is_prompt_learning:
             kind = self.model.active_peft_config.peft_type.value
             raise InputError(f"peft_type {kind}: rollouts would be drawn without its virtual tokens; use LoRA")
-        if self.use_vllm:
+        if self.use_vllm and self._fast:
             self.vllm_generation.logprobs = 0  # that of the drawn token, which TRL's RLOO does not ask for
         pad_within_the_vocabulary(self.model, self._tokenizer)
         keep_four_bits_plain(self.model)
@@ -241,7 +241,7 @@ class CTRLTrainer(RLOOTrainer):
         return found
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], images: Any, multimodal_fields: Any) -> Any:
-        if self.use_vllm and not (images or multimodal_fields):
+        if self.use_vllm and self._fast and not (images or multimodal_fields):
             return self._from_vllm(prompt_ids)
         if not self._fast or images or multimodal_fields or self.use_vllm or self.use_transformers_continuous_batching:
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields)
