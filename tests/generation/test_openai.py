@@ -478,7 +478,7 @@ def test_a_key_is_sent_and_never_shown(pair, ends):
     [
         ({"generation": "openai"}, "generation: openai needs base_url or policy_base_url"),
         ({"base_url": "http://127.0.0.1:1/v1"}, "base_url is set, but generation is transformers"),
-        ({"generation": "sglang"}, "generation: expected 'transformers', 'openai' or 'vllm', got 'sglang'"),
+        ({"generation": "sglang"}, "generation: expected 'transformers' or 'openai' or 'vllm', got 'sglang'"),
         ({"base_url": "localhost:8000"}, "base_url must be http:// or https:// with a host, got 'localhost:8000'"),
         ({"base_url": "http://h:port/v1"}, "base_url must be http:// or https:// with a host"),
         ({"base_url": "http://me:hunter2@h/v1"}, "base_url must hold no user, password"),
