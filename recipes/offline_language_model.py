@@ -68,13 +68,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/offline_language_model"))
     arguments = parser.parse_args()
-    rows = ["| seed | steps | CPU seconds | KL | Best-of-4 | attainment |", "|---|---|---|---|---|---|"]
+    print("| seed | steps | CPU seconds | KL | Best-of-4 | attainment |\n|---|---|---|---|---|---|")
     for seed in arguments.seeds:
         folders = [arguments.output_dir / f"{arm.replace(' ', '_')}-seed={seed}" for arm in arguments.arms]
         for arm, folder in zip(arguments.arms, folders, strict=True):
-            rows.append(measured(arm, seed, folder, folders[0]))
-            print(rows[-1], flush=True)
-    print("\n".join(rows))
+            print(measured(arm, seed, folder, folders[0]), flush=True)
 
 
 if __name__ == "__main__":

@@ -18,12 +18,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from packaging.version import Version
 
 from infalign.generation.plan import Request
 from infalign.runtime.seeds import stream
 from infalign.types import InputError, Sample, SamplingSettings
 
-OLDEST = (0, 10)
+OLDEST = "0.10"
 """The first version whose engine tells processed log-probabilities."""
 
 
@@ -43,10 +44,8 @@ def check_vllm() -> None:
             version = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-        numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:2] if part.isdigit())
-        if numbers < OLDEST:
-            oldest = ".".join(map(str, OLDEST))
-            raise InputError(f"generation: vllm needs vllm {oldest} or newer, found {name} {version}: update it")
+        if Version(version) < Version(OLDEST):
+            raise InputError(f"generation: vllm needs vllm {OLDEST} or newer, found {name} {version}: update it")
         return
 
 
@@ -122,8 +121,7 @@ class VLLMSampler:
         Raises:
             InputError: there is no vLLM, or it can't run this model.
         """
-        check_vllm()
-        vllm: Any = importlib.import_module("vllm")
+        llm, vllm = self.engine.llm, importlib.import_module("vllm")
         groups = [list(rows) for _, rows in itertools.groupby(requests, key=lambda one: (one.key, one.prompt_ids))]
         wanted, shared = self.settings, {"detokenize": False, "logprobs": 0, "stop_token_ids": list(self.end_ids)}
         parameters = [
@@ -141,7 +139,7 @@ class VLLMSampler:
             for rows in groups
         ]
         prompts = [{"prompt_token_ids": list(rows[0].prompt_ids)} for rows in groups]
-        answers = self.engine.llm.generate(prompts, parameters, use_tqdm=False)
+        answers = llm.generate(prompts, parameters, use_tqdm=False)
         drawn = [
             self._sample(request, output)
             for rows, answer in zip(groups, answers, strict=True)

@@ -210,15 +210,13 @@ def keep_four_bits_plain(model: torch.nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def no_dropout(model: torch.nn.Module) -> None:
-    """Turn off all dropout of a model: its `nn.Dropout` modules, and the shares that attention layers hand to a kernel.
+def no_functional_dropout(model: torch.nn.Module) -> None:
+    """Turn off the dropout that is no module: the shares that layers hand to a kernel while they train.
 
-    TRL's `disable_dropout` reaches the modules alone; Llama's attention and that of most families since has a number,
-    `attention_dropout`, which is used while the model trains. The model's config keeps what it says.
+    TRL's `disable_dropout` reaches `nn.Dropout` alone; Llama's attention, and that of most families since, has a
+    number, `attention_dropout`. The model's config keeps what it says.
     """
     for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
         for name, value in vars(module).items():
             if "drop" in name and isinstance(value, float):
                 setattr(module, name, 0.0)

@@ -27,8 +27,7 @@ from infalign.evaluation.summary import GOLD, PROXY
 from infalign.generation.hf import HFSampler
 from infalign.generation.openai import OpenAISampler
 from infalign.generation.plan import Sampler
-from infalign.generation.vllm_engine import Engine, VLLMSampler, check_vllm
-from infalign.models import mixture
+from infalign.generation.vllm_engine import Engine
 from infalign.models.layout import lay_columnwise
 from infalign.models.loading import (
     choose_device,
@@ -51,8 +50,9 @@ from infalign.runtime.artifacts import (
     write_json,
 )
 from infalign.runtime.console import notice, say
-from infalign.runtime.distributed import barrier, is_main, together, world_size
+from infalign.runtime.distributed import barrier, is_main, together
 from infalign.runtime.launch import join
+from infalign.stages.engines import engine_sampler
 from infalign.stages.imported import imported_digest, imported_sampler
 from infalign.stages.judged import GOLD_OPTIMAL, judged_curve
 from infalign.stages.objective import load_objective, load_procedure, load_procedures
@@ -192,7 +192,7 @@ class Experiment:
         quantization = self.quantization if purpose == CALIBRATION else None
         server = server_of(recipe, policy=str(path) != self.base_path)
         if server is None and recipe.generation == "vllm":
-            return self._vllm_sampler(path, quantization, seed)
+            return engine_sampler(self, path, self._revision(path), self._engines, seed)
         if server is None:
             model = self.model(path, quantization)
             return HFSampler(model, self.tokenizer, recipe.sampling, end_token_ids(model, self.tokenizer), seed)
@@ -205,39 +205,6 @@ class Experiment:
             local=None if recipe.server_tolerance is None else lambda: self.model(path, quantization),
             tolerance=recipe.server_tolerance or 0.0,
         )
-
-    def _vllm_sampler(self, path: str | Path, quantization: Any | None, seed: str) -> VLLMSampler:
-        """A sampler in an engine, one at a time: each takes what memory there is."""
-        recipe = self.recipe
-        check_vllm()
-        if world_size() > 1:
-            raise InputError(
-                f"generation: vllm samples in one process, got {world_size()}: calibrate and evaluate without a "
-                "launcher (vllm_tensor_parallel_size splits a model), or sample from a server (generation: openai)"
-            )
-        if quantization is not None:
-            raise InputError(
-                "generation: vllm does not sample from a base that training quantises: leave one of them out"
-            )
-        if unmerged := [name for name in ("adapter_config.json", mixture.FILE) if (Path(path) / name).exists()]:
-            raise InputError(
-                f"generation: vllm needs one whole model, and {path} has {unmerged[0]}: leave generation out"
-            )
-        if str(path) not in self._engines:
-            self.release_models()
-        keys = {"gpu_memory_utilization", "max_model_length", "tensor_parallel_size"}
-        given = {name: recipe.training[f"vllm_{name}"] for name in keys if recipe.training.get(f"vllm_{name}")}
-        if "max_model_length" in given:
-            given["max_model_len"] = given.pop("max_model_length")
-        if recipe.use_cpu or not torch.cuda.is_available():
-            given["enforce_eager"] = True  # compiling takes minutes there
-            given.setdefault("gpu_memory_utilization", 0.3)  # of the memory of a machine that others use, too
-        options = {"dtype": recipe.dtype, "trust_remote_code": recipe.trust_remote_code, **given}
-        if revision := self._revision(path):
-            options["revision"] = revision
-        ends = served_end_ids(str(path), self.tokenizer, self._revision(path), recipe.trust_remote_code)
-        engine = self._engines.setdefault(str(path), Engine(str(path), options))
-        return VLLMSampler(engine, self.tokenizer, recipe.sampling, ends, seed)
 
     def sampling_parts(self, path: str | Path, purpose: str) -> dict[str, Any]:
         """Everything that shapes the samples of the model at `path`, for fingerprints."""

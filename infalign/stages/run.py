@@ -10,6 +10,7 @@ from infalign.runtime.artifacts import read_json
 from infalign.runtime.console import say
 from infalign.runtime.distributed import together
 from infalign.stages.calibrate import calibrate
+from infalign.stages.engines import check_engine
 from infalign.stages.estimate import dry_run
 from infalign.stages.evaluate import check_samples, evaluate, tell
 from infalign.stages.experiment import Experiment
@@ -38,6 +39,7 @@ def preflight(experiment: Experiment) -> None:
     check_samples(recipe)
     if recipe.calibration_samples:
         imported_path(recipe)
+    check_engine(experiment)
     text_files(experiment)
     _ = experiment.objective
     check_ready(experiment)  # before rewards, which may be models

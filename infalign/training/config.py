@@ -46,7 +46,7 @@ class CTRLConfig(RLOOConfig):
         initial_weights: a checkpoint or policy folder to start the policy from (optimizer, schedule and step count
             begin anew; the reference stays the base model). The way to go on with another number of processes.
         vllm_tolerance: with `use_vllm`, nats a token that the engine's distribution may be off by (`engine`); beyond,
-            the run stops. Half precision needs some 1e-3.
+            the run stops. TRL loads the engine in half precision: up to 7e-4 was seen.
         vllm_importance_sampling_correction: weigh the engine's completions by policy over engine, as TRL's GRPO does.
         vllm_importance_sampling_mode: "sequence_mask" leaves completions out whose weight is out of bounds,
             "sequence_truncate" cuts the weight.

@@ -52,7 +52,7 @@ from trl.trainer.utils import get_config_model_id
 
 from infalign.generation.hf import decode_rows
 from infalign.models.layout import columnwise
-from infalign.models.loading import keep_four_bits_plain, no_dropout, pad_within_the_vocabulary
+from infalign.models.loading import keep_four_bits_plain, no_functional_dropout, pad_within_the_vocabulary
 from infalign.models.shared_prefix import keeps_no_cache, pass_cost, positions, why_plain, without_router_logits
 from infalign.runtime.artifacts import disk_errors, write_whole
 from infalign.runtime.console import notice, say
@@ -212,8 +212,7 @@ class CTRLTrainer(RLOOTrainer):
             self.vllm_generation.logprobs = 0  # that of the drawn token, which TRL's RLOO does not ask for
         pad_within_the_vocabulary(self.model, self._tokenizer)
         keep_four_bits_plain(self.model)
-        if args.disable_dropout:
-            no_dropout(self.model)
+        no_functional_dropout(self.model)
         self._add_chunked_heads()
         self.identity = {**given, **(identity or {}), "processes": world_size(), "sharding": self._sharding()}
         self.not_finite = SkipNotFinite(args.max_skipped_steps)

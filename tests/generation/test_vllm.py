@@ -9,6 +9,7 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 
+import infalign
 from infalign.generation.plan import Request
 from infalign.generation.vllm_engine import Engine, VLLMSampler, check_vllm
 from infalign.stages.experiment import CALIBRATION, Experiment
@@ -103,6 +104,8 @@ def test_without_vllm_it_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match="generation: vllm needs the package vllm"):
         Experiment(recipe).sampler("model", CALIBRATION)
+    with pytest.raises(InputError, match="generation: vllm needs the package vllm"):
+        infalign.run(recipe, dry=True)  # known before any work
 
 
 def test_what_it_does_not_sample(vllm, tmp_path, monkeypatch):
@@ -112,7 +115,7 @@ def test_what_it_does_not_sample(vllm, tmp_path, monkeypatch):
         with pytest.raises(InputError, match=f"needs one whole model, and .* has {file}"):
             experiment.sampler(tmp_path, CALIBRATION)
         (tmp_path / file).unlink()
-    monkeypatch.setattr("infalign.stages.experiment.world_size", lambda: 2)
+    monkeypatch.setattr("infalign.stages.engines.world_size", lambda: 2)
     with pytest.raises(InputError, match="samples in one process, got 2"):
         experiment.sampler(experiment.base_path, CALIBRATION)
 
